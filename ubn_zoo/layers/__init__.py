@@ -1,0 +1,16 @@
+"""The Unified Batch Normalization layer, its equations, and conversions to and from it."""
+
+from . import functional
+from .convert import convert_batchnorm, convert_state_dict, convert_sync_ubn, freeze_ubn, unfreeze_ubn
+from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
+
+__all__ = [
+    "UnifiedBatchNorm2d",
+    "UnifiedBatchNormAct2d",
+    "convert_batchnorm",
+    "convert_state_dict",
+    "convert_sync_ubn",
+    "freeze_ubn",
+    "functional",
+    "unfreeze_ubn",
+]

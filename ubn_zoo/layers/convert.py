@@ -1,0 +1,245 @@
+"""Conversions between BatchNorm and UBN: models, state dicts, ranks, freezing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from torch import nn
+
+from .distributed import SyncGroup
+from .state import CALIBRATIONS, upgrade_layer_state
+from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["convert_batchnorm", "convert_state_dict", "convert_sync_ubn", "freeze_ubn", "unfreeze_ubn"]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def ubn_layers(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, UnifiedBatchNorm2d]]:
+    """The UBN layers of a model with their names."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, UnifiedBatchNorm2d):
+            yield name, module
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Turns a BatchNorm or authors' state dict of the same architecture into one of a UBN model.
+
+    Args:
+        state_dict: Of the BatchNorm sibling, in the authors' released format, or already UBN's. Not changed.
+        model: The UBN model it is for.
+
+    Returns:
+        A new dict. Only entries of UBN layers are rewritten; anything missing, unexpected or of the wrong shape is
+        left for ``load_state_dict`` to report.
+    """
+    converted = dict(state_dict)
+    for name, layer in ubn_layers(model, remove_duplicate=False):
+        upgrade_layer_state(converted, f"{name}." if name else "", layer)
+    return converted
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+
+
+def _check_convertible(name: str, module: nn.Module) -> None:
+    known = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
+    if not any(type(module).forward is kind.forward for kind in known):
+        raise TypeError(
+            f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own that UBN "
+            "cannot stand for; replace it by torch.nn.BatchNorm2d or timm's BatchNormAct2d first"
+        )
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        raise TypeError(f"{name or 'the model'} is a {type(module).__name__}; run one batch through the model first")
+
+
+def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNorm2d:
+    reference = batchnorm.weight if batchnorm.weight is not None else batchnorm.running_mean
+    arguments = {
+        "num_features": batchnorm.num_features,
+        "eps": batchnorm.eps,
+        "momentum": batchnorm.momentum,
+        "affine": batchnorm.affine,
+        "track_running_stats": batchnorm.running_mean is not None,
+        "device": None if reference is None else reference.device,
+        "dtype": None if reference is None else reference.dtype,
+        **settings,
+    }
+    if not batchnorm.affine:
+        # Without an affine nothing could make up for the calibration factor, which starts at sigmoid(1).
+        arguments["scale_calibration"] = False
+    layer: UnifiedBatchNorm2d
+    if isinstance(batchnorm, (BatchNormAct2d, SyncBatchNormAct)):
+        layer = UnifiedBatchNormAct2d(**arguments, apply_act=False)
+        for name in ("drop", "act"):
+            layer.add_module(name, getattr(batchnorm, name))
+    else:
+        layer = UnifiedBatchNorm2d(**arguments)
+    if isinstance(batchnorm, nn.SyncBatchNorm):
+        layer._sync = SyncGroup(batchnorm.process_group)
+
+    with torch.no_grad():
+        if layer.weight is not None:
+            if layer.kernel_init == "identity":
+                layer.set_affine(batchnorm.weight, batchnorm.bias)
+            else:
+                # A channel that starts at zero (timm's zero_init_last) starts at zero with any kernel.
+                layer.weight.mul_((batchnorm.weight != 0)[:, None, None, None])
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            value = getattr(batchnorm, name)
+            if value is not None:
+                getattr(layer, name).copy_(value)
+    if batchnorm.affine:
+        for name in ("weight", "bias"):
+            getattr(layer, name).requires_grad_(getattr(batchnorm, name).requires_grad)
+    trainable = batchnorm.weight is None or batchnorm.weight.requires_grad
+    for name in CALIBRATIONS:
+        parameter = getattr(layer, name)
+        if parameter is not None:
+            parameter.requires_grad_(trainable)
+    layer.training = batchnorm.training
+    for name in _HOOKS:
+        if name in batchnorm.__dict__:
+            layer.__dict__[name] = batchnorm.__dict__[name]
+    for name, value in batchnorm.__dict__.items():
+        layer.__dict__.setdefault(name, value)
+    return layer
+
+
+def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
+    """Replaces every BatchNorm2d of a model by UBN; the result computes the same function in evaluation.
+
+    Converted are ``torch.nn.BatchNorm2d`` and ``SyncBatchNorm`` and timm's ``BatchNormAct2d`` and
+    ``SyncBatchNormAct`` (the synchronised ones stay synchronised). Statistics, momentum, eps, training mode, hooks,
+    ``requires_grad`` flags, device, dtype and module sharing are kept. Parameters are new tensors: make the optimiser
+    afterwards.
+
+    A BatchNorm without an affine gets no scaling calibration, which would change its function.
+
+    Args:
+        model: Changed in place. A model that is itself a BatchNorm is left alone, its UBN returned.
+        **settings: Settings of :class:`UnifiedBatchNorm2d` for all layers: ``threshold``, ``similarity_momentum``,
+            ``similarity_samples``, ``kernel_size``, ``kernel_init``, ``center_calibration``, ``scale_calibration``,
+            ``depthwise_affine``. With ``kernel_init="kaiming"`` the kernels start at random, as the authors' do, and
+            the function is not kept; channels whose BatchNorm weight is 0 start at 0 all the same.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: There is no BatchNorm in the model.
+        TypeError: A BatchNorm has a forward of its own, or is lazy and not yet initialised; an unknown setting.
+    """
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_batchnorm(module)}
+    if not found:
+        already = "it has UBN layers already" if any(ubn_layers(model)) else "other normalisations have no UBN variant"
+        raise ValueError(f"found no BatchNorm2d in {type(model).__name__}; {already}")
+    for name, module in found.items():
+        _check_convertible(name, module)
+    # All layers are made before any is put in place, so that an error leaves the model as it was.
+    replacements = {id(module): _from_batchnorm(module, settings) for module in found.values()}
+    if id(model) in replacements:
+        return replacements[id(model)]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+    return model
+
+
+def _layers_of(model: nn.Module, what: str) -> list[UnifiedBatchNorm2d]:
+    layers = [layer for _, layer in ubn_layers(model)]
+    if not layers:
+        raise ValueError(f"found no UBN layer to {what} in {type(model).__name__}; convert_batchnorm makes them")
+    return layers
+
+
+def convert_sync_ubn(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
+    """Lets the UBN layers of a model share their statistics and gate across ranks in training.
+
+    Outputs, gradients (summed over ranks) and state are then those of one process on the batch joined in the order of
+    ranks; the similarity is taken over its first samples. Ranks may hold batches of different sizes, empty ones too;
+    every rank must run the same forward passes. BatchNorm layers are left to
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
+
+    Args:
+        model: Changed in place; parameters, buffers and hooks stay the same objects.
+        process_group: The ranks to share with, all by default.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: There is no UBN layer in the model.
+    """
+    group = SyncGroup(process_group)
+    for layer in _layers_of(model, "synchronise"):
+        layer._sync = group
+    return model
+
+
+def freeze_ubn(model: nn.Module) -> nn.Module:
+    """Freezes the UBN layers of a model: they evaluate in training too, no state moves, parameters take no gradient.
+
+    ``model.train()`` does not undo it; :func:`unfreeze_ubn` does. The state dict keeps its keys.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: There is no UBN layer in the model, or one without running statistics.
+    """
+    layers = _layers_of(model, "freeze")
+    for layer in layers:
+        if layer.running_mean is None:
+            raise ValueError("a UBN layer with track_running_stats=False has no running statistics to freeze")
+    for layer in layers:
+        if not layer.frozen:
+            layer._trainable = tuple(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        layer.frozen = True
+    return model
+
+
+def unfreeze_ubn(model: nn.Module) -> nn.Module:
+    """Undoes :func:`freeze_ubn`; parameters take gradients again where they did before.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: There is no UBN layer in the model.
+    """
+    for layer in _layers_of(model, "unfreeze"):
+        if layer.frozen:
+            for parameter, trainable in zip(layer.parameters(recurse=False), layer._trainable, strict=True):
+                parameter.requires_grad_(trainable)
+        layer.frozen = False
+    return model

@@ -1,0 +1,142 @@
+"""The layer across ranks: statistics of the joined batch, and equal buffers under plain DistributedDataParallel."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from . import functional as reference
+
+__all__ = ["SyncGroup", "batch_statistics", "equalize_ddp_buffers", "feature_similarity"]
+
+
+class SyncGroup:
+    """Which ranks a layer shares its statistics with; ``None`` stands for all of them.
+
+    A process group can be neither copied nor pickled: copies of the layer keep the same group, a pickled layer goes
+    back to all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncGroup:
+        return self
+
+    def __reduce__(self) -> tuple[type[SyncGroup], tuple[()]]:
+        return SyncGroup, ()
+
+    def active(self) -> bool:
+        """Whether there is another rank to share with."""
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks, whose gradient is the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        output = input.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(output, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return cast(Tensor, _AllReduce.apply(grad_output, ctx.group)), None
+
+
+def _all_reduce(input: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return cast(Tensor, _AllReduce.apply(input, group))
+
+
+def batch_statistics(
+    instance_mean: Tensor, instance_var: Tensor, center_weight: Tensor | None, pixels: int, sync: SyncGroup
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`functional.batch_statistics` of the batch joined over ranks, differentiable.
+
+    Args:
+        instance_mean: (N, C) of this rank; N may differ between ranks and may be 0.
+        instance_var: (N, C) of this rank.
+        center_weight: (C,) or None.
+        pixels: H * W of this rank.
+        sync: The ranks to join.
+
+    Returns:
+        Mean (C,) and biased variance (C,) of the joined batch, its elements per channel (scalar), and the samples of
+        every rank (world size,).
+    """
+    samples, channels = instance_mean.shape
+    if samples:
+        mean, var = reference.batch_statistics(instance_mean, instance_var, center_weight)
+    else:
+        # An empty share weighs nothing; the sum keeps its parameters in the graph.
+        mean = instance_mean.sum(0)
+        if center_weight is not None:
+            mean = mean * (1 + center_weight.to(mean.dtype))
+        var = instance_var.sum(0)
+    sizes = [torch.full([1], size, dtype=mean.dtype, device=mean.device) for size in (samples, samples * pixels)]
+    share = torch.cat([mean, var, *sizes])
+    rank, world = dist.get_rank(sync.group), dist.get_world_size(sync.group)
+    # Everyone's share in a row of its own: a gather that sums, so that its gradient is a sum too.
+    rows = torch.nn.functional.pad(share[None], (0, 0, rank, world - 1 - rank))
+    rows = _all_reduce(rows, sync.group)
+    means, variances, counts = rows[:, :channels], rows[:, channels : 2 * channels], rows[:, -1].detach()
+    count = counts.sum()
+    weights = (counts / count)[:, None]
+    joined_mean = (weights * means).sum(0)
+    joined_var = (weights * (variances + (means - joined_mean).square())).sum(0)
+    return joined_mean, joined_var, count, rows[:, -2].detach()
+
+
+@torch.no_grad()
+def feature_similarity(input: Tensor, samples: int, rank_samples: Tensor, sync: SyncGroup) -> Tensor:
+    """:func:`functional.feature_similarity` over the first samples of the batch joined in the order of ranks.
+
+    Args:
+        input: (N, C, H, W) of this rank; C, H and W are the same on every rank.
+        samples: How many leading samples of the joined batch are compared.
+        rank_samples: (world size,) samples of every rank, from :func:`batch_statistics`.
+        sync: The ranks to join.
+
+    Returns:
+        A scalar, the same on every rank.
+    """
+    values = reference.promote(input[:samples]).flatten(1)
+    before = rank_samples[: dist.get_rank(sync.group)].sum()
+    taken = torch.arange(values.shape[0], device=values.device) + before < samples
+    norms = torch.linalg.vector_norm(values, dim=1)
+    units = (taken & (norms > 0)).to(values.dtype)
+    total = torch.mv(values.t(), units / torch.where(norms > 0, norms, 1.0))
+    # One all-reduce for the sum of unit vectors and their number.
+    joined = torch.cat([total, units.sum()[None]])
+    dist.all_reduce(joined, group=sync.group)
+    n = rank_samples.sum().clamp(max=samples)
+    pairs = (n * (n - 1)).clamp(min=1)
+    return torch.where(n > 1, (torch.dot(joined[:-1], joined[:-1]) - joined[-1]) / pairs, 1.0)
+
+
+def _broadcast_buffers(ddp: DistributedDataParallel, buffers: dict[str, Tensor]) -> None:
+    ddp._default_broadcast_coalesced()
+
+
+def equalize_ddp_buffers() -> None:
+    """Lets the DistributedDataParallel module whose forward is running broadcast its buffers after it, not before.
+
+    Ranks gate on their own share of the batch, so their buffers part in every training step. DistributedDataParallel
+    mends that at the start of the next forward, which never comes for the last step of a training. Broadcasting at
+    the end costs the same and leaves equal buffers whenever a step is over. Modules that carry a buffer hook of their
+    own, that were told not to broadcast buffers, or that join uneven inputs are left alone.
+    """
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or not ddp.broadcast_buffers or ddp._join_config.enable:
+        return
+    if not hasattr(ddp, "buffer_hook"):
+        ddp._register_buffer_comm_hook(ddp, _broadcast_buffers)
+    if ddp.buffer_hook.buffer_comm_hook is _broadcast_buffers and ddp.require_backward_grad_sync:
+        # After steps under `no_sync` it would broadcast one forward later: when gradients are shared, buffers are too.
+        ddp.require_forward_param_sync = ddp.require_forward_param_sync or torch.is_grad_enabled()

@@ -1,0 +1,289 @@
+"""The equations of Unified Batch Normalization in plain torch: the definition that every faster path is tested against.
+
+Source: Wang et al., "Unified Batch Normalization", arXiv 2311.15993. Its parts come from three papers: the gate on
+    feature
+condensation is its own, centring and scaling calibration are RBN (Gao et al., CVPR 2021), the depthwise affine is BNET
+(Xu et al., arXiv 2011.14150).
+
+Everything here is differentiable, free of host synchronisation, scriptable and exportable. Statistics are computed in
+float32 for half-precision inputs and in the input's own precision otherwise.
+
+Shapes used throughout: ``input`` is (N, C, H, W); a *per-instance* quantity is (N, C), a *per-channel* quantity is
+(C,).
+"""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "batch_statistics",
+    "calibrated_affine",
+    "feature_similarity",
+    "instance_moments",
+    "unified_batch_norm",
+    "update_running_statistics",
+    "update_similarity_gate",
+]
+
+
+def promote(input: Tensor) -> Tensor:
+    """``input`` in the precision statistics are computed in: float32 for half precision, unchanged otherwise."""
+    if input.dtype == torch.float16 or input.dtype == torch.bfloat16:
+        return input.float()
+    return input
+
+
+def feature_similarity(input: Tensor, samples: int = 16) -> Tensor:
+    """Mean cosine similarity between the first samples of a batch (step 1 of the method).
+
+    With the unit vectors u_i = x_i / |x_i| and e = sum_i u_i, the mean over pairs i != j of cos(x_i, x_j) is
+    (|e|^2 - sum_i |u_i|^2) / (n (n - 1)): one pass of O(n C H W) instead of all pairs.
+
+    Args:
+        input: (N, C, H, W) with N >= 1. No gradient flows into it.
+        samples: How many leading samples are compared, n = min(N, samples).
+
+    Returns:
+        A scalar. 1 for a single sample; a sample of zero norm has cosine 0 with all others.
+    """
+    n = min(input.shape[0], samples)
+    vectors = promote(input.detach()[:n]).flatten(1)
+    if n == 1:
+        return torch.ones([], dtype=vectors.dtype, device=vectors.device)
+    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    # A zero vector divided by one stays zero: no cosine with anything, and |u_i|^2 = 0.
+    total = (vectors / torch.where(norms > 0, norms, torch.ones_like(norms))).sum(0)
+    return (total.square().sum() - (norms > 0).to(vectors.dtype).sum()) / (n * (n - 1))
+
+
+def instance_moments(input: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance over H and W of every channel of every instance.
+
+    Args:
+        input: (N, C, H, W).
+
+    Returns:
+        Two (N, C) tensors, mean and variance, by the two-pass formula (no cancellation for a large mean).
+    """
+    values = promote(input)
+    mean = values.mean((2, 3))
+    return mean, (values - mean[:, :, None, None]).square().mean((2, 3))
+
+
+def batch_statistics(
+    instance_mean: Tensor, instance_var: Tensor, center_weight: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel of the centred features x' = x + center_weight * mean_hw(x).
+
+    Args:
+        instance_mean: (N, C), from :func:`instance_moments`.
+        instance_var: (N, C), likewise.
+        center_weight: (C,) or None for no centring calibration.
+
+    Returns:
+        Two (C,) tensors.
+    """
+    centred = instance_mean
+    if center_weight is not None:
+        centred = (1 + center_weight.to(instance_mean.dtype)) * instance_mean
+    mean = centred.mean(0)
+    return mean, (instance_var + (centred - mean).square()).mean(0)
+
+
+def update_similarity_gate(running_similarity: Tensor, similarity: Tensor, momentum: float, threshold: float) -> Tensor:
+    """Moves the running similarity r in place (step 2) and returns the gate.
+
+    Args:
+        running_similarity: Scalar buffer r, moved to (1 - momentum) r + momentum * similarity.
+        similarity: Scalar similarity of this batch.
+        momentum: Weight of this batch.
+        threshold: Features count as condensed above it.
+
+    Returns:
+        A boolean scalar on the device: True selects batch statistics, False the running ones.
+    """
+    running_similarity.lerp_(similarity.to(running_similarity.dtype), momentum)
+    return running_similarity > threshold
+
+
+def update_running_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    factor: Tensor,
+) -> None:
+    """Moves the running statistics in place, as BatchNorm does: the variance towards the unbiased one.
+
+    Args:
+        running_mean: (C,) buffer.
+        running_var: (C,) buffer.
+        mean: (C,) batch mean.
+        var: (C,) biased batch variance.
+        count: Scalar, elements per channel (N * H * W) behind ``mean`` and ``var``.
+        factor: Scalar weight of this batch; 0 (a closed gate) leaves the buffers exactly as they are.
+    """
+    unbiased = var.detach() * (count / (count - 1))
+    running_mean.lerp_(mean.detach().to(running_mean.dtype), factor.to(running_mean.dtype))
+    running_var.lerp_(unbiased.to(running_var.dtype), factor.to(running_var.dtype))
+
+
+def update_factor(
+    momentum: Optional[float], num_batches_tracked: Optional[Tensor], gate: Optional[Tensor], like: Tensor
+) -> Tensor:
+    """Weight of this batch in the running statistics, as a scalar tensor: 0 where the gate is closed.
+
+    ``momentum=None`` is the cumulative average, 1 / num_batches_tracked (already grown by this step).
+    """
+    if momentum is not None:
+        factor = torch.full([], momentum, dtype=like.dtype, device=like.device)
+    elif num_batches_tracked is not None:
+        factor = num_batches_tracked.to(like.dtype).reciprocal()
+    else:
+        raise ValueError("momentum=None averages over num_batches_tracked, which is None; pass both or give a momentum")
+    if gate is not None:
+        factor = factor * gate.to(like.dtype)
+    return factor
+
+
+def calibrated_affine(
+    input: Tensor,
+    instance_mean: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    center_weight: Optional[Tensor] = None,
+    scale_weight: Optional[Tensor] = None,
+    scale_bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Centring, normalisation, scaling calibration and depthwise affine (steps 3 to 6) for given statistics.
+
+    The normalised features are x_hat = a x + b with a = 1 / sqrt(var + eps) per channel and
+    b = (center_weight * instance_mean - mean) a per instance; their mean over H and W follows from ``instance_mean``,
+    so the calibration factor f = sigmoid(scale_weight * mean_hw(x_hat) + scale_bias) needs no second look at them.
+
+    Args:
+        input: (N, C, H, W).
+        instance_mean: (N, C) mean of ``input`` over H and W.
+        mean: (C,) mean to normalise with.
+        var: (C,) biased variance to normalise with.
+        weight: (C, 1, k, k) depthwise kernel, applied with zero padding (k - 1) / 2; None for no affine.
+        bias: (C,), added to the depthwise convolution.
+        center_weight: (C,) or None.
+        scale_weight: (C,) or None for no scaling calibration (f = 1).
+        scale_bias: (C,), goes with ``scale_weight``.
+        eps: Added to the variance.
+
+    Returns:
+        (N, C, H, W) in the dtype and memory format of ``input``.
+    """
+    scale = torch.rsqrt(var + eps)
+    shift = -mean
+    if center_weight is not None:
+        # w m - mean, by way of an origin near the means: under a large one w's gradient would drown in rounding errors.
+        origin = instance_mean.detach().sum(0) / max(instance_mean.shape[0], 1)
+        weights = center_weight.to(mean.dtype)
+        shift = weights * (instance_mean - origin) + (weights * origin - mean)
+    offset = (shift * scale).expand(instance_mean.shape)
+    # The product and the sum are rounded to the input's precision once, after the normalisation.
+    output = (promote(input) * scale[:, None, None] + offset[:, :, None, None]).to(input.dtype)
+    if weight is not None:
+        channels, _, size, _ = weight.shape
+        output = F.conv2d(
+            output,
+            weight.to(output.dtype),
+            None if bias is None else bias.to(output.dtype),
+            padding=size // 2,
+            groups=channels,
+        )
+    if scale_weight is not None and scale_bias is not None:
+        normalized_mean = instance_mean * scale + offset
+        factor = torch.sigmoid(scale_weight.to(mean.dtype) * normalized_mean + scale_bias.to(mean.dtype))
+        output = output * factor[:, :, None, None].to(output.dtype)
+    # Under autocast the convolution may have come back in a lower precision than it was given.
+    return output.to(input.dtype)
+
+
+def unified_batch_norm(
+    input: Tensor,
+    running_mean: Optional[Tensor] = None,
+    running_var: Optional[Tensor] = None,
+    running_similarity: Optional[Tensor] = None,
+    num_batches_tracked: Optional[Tensor] = None,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    center_weight: Optional[Tensor] = None,
+    scale_weight: Optional[Tensor] = None,
+    scale_bias: Optional[Tensor] = None,
+    training: bool = False,
+    momentum: Optional[float] = 0.1,
+    eps: float = 1e-5,
+    threshold: Optional[float] = 0.15,
+    similarity_momentum: float = 0.1,
+    similarity_samples: int = 16,
+) -> Tensor:
+    """Unified Batch Normalization of one batch; in training the buffers are moved in place.
+
+    Args:
+        input: (N, C, H, W), not empty.
+        running_mean: (C,) buffer, or None to normalise with batch statistics always (training and evaluation).
+        running_var: (C,) buffer, goes with ``running_mean``.
+        running_similarity: Scalar buffer r of the gate; None switches the gate off.
+        num_batches_tracked: Integer scalar buffer, grows by one per training step whatever the gate says.
+        weight: (C, 1, k, k) depthwise kernel or None.
+        bias: (C,) or None.
+        center_weight: (C,) centring calibration or None.
+        scale_weight: (C,) scaling calibration or None.
+        scale_bias: (C,) or None.
+        training: Whether this is a training step.
+        momentum: Weight of this batch in the running statistics; None for a cumulative average.
+        eps: Added to the variance.
+        threshold: Gate threshold tau; None switches the gate off.
+        similarity_momentum: Weight of this batch in ``running_similarity``.
+        similarity_samples: How many leading samples are compared.
+
+    Returns:
+        (N, C, H, W) in the dtype of ``input``.
+
+    Raises:
+        ValueError: ``momentum=None`` without ``num_batches_tracked``.
+    """
+    if not training and running_mean is not None and running_var is not None:
+        stats_dtype = promote(input).dtype
+        return calibrated_affine(
+            input,
+            promote(input).mean((2, 3)),
+            running_mean.to(stats_dtype),
+            running_var.to(stats_dtype),
+            weight,
+            bias,
+            center_weight,
+            scale_weight,
+            scale_bias,
+            eps,
+        )
+
+    instance_mean, instance_var = instance_moments(input)
+    mean, var = batch_statistics(instance_mean, instance_var, center_weight)
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if training and running_mean is not None and running_var is not None:
+        gate: Optional[Tensor] = None
+        batch_mean, batch_var = mean, var
+        if threshold is not None and running_similarity is not None:
+            similarity = feature_similarity(input, similarity_samples)
+            gate = update_similarity_gate(running_similarity, similarity, similarity_momentum, threshold)
+            mean = torch.where(gate, mean, running_mean.to(mean.dtype))
+            var = torch.where(gate, var, running_var.to(var.dtype))
+        count = torch.full([], input.numel() // input.shape[1], dtype=mean.dtype, device=mean.device)
+        factor = update_factor(momentum, num_batches_tracked, gate, running_mean)
+        update_running_statistics(running_mean, running_var, batch_mean, batch_var, count, factor)
+    return calibrated_affine(
+        input, instance_mean, mean, var, weight, bias, center_weight, scale_weight, scale_bias, eps
+    )

@@ -1,0 +1,88 @@
+"""One layer's entries of a state dict, from the formats that mean the same layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["affine_gain", "identity_kernel", "upgrade_layer_state"]
+
+_AUTHORS_AFFINE = {"bnconv.weight": "weight", "bnconv.bias": "bias"}
+CALIBRATIONS = {"center_weight": 0.0, "scale_weight": 0.0, "scale_bias": 1.0}  # name: start
+
+
+def affine_gain(scale_calibration: bool) -> float:
+    """What the affine makes up for an untrained calibration factor with: 1 / sigmoid(1), or 1 where there is none."""
+    return 1 + math.exp(-1) if scale_calibration else 1.0
+
+
+def identity_kernel(weight: Tensor, kernel_size: int, gain: float) -> Tensor:
+    """The (C, 1, k, k) depthwise kernel that multiplies every channel by ``gain`` times ``weight``, (C,)."""
+    kernel = weight.new_zeros((weight.shape[0], 1, kernel_size, kernel_size))
+    kernel[:, 0, kernel_size // 2, kernel_size // 2] = weight * gain
+    return kernel
+
+
+def upgrade_layer_state(state_dict: MutableMapping[str, Any], prefix: str, layer: nn.Module) -> None:
+    """Rewrites one layer's entries of a state dict to UBN's, in place; UBN's own entries are left as they are.
+
+    Understood are the authors' released format (``bnconv.weight``, calibrations of shape (1, C, 1, 1)) and BatchNorm's
+    (``weight`` of shape (C,)), whose affine becomes the depthwise kernel that computes the same function. Neither
+    stores the gate's state, which starts anew. Entries that are missing from either format, or of the wrong shape,
+    stay so for the loading to report.
+
+    Args:
+        state_dict: Of the whole model.
+        prefix: Of the layer's keys, with its dot.
+        layer: The UnifiedBatchNorm2d they are for.
+    """
+    entries = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    if _is_authors(entries):
+        for theirs, ours in _AUTHORS_AFFINE.items():
+            if theirs in entries and ours not in entries:
+                state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+        for name in CALIBRATIONS:
+            value: Any = entries.get(name)
+            if isinstance(value, Tensor) and value.dim() == 4 and value.numel() == value.shape[1]:
+                state_dict[prefix + name] = value.reshape(-1)
+    elif _is_batchnorm(entries, layer):
+        _upgrade_batchnorm(state_dict, prefix, layer)
+    else:
+        return
+    if layer.feature_similarity is not None:
+        state_dict.setdefault(prefix + "feature_similarity", torch.ones([]))
+
+
+def _is_authors(entries: dict[str, Any]) -> bool:
+    calibrations = [entries[name] for name in CALIBRATIONS if name in entries]
+    return any(key in entries for key in _AUTHORS_AFFINE) or any(
+        isinstance(value, Tensor) and value.dim() == 4 for value in calibrations
+    )
+
+
+def _is_batchnorm(entries: dict[str, Any], layer: nn.Module) -> bool:
+    if "feature_similarity" in entries or any(name in entries for name in CALIBRATIONS):
+        return False
+    if "weight" in entries:
+        return isinstance(entries["weight"], Tensor) and entries["weight"].dim() == 1
+    return getattr(layer, "weight", None) is None and "running_mean" in entries
+
+
+def _upgrade_batchnorm(state_dict: MutableMapping[str, Any], prefix: str, layer: Any) -> None:
+    gain = affine_gain(layer.scale_bias is not None)
+    weight = state_dict.get(prefix + "weight")
+    if weight is not None and layer.weight is not None:
+        state_dict[prefix + "weight"] = identity_kernel(weight, layer.kernel_size, gain)
+        if prefix + "bias" in state_dict:
+            state_dict[prefix + "bias"] = state_dict[prefix + "bias"] * gain
+    for name, start in CALIBRATIONS.items():
+        if getattr(layer, name) is not None:
+            dtype = getattr(layer, name).dtype if weight is None else weight.dtype
+            state_dict[prefix + name] = torch.full((layer.num_features,), start, dtype=dtype)
+    if layer.num_batches_tracked is not None:
+        # Checkpoints from before BatchNorm counted batches lack it.
+        state_dict.setdefault(prefix + "num_batches_tracked", torch.zeros([], dtype=torch.long))
