@@ -47,13 +47,11 @@ def moments(input: Tensor) -> tuple[Tensor, Tensor]:
     mean = values.mean((2, 3))
     if values.device.type != "cpu":
         return mean, torch.var(values, (2, 3), correction=0).mean(0)
-    if _is_channels_last(values) and values.dtype == torch.float32:
-        # Two-pass statistics over N, H and W; the share of the variance that lies between instances comes off again.
-        # CPU: var over (2, 3) takes twenty times as long as this.
-        _, total = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
-        within = total - mean.var(0, correction=0)
-        return mean, within.clamp_(min=0)
+    # On a CPU torch.var over (2, 3) takes twenty times as long as what follows.
     deviations = values - mean[:, :, None, None]
+    if _is_channels_last(deviations) and deviations.dtype == torch.float32:
+        # The variance over N, H and W of what has no mean left is the mean over N of the variances over H and W.
+        return mean, torch.ops.aten.batch_norm_update_stats(deviations, None, None, 0.0)[1]
     squares = torch.linalg.vector_norm(deviations, dim=(2, 3)).square_()
     return mean, squares.sum(0) / count
 

@@ -59,18 +59,18 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, nn.LazyBatchNorm2d))
 
 
 def _check_convertible(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.LazyBatchNorm2d):
+        raise TypeError(f"{name or 'the model'} is a LazyBatchNorm2d; run one batch through the model first")
     known = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
     if not any(type(module).forward is kind.forward for kind in known):
         raise TypeError(
             f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own that UBN "
             "cannot stand for; replace it by torch.nn.BatchNorm2d or timm's BatchNormAct2d first"
         )
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        raise TypeError(f"{name or 'the model'} is a {type(module).__name__}; run one batch through the model first")
 
 
 def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNorm2d:

@@ -1,0 +1,62 @@
+"""What every test relies on: no network beyond loopback, no user files, few threads.
+
+huggingface_hub reads its settings when it is imported, so they are made here, before any test module is. Its endpoint
+is a local server, which answers "no such repository" unless a test puts one there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+_HOME = Path(tempfile.mkdtemp(prefix="ubn-zoo-tests-"))
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+
+_SERVER = HubServer()
+_SERVER.start()
+atexit.register(_SERVER.stop)
+
+os.environ.update(
+    HF_ENDPOINT=_SERVER.endpoint,
+    HF_HOME=str(_HOME / "huggingface"),
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",
+    MPLBACKEND="Agg",
+    MPLCONFIGDIR=str(_HOME / "matplotlib"),
+    TORCH_HOME=str(_HOME / "torch"),
+    XDG_CACHE_HOME=str(_HOME / "cache"),
+)
+for _name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(_name, None)
+# Tests may run in several processes; models this small gain nothing from more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """The local Hub server, empty and without faults."""
+    _SERVER.reset()
+    yield _SERVER
+    _SERVER.reset()
+
+
+@pytest.fixture(autouse=True)
+def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else None
+        if self.family != socket.AF_UNIX and host not in ("127.0.0.1", "::1", "localhost", socket.gethostname()):
+            raise AssertionError(f"a test tried to reach {address}; tests use loopback only")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)

@@ -1,0 +1,160 @@
+"""What the tests of the layer share: making layers with random contents, and comparing them with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ubn_zoo
+from ubn_zoo.layers import functional
+
+from . import reference
+from .tolerances import OUTPUT, SIMILARITY, STATISTICS, assert_gradient
+
+PARAMETERS = ("weight", "bias", "center_weight", "scale_weight", "scale_bias")
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "feature_similarity")
+
+# Values of `feature_similarity` from which no single batch can cross the threshold of 0.15.
+OPEN = 1.0  # batch statistics are used
+SHUT = -1.0  # running statistics are used
+
+
+class ThroughFunctional(ubn_zoo.UnifiedBatchNorm2d):
+    """The layer computed by the plain-torch equations, which compiled, scripted and exported graphs are made of."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.unified_batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.feature_similarity,
+            self.num_batches_tracked,
+            *(getattr(self, name) for name in PARAMETERS),
+            self.training,
+            self.momentum,
+            self.eps,
+            self.threshold,
+            self.similarity_momentum,
+            self.similarity_samples,
+        )
+
+
+# Both ways to compute the layer.
+PATHS = [ubn_zoo.UnifiedBatchNorm2d, ThroughFunctional]
+
+
+def make_layer(
+    num_features: int = 3,
+    *,
+    seed: int = 0,
+    gate: float = OPEN,
+    cls: Callable[..., nn.Module] | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """A UBN layer of which every parameter and every statistic is random, with its gate open or shut."""
+    layer = (cls or ubn_zoo.UnifiedBatchNorm2d)(num_features, **settings)
+    return randomise(layer, seed, gate)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0, gate: float = OPEN) -> nn.Module:
+    """Gives every UBN layer in `model` random parameters and statistics, in place."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(tensor: Tensor | None, mean: float, deviation: float) -> None:
+        if tensor is not None:
+            tensor.copy_(mean + deviation * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+
+    for layer in ubn_layers(model):
+        fill(layer.weight, 0.0, 0.6)
+        if layer.weight is not None and layer.weight.ndim == 4:
+            middle = layer.weight.shape[-1] // 2
+            layer.weight[:, 0, middle, middle] += 1.0
+        fill(layer.bias, 0.0, 0.4)
+        fill(layer.center_weight, 0.0, 0.4)
+        fill(layer.scale_weight, 0.0, 0.5)
+        fill(layer.scale_bias, 1.0, 0.4)
+        fill(layer.running_mean, 0.0, 0.4)
+        if layer.running_var is not None:
+            uniform = torch.rand(layer.running_var.shape, generator=generator, dtype=torch.float64)
+            layer.running_var.copy_(0.5 + uniform)
+        if layer.feature_similarity is not None:
+            layer.feature_similarity.fill_(gate)
+    return model
+
+
+def ubn_layers(model: nn.Module) -> list[nn.Module]:
+    """All UBN layers of a model, each once."""
+    kinds = (ubn_zoo.UnifiedBatchNorm2d, ubn_zoo.UnifiedBatchNormAct2d)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def random_input(
+    shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64, shared: float = 0.7
+) -> tuple[Tensor, Tensor]:
+    """An input whose samples resemble each other as much as `shared` says, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    own = torch.randn(shape, generator=generator, dtype=torch.float64)
+    common = torch.randn(shape[1:], generator=generator, dtype=torch.float64)
+    grad_y = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (0.3 + own + shared * common).to(dtype), grad_y.to(dtype)
+
+
+def step(layer: nn.Module, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and backward; returns the output and the input's gradient, fresh parameter gradients in the layer."""
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(grad_y.to(y.dtype))
+    return y.detach(), x.grad
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all buffers."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameter gradients that are there."""
+    return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_state(layer: nn.Module, expected: reference.State, dtype: torch.dtype = torch.float64) -> None:
+    """Compares a layer's buffers with the reference's state."""
+    tolerance = STATISTICS[dtype].kwargs()
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(
+            getattr(layer, name).double(),
+            getattr(expected, name),
+            **tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    assert int(layer.num_batches_tracked) == expected.num_batches_tracked
+    if layer.threshold is None:
+        return  # the similarity decides nothing then, and the method does not say whether it is followed
+    torch.testing.assert_close(
+        layer.feature_similarity.double(),
+        torch.tensor(expected.feature_similarity, dtype=torch.float64),
+        rtol=SIMILARITY.rtol,
+        atol=SIMILARITY.atol,
+        msg=lambda text: f"feature_similarity: {text}",
+    )
+
+
+def assert_step(layer: nn.Module, x: Tensor, grad_y: Tensor, dtype: torch.dtype | None = None) -> reference.Result:
+    """One step of `layer` on `x`, all of it compared with the reference; returns the reference's result."""
+    dtype = dtype or x.dtype
+    expected = reference.run_like(layer, x, grad_y)
+    y, grad_x = step(layer, x, grad_y)
+    torch.testing.assert_close(y.double(), expected.y, **OUTPUT[dtype].kwargs(), check_stride=False)
+    assert_gradient(grad_x, expected.grad_x, dtype, "x")
+    for name, value in expected.grads.items():
+        grad = getattr(layer, name).grad
+        assert grad is not None, f"{name} received no gradient"
+        assert_gradient(grad.reshape(value.shape), value, dtype, name)
+    if expected.state is not None and expected.state.running_mean is not None:
+        assert_state(layer, expected.state, dtype)
+    return expected
