@@ -1,5 +1,6 @@
 """UBN-Zoo: Unified Batch Normalization (arXiv 2311.15993) as a drop-in layer, and UBN variants of timm's models."""
 
+from . import models
 from .layers import (
     UnifiedBatchNorm2d,
     UnifiedBatchNormAct2d,
@@ -18,5 +19,6 @@ __all__ = [
     "convert_batchnorm",
     "convert_sync_ubn",
     "freeze_ubn",
+    "models",
     "unfreeze_ubn",
 ]

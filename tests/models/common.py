@@ -1,0 +1,90 @@
+"""What the tests of the zoo share: which models stand for all, and siblings with weights worth comparing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+ALL = timm.list_models("*_ubn")
+
+# The smallest model of each way in which timm builds one of this zoo: block, stem, attention, head, norm of its module.
+BUILD_PATHS = [
+    "mobilenet_edgetpu_v2_xs_ubn",
+    "mobilenetv1_100_ubn",
+    "mobilenetv2_035_ubn",
+    "mobilenetv3_rw_ubn",
+    "mobilenetv3_small_050_ubn",
+    "mobilenetv4_conv_aa_medium_ubn",
+    "mobilenetv4_conv_small_035_ubn",
+    "mobilenetv4_hybrid_medium_075_ubn",
+    "regnetv_040_ubn",
+    "regnetx_002_ubn",
+    "regnety_002_ubn",
+    "regnetz_005_ubn",
+    "regnetz_b16_ubn",
+    "resnet10t_ubn",
+    "resnet18_ubn",
+    "resnet26d_ubn",
+    "resnet32ts_ubn",
+    "resnet33ts_ubn",
+    "resnet50_clip_gap_ubn",
+    "resnet50_clip_ubn",
+    "resnet50_mlp_ubn",
+    "resnet51q_ubn",
+    "resnetaa34d_ubn",
+    "resnetblur18_ubn",
+    "resnetrs50_ubn",
+    "resnetv2_18_ubn",
+    "resnetv2_34d_ubn",
+]
+
+
+def sibling(name: str) -> str:
+    return name.removesuffix("_ubn")
+
+
+def input_size(name: str, side: int) -> tuple[int, int, int]:
+    """A small input, or the model's own where its size is fixed."""
+    cfg = timm.get_pretrained_cfg(name)
+    return tuple(cfg.input_size) if cfg.fixed_input_size else (3, side, side)
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def trained(name: str, seed: int = 0, **kwargs: Any) -> nn.Module:
+    """A model of timm in evaluation, its norms with random weights and with statistics of data.
+
+    Random statistics would not do: deep models, those with squeeze-excitation above all, then amplify rounding so much
+    that even the same model in float32 and in float64 gives different logits.
+    """
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **kwargs)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.uniform_(-0.2, 0.2)
+        norm.momentum = 0.5
+    with torch.no_grad():
+        _, *size = input_size(name, 64)
+        model.train()(torch.randn(2, kwargs.get("in_chans", 3), *size))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def content(model: nn.Module) -> bytes:
+    return safetensors.torch.save(model.state_dict())
+
+
+def assert_same_function(actual: Tensor, expected: Tensor) -> None:
+    """Agreement relative to the largest value: single activations near zero have no relative accuracy."""
+    assert torch.isfinite(expected).all()
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * scale)

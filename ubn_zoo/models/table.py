@@ -1,0 +1,47 @@
+"""The zoo's models and weights as a Markdown page: ``python -m ubn_zoo.models.table docs/models.md``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import timm
+from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
+
+from . import ubn_mobilenet, ubn_regnet, ubn_resnet
+
+__all__ = ["markdown"]
+
+_INTRODUCTION = """\
+# Models
+
+<!-- Written by `python -m ubn_zoo.models.table docs/models.md`; edit ubn_zoo/models/table.py instead. -->
+
+{models} architectures of timm {version} with Unified Batch Normalization, {weights} tags of theirs with weights.
+
+Tags that start with `bn_` are the weights of the BatchNorm sibling (the name without `_ubn`): fetched from the
+repository named here, under its licence, and converted exactly. Other tags were trained with UBN. The first tag of a
+model is the one that `pretrained=True` loads. Inputs are channels x height x width in pixels.
+"""
+
+
+def markdown() -> str:
+    """The page, for the installed timm and the packaged manifest."""
+    models = timm.list_models("*_ubn")
+    text = [
+        _INTRODUCTION.format(models=len(models), version=timm.__version__, weights=len(timm.list_pretrained("*_ubn")))
+    ]
+    for module in (ubn_resnet, ubn_regnet, ubn_mobilenet):
+        name = module.__name__.rpartition(".")[2]
+        text += [f"\n## {name}\n", "| Model | Tag | Weights | Input | Classes | Licence |", "|---|---|---|---|---|---|"]
+        for model in timm.list_models(module=name):
+            for full, cfg in arch_pretrained_cfgs(model).items():
+                source = cfg.hf_hub_id or ("in the package" if cfg.file else "none")
+                size = "x".join(str(side) for side in cfg.input_size)
+                tag = full.partition(".")[2]
+                text.append(f"| {model} | {tag} | {source} | {size} | {cfg.num_classes} | {cfg.license or ''} |")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(markdown(), encoding="utf-8")
