@@ -1,0 +1,123 @@
+"""Which part of the package may import which, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "ubn_zoo"
+
+# From the innermost room outwards: each may import those before its own line, and only those.
+ROOMS = [
+    {"layers"},
+    {"manifest"},
+    {"hub"},
+    {"models"},
+    {"data", "progress", "recipe"},
+    {"evaluate"},
+    {"train"},
+    {"benchmark", "catalogue", "quickstart"},
+    {"checkpoints", "publish"},
+    {"cli"},
+    {"__main__"},
+]
+RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = {"matplotlib", "onnx", "onnxruntime", "onnxscript", "pandas", "sklearn", "tensorboard", "triton"}
+
+
+def imported(path: Path, root: Path) -> set[str]:
+    """Absolute names of everything that a file imports, relative imports resolved."""
+    package = ["ubn_zoo", *path.relative_to(root).parts[:-1]]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_imported(path: Path, root: Path = PACKAGE) -> set[str]:
+    """The rooms of the package that a file imports; `ubn_zoo` stands for a name of the package itself."""
+    found = set()
+    for name in imported(path, root):
+        first, _, rest = name.partition(".")
+        if first == "ubn_zoo":
+            room = rest.partition(".")[0]
+            found.add(room if room in RANKS else "ubn_zoo")
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_has_a_room() -> None:
+    assert {room_of(path) for path in SOURCES} - {"__init__"} == set(RANKS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    room, found = room_of(path), rooms_imported(path)
+    if room == "__init__":
+        # Whoever imports any room runs this file first.
+        assert found <= {"layers", "models"}
+        return
+    if "ubn_zoo" in found:
+        # The package's own names exist once its layers and models are imported.
+        assert RANKS[room] > RANKS["models"]
+    outward = {other for other in found - {"ubn_zoo", room} if RANKS[other] >= RANKS[room]}
+    assert not outward, f"{room} imports {outward}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_package_imports_neither_scripts_nor_tests(path: Path) -> None:
+    outside = {folder.name for folder in REPOSITORY.iterdir() if folder.is_dir()} - {"ubn_zoo"}
+    outside |= {file.stem for folder in ("scripts", "tests") for file in (REPOSITORY / folder).glob("*.py")}
+    # A name that an installed package has as well (`benchmark`, `train`) cannot be told apart and is no danger here.
+    mine = {name.partition(".")[0] for name in imported(path, PACKAGE)} & outside
+    assert {name for name in mine if importlib.util.find_spec(name) is None} == set()
+
+
+def test_guard_sees_every_form_of_import(tmp_path: Path) -> None:
+    (tmp_path / "layers").mkdir()
+    source = tmp_path / "layers" / "x.py"
+    for text, room in [
+        ("import ubn_zoo.train", "train"),
+        ("import ubn_zoo.models.ubn_resnet as m", "models"),
+        ("from ubn_zoo import hub", "hub"),
+        ("from ubn_zoo.cli import main", "cli"),
+        ("from .. import manifest", "manifest"),
+        ("from ..hub import fetch", "hub"),
+        ("from . import ubn", "layers"),
+        ("def f():\n    from ..evaluate import evaluate", "evaluate"),
+        ("from .. import __version__", "ubn_zoo"),
+        ("import torch", None),
+    ]:
+        source.write_text(text)
+        assert rooms_imported(source, tmp_path) == ({room} if room else set()), text
+
+
+def test_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_import_brings_nothing_heavy() -> None:
+    code = (
+        "import sys, timm\n"
+        "before = set(sys.modules)\n"
+        "import ubn_zoo\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "ubn_zoo" in done.stdout.split()
+    assert not HEAVY & set(done.stdout.split())
