@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv, installs the package and what its tests need, and runs them; arguments go to pytest.
+#
+#   UBN_TEST_PROCESSES  how many processes share the tests, by default 2 (about 2 GB of memory each)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 use_venv test
-exec "$UBN_VENV/bin/python" -m pytest "$@"
+exec "$UBN_VENV/bin/python" -m pytest --numprocesses "${UBN_TEST_PROCESSES:-2}" "$@"

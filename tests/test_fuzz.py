@@ -24,7 +24,7 @@ from ubn_zoo.models._weights import check_state_dict, read_checkpoint
 SECONDS = 3.0
 """For each of the four tests; how many mutations that is depends on the machine, which ones they are does not."""
 
-FEWEST = 50
+FEWEST = 10
 REPO = "someone/small"
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import ubn_zoo.models
 from ubn_zoo import UnifiedBatchNorm2d
 from ubn_zoo import hub as client
+from ubn_zoo.manifest import Record, bundled_path, load_manifest
 from ubn_zoo.models import CheckpointError
 
 from .common import assert_same_function, content, images, trained
@@ -161,6 +162,30 @@ def test_file_in_overlay_and_checkpoint_path(request: pytest.FixtureRequest, for
     assert model.default_cfg["file"] == str(file)
     by_path = timm.create_model(NAME, checkpoint_path=str(file)).eval()
     assert_equal_state(by_path, model.state_dict())
+
+
+@pytest.mark.parametrize("record", load_manifest().find(source="bundled"), ids=lambda record: record.id)
+def test_bundled_weights(hub: HubServer, record: Record, tmp_path: Path) -> None:
+    model = timm.create_model(record.id, pretrained=True).eval()
+    assert not hub.requests
+    assert_equal_state(model, safetensors.torch.load_file(bundled_path(record)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == record.params
+    x = images(2, *record.input.size)
+    assert logits(model, x).shape == (2, record.num_classes)
+    with torch.inference_mode():
+        assert tuple(model.forward_features(x).shape[-2:]) == tuple(model.default_cfg["pool_size"])
+    assert logits(timm.create_model(record.id, pretrained=True, num_classes=3).eval(), x).shape == (2, 3)
+
+    # Another file under the record's tag is not the record's: it is not held against the manifest's hash.
+    other = write(trained(record.architecture.removesuffix("_ubn")).state_dict(), tmp_path / "other.safetensors")
+    assert load(other, record.id, overlay={"num_classes": 1000}).num_classes == 1000
+
+
+def test_altered_bundled_file_is_refused(monkeypatch: pytest.MonkeyPatch, bn_file: Path) -> None:
+    record = next(iter(load_manifest().find(source="bundled")))
+    monkeypatch.setattr(client, "bundled_path", lambda _: bn_file)
+    with pytest.raises(client.ChecksumError, match=record.sha256):
+        timm.create_model(record.id, pretrained=True)
 
 
 def test_state_dict_in_overlay(theirs: nn.Module) -> None:

@@ -3,7 +3,7 @@
 Structure is checked for every model on the meta device, where nothing is computed. Numbers are checked for one small
 model of each way of building; for all of them with
 
-    python -m pytest tests/models -m slow
+    python -m pytest tests/models -m exhaustive
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def names_of(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-# The rest of the zoo, in the slow run.
-REST = [pytest.param(name, marks=pytest.mark.slow) for name in ALL if name not in BUILD_PATHS]
+# The rest of the zoo, left out of the ordinary run.
+EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
+REST = [pytest.param(name, marks=EXHAUSTIVE) for name in ALL if name not in BUILD_PATHS]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -154,6 +155,7 @@ FEASIBLE = [name for name in ALL if not name.startswith(("regnety_1280", "regnet
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in FEASIBLE if name not in BUILD_PATHS])
 @pytest.mark.parametrize("check", [check_same_function, check_backward, check_script])
 def test_every_model(name: str, check: object) -> None:
@@ -216,12 +218,9 @@ def save(model: nn.Module, file: Path) -> None:
     save_file(model.state_dict(), file)
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18_ubn", "regnety_002_ubn", "mobilenetv3_small_050_ubn", "resnet50_clip_gap_ubn"]
-)
+@pytest.mark.parametrize("name", ["resnet18_ubn", "regnety_002_ubn", "mobilenetv3_small_050_ubn", "resnetv2_18_ubn"])
 def test_fx(name: str) -> None:
     """UBN is a leaf of timm's traces, as BatchNormAct is; graphs compute what the model computes."""
-    name += "_ubn"
     model = build(name).eval()
     nodes, _ = get_graph_node_names(model)
     assert not any("running" in node for node in nodes)

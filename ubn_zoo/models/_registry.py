@@ -53,7 +53,6 @@ def _native_cfg(record: Record, upstream: PretrainedCfg) -> PretrainedCfg:
         classifier=upstream.classifier,
         license=record.licence,
         description=record.description,
-        origin_url=record.origin.trained,
         paper_name=_PAPER,
         paper_ids="arXiv:2311.15993",
     )
