@@ -13,6 +13,7 @@ __all__ = ["affine_gain", "identity_kernel", "upgrade_layer_state"]
 
 _AUTHORS_AFFINE = {"bnconv.weight": "weight", "bnconv.bias": "bias"}
 CALIBRATIONS = {"center_weight": 0.0, "scale_weight": 0.0, "scale_bias": 1.0}  # name: start
+_ENTRIES = ("weight", "bias", "running_mean", "feature_similarity", *CALIBRATIONS, *_AUTHORS_AFFINE)
 
 
 def affine_gain(scale_calibration: bool) -> float:
@@ -40,7 +41,7 @@ def upgrade_layer_state(state_dict: MutableMapping[str, Any], prefix: str, layer
         prefix: Of the layer's keys, with its dot.
         layer: The UnifiedBatchNorm2d they are for.
     """
-    entries = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    entries = {name: state_dict[prefix + name] for name in _ENTRIES if prefix + name in state_dict}
     if _is_authors(entries):
         for theirs, ours in _AUTHORS_AFFINE.items():
             if theirs in entries and ours not in entries:
