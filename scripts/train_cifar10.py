@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 
 import ubn_zoo  # noqa: F401 - registers the models with timm
 from ubn_zoo.data import ImageSet, find_test_split, load_image_folder
+from ubn_zoo.plots import draw_training
 from ubn_zoo.progress import Progress
 from ubn_zoo.recipe import NORMS, Recipe, apply_settings, load_recipe
 from ubn_zoo.train import EpochMetrics, run, write_metrics
@@ -62,7 +64,12 @@ def train_one(recipe: Recipe, train: ImageSet, test: ImageSet, output: Path) -> 
         )
         progress = Progress(label)
 
-    return run(recipe, train, test, output, on_step=lambda done, total: progress(done, total), on_epoch=on_epoch)
+    rows = run(recipe, train, test, output, on_step=lambda done, total: progress(done, total), on_epoch=on_epoch)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture of the run: matplotlib is missing; pip install 'ubn-zoo[quickstart]'")
+    else:
+        draw_training(rows, output / "training.png")
+    return rows
 
 
 def summarise(runs: Sequence[tuple[EpochMetrics, ...]]) -> None:

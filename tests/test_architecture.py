@@ -22,7 +22,7 @@ ROOMS = [
     {"data", "progress", "recipe"},
     {"evaluate"},
     {"train"},
-    {"benchmark", "catalogue", "quickstart"},
+    {"benchmark", "catalogue", "plots", "quickstart"},
     {"checkpoints", "publish"},
     {"cli"},
     {"__main__"},
