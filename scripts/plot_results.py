@@ -1,22 +1,27 @@
 #!/usr/bin/env python3
-"""Draws a training table: python scripts/plot_results.py results/cifar10_small.csv docs/cifar10_small.png."""
+"""Draw runs into their folders: python scripts/plot_results.py RUN_FOLDER [RUN_FOLDER ...]."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ubn_zoo.plots import draw_training
-from ubn_zoo.train import read_metrics
+from ubn_zoo.plots import draw_run
 
 
-def main() -> None:
-    """Parses, draws, prints."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", type=Path, help="metrics.csv of scripts/train_cifar10.py")
-    parser.add_argument("picture", type=Path, help="PNG file to write")
-    args = parser.parse_args()
-    draw_training(read_metrics(args.table), args.picture)
-    print(f"written: {args.picture}")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER", help="what a training run left behind")
+    try:
+        for folder in parser.parse_args(arguments).runs:
+            for picture in draw_run(folder):
+                print(f"written: {picture}")
+    except (OSError, ValueError, ImportError) as error:
+        print(f"plot_results: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 import ubn_zoo
 from ubn_zoo import checkpoints, cli, manifest
 from ubn_zoo import hub as client
+from ubn_zoo.metrics import EpochMetrics, write_metrics
 from ubn_zoo.publish import PublishConflictError, PublishError, publish
 from ubn_zoo.recipe import Recipe, dump_recipe, load_recipe
-from ubn_zoo.train import EpochMetrics, save_weights, write_metrics
+from ubn_zoo.runs import save_weights
 
 SIBLING = "mobilenetv3_small_050"
 NAME = f"{SIBLING}_ubn"
@@ -61,7 +62,7 @@ def logged_in(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    small = {"model": SIBLING, "epochs": 2, "warmup_epochs": 0.0, "img_size": 32}
+    small = {"model": SIBLING, "epochs": 2, "warmup_epochs": 0.0, "img_size": 32, "num_classes": 10}
     return dataclasses.replace(load_recipe("cifar10_small"), **small)
 
 
@@ -71,17 +72,22 @@ def rows(recipe: Recipe, **changes: Any) -> list[EpochMetrics]:
         norm=recipe.norm,
         seed=recipe.seed,
         epoch=1,
+        step=390,
         lr=0.001,
         train_loss=1.5,
         test_loss=1.25,
         top1=61.5,
+        calibration_error=3.5,
         seconds=10.0,
         step_ms=20.0,
+        images_per_second=6400.0,
         similarity_min=0.1,
         similarity_mean=0.2,
         similarity_max=0.3,
         gates_open=1,
         gates=2,
+        device="cpu",
+        ranks=1,
         threads=1,
         torch="2.6",
         commit="1" * 40,

@@ -13,8 +13,8 @@ import torch
 from ubn_zoo.data import load_image_folder
 from ubn_zoo.evaluate import evaluate_pretrained
 from ubn_zoo.manifest import Record, bundled_path, load_manifest
+from ubn_zoo.metrics import EpochMetrics, read_metrics
 from ubn_zoo.recipe import load_recipe, recipe_path, recipe_sha256
-from ubn_zoo.train import EpochMetrics, read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10.tar.xz"

@@ -1,156 +1,97 @@
-"""The training loop, its data and its evaluation, on small made-up images."""
+"""The training loop on small made-up images: learning, repeating, going on, and all its switches."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from pathlib import Path
+from typing import Any
 
-import numpy
 import pytest
 import safetensors.torch
 import timm
-import timm.data
 import torch
-from PIL import Image
+from images import RECIPE, striped_images
 from torch import nn
 
-from ubn_zoo.data import ImageSet, Normalizer, find_test_split, load_image_folder, random_crop_flip, resize
-from ubn_zoo.evaluate import evaluate, predict, predict_as_configured
 from ubn_zoo.layers import UnifiedBatchNorm2d
-from ubn_zoo.progress import Progress
+from ubn_zoo.loaders import DataError, MemoryTest, MemoryTrain
+from ubn_zoo.metrics import EpochMetrics
+from ubn_zoo.ranks import Ranks
 from ubn_zoo.recipe import Recipe
+from ubn_zoo.snapshots import Snapshot
 from ubn_zoo.train import (
+    Outcome,
+    TrainingError,
     build_model,
     build_optimizer,
+    build_scheduler,
+    complete,
     fit,
     gate_state,
-    learning_rate,
-    read_metrics,
-    run,
-    write_metrics,
 )
 
-RECIPE = Recipe(
-    source="tests",
-    command="pytest",
-    hardware="any",
-    time="seconds",
-    expected="none",
-    model="resnet10t",
-    num_classes=2,
-    img_size=32,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.25, 0.25, 0.25),
-    crop_padding=1,
-    epochs=2,
-    batch_size=8,
-    optimizer="adamw",
-    lr=0.003,
-    weight_decay=0.01,
-    warmup_epochs=0.5,
-    label_smoothing=0.1,
-    seed=3,
-)
+TRAIN = striped_images(64, seed=1)
+TEST = striped_images(32, seed=2)
 
 
-def striped_images(count: int, seed: int) -> ImageSet:
-    """Horizontal stripes against vertical ones, with noise: easy to tell apart."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    stripes = 80.0 * (torch.arange(16) % 4 < 2)
-    horizontal = stripes[:, None].expand(16, 16)
-    clean = torch.where(labels[:, None, None] == 0, horizontal, horizontal.t())
-    noisy = clean[:, None] + 120 * torch.rand((count, 3, 16, 16), generator=generator)
-    return ImageSet(noisy.to(torch.uint8), labels, ("horizontal", "vertical"))
+def train(recipe: Recipe, model: nn.Module | None = None, **options: Any) -> Outcome:
+    batches = MemoryTrain(recipe, TRAIN, Ranks()), MemoryTest(recipe, TEST, Ranks())
+    return fit(recipe, model or build_model(recipe), *batches, **options)
 
 
-@pytest.fixture(scope="module")
-def train() -> ImageSet:
-    return striped_images(64, seed=1)
+def change(**settings: Any) -> Recipe:
+    return dataclasses.replace(RECIPE, **settings)
 
 
-@pytest.fixture(scope="module")
-def test() -> ImageSet:
-    return striped_images(32, seed=2)
+def timeless(row: EpochMetrics) -> EpochMetrics:
+    """A row without what the clock says."""
+    return dataclasses.replace(row, seconds=0.0, step_ms=0.0, images_per_second=0.0)
 
 
-def same_numbers(first: object, second: object) -> bool:
-    """Rows agree in all but what the clock says."""
-    timeless = {"seconds": 0.0, "step_ms": 0.0}
-    return dataclasses.replace(first, **timeless) == dataclasses.replace(second, **timeless)  # type: ignore[type-var]
+def assert_same(first: Outcome, second: Outcome) -> None:
+    """Equal to the last bit."""
+    assert list(map(timeless, first.metrics)) == list(map(timeless, second.metrics))
+    assert first.similarity == second.similarity
+    for one, other in ((first.model, second.model), (first.ema, second.ema)):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            states = one.state_dict(), other.state_dict()
+            assert list(states[0]) == list(states[1])
+            for name, tensor in states[0].items():
+                assert torch.equal(tensor, states[1][name]), name
 
 
-# The loop
-
-
-def test_it_learns(train: ImageSet, test: ImageSet) -> None:
-    recipe = dataclasses.replace(RECIPE, epochs=5)
-    outcome = fit(recipe, build_model(recipe), train, test)
-    assert outcome.metrics[-1].top1 >= 90.0
-    assert outcome.metrics[-1].train_loss < outcome.metrics[0].train_loss
-
-
-def test_a_run_leaves_a_folder_that_is_complete_and_not_run_again(
-    train: ImageSet, test: ImageSet, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    steps: list[tuple[int, int]] = []
-    rows = run(RECIPE, train, test, folder, on_step=lambda done, total: steps.append((done, total)))
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "model.safetensors", "recipe.yaml"]
-    assert steps[-1] == (64, 64)
-    assert [row.epoch for row in rows] == [1, 2]
-    assert all(row.gates == 14 and row.similarity_min <= row.similarity_mean <= row.similarity_max for row in rows)
-    assert all(row.commit is None or len(row.commit) == 40 for row in rows)
-
-    again = run(RECIPE, train, test, folder, on_step=lambda done, total: pytest.fail("trained again"))
-    assert [round(row.top1, 3) for row in again] == [round(row.top1, 3) for row in rows]
-    described = dataclasses.replace(RECIPE, hardware="another computer")
-    assert run(described, train, test, folder, on_step=lambda done, total: pytest.fail("trained again")) == again
-    with pytest.raises(FileExistsError, match="holds a run of another recipe"):
-        run(dataclasses.replace(RECIPE, seed=4), train, test, folder)
-
-    model = build_model(RECIPE)
-    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-    normalize = Normalizer(RECIPE.mean, RECIPE.std, torch.device("cpu"))
-    assert evaluate(model, test, normalize, img_size=32).top1 == rows[-1].top1
-
-
-@pytest.mark.parametrize("norm", ["ubn", "bn"])
-def test_the_same_seed_gives_the_same_numbers(norm: str, train: ImageSet, test: ImageSet) -> None:
-    recipe = dataclasses.replace(RECIPE, norm=norm)
-    first, second = (fit(recipe, build_model(recipe), train, test) for _ in range(2))
-    assert all(same_numbers(*pair) for pair in zip(first.metrics, second.metrics, strict=True))
-    for one, other in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-    other_seed = dataclasses.replace(recipe, seed=4)
-    third = fit(other_seed, build_model(other_seed), train, test)
-    assert not same_numbers(dataclasses.replace(third.metrics[-1], seed=3), first.metrics[-1])
+# What a recipe becomes
 
 
 def test_twins_start_from_the_same_function() -> None:
     images = torch.rand(4, 3, 32, 32)
-    logits = [
-        build_model(dataclasses.replace(RECIPE, norm=norm)).eval()(images) for norm in ("bn", "ubn", "rbn", "bnet")
-    ]
+    logits = [build_model(change(norm=norm)).eval()(images) for norm in ("bn", "ubn", "rbn", "bnet")]
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("norm", "gated", "centred", "kernel"),
-    [("ubn", True, True, 3), ("rbn", False, True, 1), ("bnet", False, False, 3)],
+    [("ubn", True, True, 5), ("rbn", False, True, 1), ("bnet", False, False, 5)],
 )
 def test_norms_are_settings_of_one_layer(norm: str, gated: bool, centred: bool, kernel: int) -> None:
-    model = build_model(dataclasses.replace(RECIPE, norm=norm))
+    model = build_model(change(norm=norm, kernel_size=5, threshold=0.3))
     layers = [module for module in model.modules() if isinstance(module, UnifiedBatchNorm2d)]
     assert layers
     for layer in layers:
-        assert (layer.threshold is not None) == gated
+        assert layer.threshold == (0.3 if gated else None)
         assert (layer.center_weight is not None) == (layer.scale_weight is not None) == centred
         assert layer.weight.shape[-1] == kernel
     assert (gate_state(model) is not None) == gated
+
+
+def test_ubn_without_a_gate_and_with_random_kernels() -> None:
+    model = build_model(change(threshold=None, kernel_init="kaiming"))
+    assert gate_state(model) is None
+    kernels = [module.weight for module in model.modules() if isinstance(module, UnifiedBatchNorm2d)]
+    assert any((kernel.detach().flatten(2)[..., 0] != 0).any() for kernel in kernels)
 
 
 def test_gate_state_counts_layers_above_their_threshold() -> None:
@@ -165,228 +106,263 @@ def test_gate_state_counts_layers_above_their_threshold() -> None:
     assert gate_state(nn.BatchNorm2d(2)) is None
 
 
-def test_norm_parameters_and_biases_do_not_decay() -> None:
-    recipe = dataclasses.replace(RECIPE, weight_decay=0.25)
+@pytest.mark.parametrize("norm", ["ubn", "rbn", "bnet", "bn"])
+@pytest.mark.parametrize("norm_decay", [False, True])
+def test_norm_parameters_and_biases_decay_only_if_asked(norm: str, norm_decay: bool) -> None:
+    recipe = change(weight_decay=0.25, norm=norm, norm_decay=norm_decay)
     model = build_model(recipe)
     decay = {
         id(parameter): group["weight_decay"]
         for group in build_optimizer(recipe, model).param_groups
         for parameter in group["params"]
     }
-    norms = {id(p) for module in model.modules() if isinstance(module, UnifiedBatchNorm2d) for p in module.parameters()}
+    kinds = (UnifiedBatchNorm2d, nn.BatchNorm2d)
+    norms = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        expected = 0.0 if id(parameter) in norms or name.endswith("bias") else 0.25
-        assert decay[id(parameter)] == expected, name
+        plain = id(parameter) in norms or name.endswith("bias")
+        assert decay[id(parameter)] == (0.0 if plain and not norm_decay else 0.25), name
 
 
-def test_sgd_has_nesterov_momentum() -> None:
-    recipe = dataclasses.replace(RECIPE, optimizer="sgd", momentum=0.8)
-    optimizer = build_optimizer(recipe, nn.Linear(2, 2))
+def test_optimiser_options() -> None:
+    optimizer = build_optimizer(change(optimizer="sgd", momentum=0.8), nn.Linear(2, 2))
     assert isinstance(optimizer, torch.optim.SGD)
     assert all(group["nesterov"] and group["momentum"] == 0.8 for group in optimizer.param_groups)
+    optimizer = build_optimizer(change(betas=(0.5, 0.75), optimizer_eps=1e-3), nn.Linear(2, 2))
+    assert all(group["betas"] == (0.5, 0.75) and group["eps"] == 1e-3 for group in optimizer.param_groups)
 
 
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    recipe = dataclasses.replace(RECIPE, lr=2.0, epochs=5, warmup_epochs=1.0)
-    expected = {0.0: 0.0, 0.25: 0.5, 1.0: 2.0, 2.0: 1.0 + math.cos(math.pi / 4), 3.0: 1.0, 5.0: 0.0}
-    for epoch, rate in expected.items():
-        assert learning_rate(recipe, epoch) == pytest.approx(rate, abs=1e-12)
+def test_layer_decay_slows_early_layers() -> None:
+    recipe = change(layer_decay=0.5)
+    model = build_model(recipe)
+    optimizer = build_optimizer(recipe, model)
+    build_scheduler(recipe, optimizer, 4).step_update(4)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert (
+        named["conv1.0.weight"] < named["layer1.0.conv1.weight"] < named["layer4.0.conv1.weight"] < named["fc.weight"]
+    )
+    assert named["layer4.0.bn1.weight"] == named["layer4.0.conv1.weight"]
 
 
-def test_the_moving_average_is_what_is_evaluated_and_kept(train: ImageSet, test: ImageSet) -> None:
-    frozen = dataclasses.replace(RECIPE, ema_decay=0.0)
-    plain = fit(RECIPE, build_model(RECIPE), train, test)
+def rates(recipe: Recipe, steps: int, updates: list[int]) -> list[float]:
+    optimizer = build_optimizer(recipe, nn.Linear(2, 2))
+    scheduler = build_scheduler(recipe, optimizer, steps)
+    found = []
+    for update in updates:
+        scheduler.step_update(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_schedules() -> None:
+    common: dict[str, Any] = {"lr": 2.0, "epochs": 5, "warmup_epochs": 1.0}
+    # A cosine over all five epochs, seen from the end of the warm-up on.
+    expected = [0.0, 1.0, 2 * 0.5 * (1 + math.cos(math.pi / 5)), 2 * 0.5 * (1 + math.cos(0.6 * math.pi))]
+    assert rates(change(**common), 10, [0, 5, 10, 30]) == pytest.approx(expected)
+    # A cosine that starts after the warm-up.
+    assert rates(change(**common, warmup_prefix=True), 10, [10, 30, 50]) == pytest.approx([2.0, 1.0, 0.0], abs=1e-9)
+    step = change(lr=1.0, epochs=100, warmup_epochs=0.0, scheduler="step", decay_epochs=30.0)
+    assert rates(step, 10, [299, 300, 600, 999]) == pytest.approx([1.0, 0.1, 0.01, 0.001])
+    drops = change(
+        lr=1.0, epochs=9, warmup_epochs=0.0, scheduler="multistep", decay_milestones=(2.0, 6.0), decay_rate=0.5
+    )
+    # timm drops one update early.
+    assert rates(drops, 10, [18, 20, 58, 60]) == pytest.approx([1.0, 0.5, 0.5, 0.25])
+    poly = change(lr=1.0, epochs=4, warmup_epochs=0.0, scheduler="poly", decay_rate=1.0)
+    assert rates(poly, 10, [0, 20, 40]) == pytest.approx([1.0, 0.5, 0.0])
+    assert rates(change(lr=1.0, warmup_epochs=0.0, scheduler="constant"), 10, [0, 19]) == [1.0, 1.0]
+
+
+def test_what_a_recipe_leaves_to_its_model() -> None:
+    blank = change(img_size=None, interpolation=None, crop_pct=None, mean=None, std=None, dataset="folder", crop="rrc")
+    filled = complete(blank)
+    cfg = timm.get_pretrained_cfg("resnet10t_ubn")
+    assert cfg is not None
+    assert (filled.img_size, filled.interpolation, filled.crop_pct) == (
+        cfg.input_size[-1],
+        cfg.interpolation,
+        cfg.crop_pct,
+    )
+    assert (filled.mean, filled.std) == (cfg.mean, cfg.std)
+    assert complete(RECIPE) == RECIPE
+    with pytest.raises(TrainingError, match=r"model: received 'resnet51' \(norm ubn\); valid: resnet"):
+        complete(change(model="resnet51"))
+    with pytest.raises(TrainingError, match="pretrained_tag: resnet10t_ubn.nothing is none of timm's"):
+        complete(change(pretrained=True, pretrained_tag="nothing"))
+
+
+def test_weights_to_start_from(tmp_path: Path) -> None:
+    source = build_model(change(seed=7))
+    path = tmp_path / "start.safetensors"
+    state = {name: tensor.contiguous() for name, tensor in source.state_dict().items()}
+    safetensors.torch.save_file(state, path)
+    model = build_model(change(checkpoint=str(path)))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    other = build_model(change(checkpoint=str(path), num_classes=5))
+    fresh = build_model(change(num_classes=5))
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name] if name.startswith("fc.") else state[name]), name
+    # A BatchNorm checkpoint starts a UBN model that computes the same.
+    sibling = build_model(change(norm="bn", seed=8))
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in sibling.state_dict().items()}, path)
+    converted = build_model(change(checkpoint=str(path)))
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(converted.eval()(images), sibling.eval()(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TrainingError, match="cannot be read as safetensors"):
+        build_model(change(checkpoint=str(tmp_path / "absent.safetensors")))
+    del state["fc.bias"]
+    safetensors.torch.save_file(state, path)
+    with pytest.raises((RuntimeError, ValueError), match=r"fc\.bias"):
+        build_model(change(checkpoint=str(path)))
+
+
+# The loop
+
+
+def test_it_learns() -> None:
+    outcome = train(change(epochs=5))
+    assert outcome.finished
+    assert outcome.metrics[-1].top1 >= 90.0
+    assert outcome.metrics[-1].train_loss < outcome.metrics[0].train_loss
+    assert [row.step for row in outcome.metrics] == [8, 16, 24, 32, 40]
+    layers = {row.layer for row in outcome.similarity}
+    assert len(outcome.similarity) == 5 * len(layers)
+    assert len(layers) == 14
+    assert all(row.gate in ("open", "closed") for row in outcome.similarity)
+
+
+@pytest.mark.parametrize("norm", ["ubn", "bn"])
+def test_the_same_seed_gives_the_same_numbers(norm: str) -> None:
+    recipe = change(norm=norm)
+    first, second = train(recipe), train(recipe)
+    assert_same(first, second)
+    third = train(dataclasses.replace(recipe, seed=4))
+    assert third.metrics[-1].train_loss != first.metrics[-1].train_loss
+
+
+# Every switch that has a state of its own, or draws random numbers.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bn": {"norm": "bn", "optimizer": "sgd", "lr": 0.05},
+    "ema": {"ema_decay": 0.9},
+    "lamb": {"optimizer": "lamb", "loss": "bce", "bce_threshold": 0.2},
+    "mixup": {"mixup": 0.5, "cutmix": 1.0, "random_erasing": 0.5, "drop_path_rate": 0.2, "drop_rate": 0.3},
+    "float16": {"amp": "float16", "clip_grad": 1.0},
+    "parts": {"accumulation": 2, "clip_grad": 0.05, "clip_mode": "agc", "img_size": 24},
+    "checkpointing": {"grad_checkpointing": True, "amp": "bfloat16", "clip_grad": 0.1, "clip_mode": "value"},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_run_that_goes_on_from_any_update_ends_the_same(name: str) -> None:
+    recipe = change(**SWITCHES[name], checkpoint_steps=3)
+    saved: list[Snapshot] = []
+
+    def keep(snapshot: Snapshot) -> None:
+        copy = {key: value.clone() for key, value in snapshot.model.items()}
+        ema = None if snapshot.ema is None else {key: value.clone() for key, value in snapshot.ema.items()}
+        optimizer = torch.utils._pytree.tree_map(
+            lambda value: value.clone() if isinstance(value, torch.Tensor) else value, dict(snapshot.optimizer)
+        )
+        saved.append(dataclasses.replace(snapshot, model=copy, ema=ema, optimizer=optimizer))
+
+    whole = train(recipe, on_save=keep)
+    assert [snapshot.updates for snapshot in saved] == [3, 6, 8, 11, 14, 16]
+    assert all(math.isfinite(row.train_loss) for row in whole.metrics)
+    for snapshot in (saved[0], saved[2], saved[4]):
+        again = train(recipe, build_model(dataclasses.replace(recipe, seed=99)), start=snapshot)
+        assert_same(again, whole)
+
+
+def test_accumulation_is_one_batch_for_a_model_without_statistics() -> None:
+    # The statistics of half a batch are not those of a batch; a frozen body has none.
+    start = build_model(RECIPE)
+    results = []
+    for parts in (1, 4):
+        recipe = change(pretrained=False, accumulation=parts, label_smoothing=0.0)
+        model = build_model(recipe)
+        model.load_state_dict(start.state_dict())
+        for layer in model.modules():
+            if isinstance(layer, UnifiedBatchNorm2d):
+                layer.frozen = True
+        results.append(train(recipe, model))
+    assert results[1].metrics[-1].train_loss == pytest.approx(results[0].metrics[-1].train_loss, rel=1e-4)
+    torch.testing.assert_close(results[1].model.state_dict(), results[0].model.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_is_trained_alone(tmp_path: Path) -> None:
+    path = tmp_path / "start.safetensors"
+    source = build_model(change(seed=7))
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in source.state_dict().items()}, path)
+    recipe = change(checkpoint=str(path), tune="head", drop_rate=0.1)
+    outcome = train(recipe)
+    for name, tensor in outcome.model.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name]) == (not name.startswith("fc.")), name
+    assert outcome.metrics[-1].train_loss < outcome.metrics[0].train_loss
+
+
+def test_the_moving_average_is_measured_beside_the_weights() -> None:
+    plain, frozen, slow = (train(change(ema_decay=decay, ema_warmup=False)) for decay in (None, 0.0, 0.9))
+    assert plain.ema is None
+    assert plain.metrics[-1].ema_top1 is None
     # Without memory the average is the model itself.
-    assert same_numbers(fit(frozen, build_model(frozen), train, test).metrics[-1], plain.metrics[-1])
-    slow = dataclasses.replace(RECIPE, ema_decay=0.9)
-    model = build_model(slow)
-    averaged = fit(slow, model, train, test)
-    assert averaged.model is not model
-    assert averaged.metrics[-1].train_loss == plain.metrics[-1].train_loss
-    assert averaged.metrics[-1].test_loss != plain.metrics[-1].test_loss
+    assert frozen.metrics[-1].ema_test_loss == plain.metrics[-1].test_loss
+    assert slow.metrics[-1].test_loss == plain.metrics[-1].test_loss
+    assert slow.metrics[-1].ema_test_loss != plain.metrics[-1].test_loss
 
 
-def test_what_does_not_fit_is_refused(train: ImageSet, test: ImageSet) -> None:
-    model = build_model(RECIPE)
-    with pytest.raises(ValueError, match="received 64 training images; valid: at least one batch of 65"):
-        fit(dataclasses.replace(RECIPE, batch_size=65), model, train, test)
-    with pytest.raises(ValueError, match="received images of 2 classes; the recipe has 3"):
-        fit(dataclasses.replace(RECIPE, num_classes=3), model, train, test)
-    with pytest.raises(RuntimeError, match="the loss of epoch 1 is nan; lower lr"):
+def test_mixup_can_be_off_from_an_epoch_on() -> None:
+    always, never, half = (train(change(mixup=1.0, mixup_off_epoch=epoch)).metrics for epoch in (None, 0, 1))
+    assert half[0].train_loss == always[0].train_loss != never[0].train_loss
+    assert half[1].train_loss != always[1].train_loss
+
+
+def test_a_stop_that_is_asked_for_saves_and_ends() -> None:
+    saved: list[Snapshot] = []
+    steps: list[int] = []
+    outcome = train(
+        RECIPE,
+        on_step=lambda done, total: steps.append(done),
+        on_save=saved.append,
+        stopping=lambda: len(steps) >= 11,
+    )
+    assert not outcome.finished
+    assert [row.epoch for row in outcome.metrics] == [1]
+    assert saved[-1].updates == 12
+    whole = train(RECIPE)
+    assert_same(train(RECIPE, start=saved[-1]), whole)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(DataError, match="received 64 training images; valid: at least one batch of 66"):
+        train(change(batch_size=66))
+    with pytest.raises(TrainingError, match="num_classes: received null"):
+        build_model(change(num_classes=None))
+    with pytest.raises(TrainingError, match="the loss is nan at epoch 1 after update 1 of 8.*lower lr"):
         spoilt = build_model(RECIPE)
         nn.init.constant_(next(spoilt.parameters()), math.nan)
-        fit(RECIPE, spoilt, train, test)
+        train(RECIPE, spoilt)
 
 
-def test_metrics_survive_their_file(train: ImageSet, test: ImageSet, tmp_path: Path) -> None:
-    rows = [*fit(RECIPE, build_model(RECIPE), train, test).metrics]
-    bn = dataclasses.replace(RECIPE, norm="bn")
-    rows += fit(bn, build_model(bn), train, test).metrics
-    write_metrics(tmp_path / "metrics.csv", rows)
-    found = read_metrics(tmp_path / "metrics.csv")
-    for row, back in zip(rows, found, strict=True):
-        for field in dataclasses.fields(row):
-            value, read = getattr(row, field.name), getattr(back, field.name)
-            assert type(read) is type(value), field.name
-            assert read == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), field.name
-    (tmp_path / "other.csv").write_text("epoch,loss\n1,2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="received the columns epoch, loss; valid: model, norm"):
-        read_metrics(tmp_path / "other.csv")
+def test_a_spoilt_state_is_not_saved() -> None:
+    saved: list[Snapshot] = []
+
+    class Spoiling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build_model(RECIPE)
+            self.calls = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += self.training
+            return self.inner(images) * (math.nan if self.calls == 6 else 1.0)
+
+    with pytest.raises(TrainingError, match="after update 6 of 8"):
+        train(change(checkpoint_steps=2, probe_images=0), Spoiling(), on_save=saved.append)
+    assert [snapshot.updates for snapshot in saved] == [2, 4]
 
 
-# Data
-
-
-def write_image(path: Path, pixels: numpy.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def test_image_folders_are_read_in_the_order_of_names(tmp_path: Path) -> None:
-    random = numpy.random.default_rng(0)
-    written = {}
-    for name in ("b/2.png", "b/10.png", "a/1.png"):
-        written[name] = random.integers(0, 256, (5, 7, 3), dtype=numpy.uint8)
-        write_image(tmp_path / name, written[name])
-    write_image(tmp_path / "a/2.png", written["a/1.png"][..., 0])  # grey
-    (tmp_path / "a/notes.txt").write_text("no image", encoding="utf-8")
-    reported: list[tuple[int, int]] = []
-    data = load_image_folder(tmp_path, report=lambda done, total: reported.append((done, total)))
-    assert data.classes == ("a", "b")
-    assert data.labels.tolist() == [0, 0, 1, 1]
-    assert reported == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    for index, name in ((0, "a/1.png"), (2, "b/10.png"), (3, "b/2.png")):
-        assert numpy.array_equal(data.images[index].permute(1, 2, 0).numpy(), written[name])
-    assert torch.equal(data.images[1], data.images[1, :1].expand(3, -1, -1))
-
-
-def test_image_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        load_image_folder(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="has no images"):
-        load_image_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="none of the folders test, val, validation"):
-        find_test_split(tmp_path)
-    (tmp_path / "val").mkdir()
-    assert find_test_split(tmp_path) == "val"
-    write_image(tmp_path / "a/1.png", numpy.zeros((4, 4, 3), numpy.uint8))
-    write_image(tmp_path / "a/2.png", numpy.zeros((4, 5, 3), numpy.uint8))
-    with pytest.raises(ValueError, match=r"2\.png is 5x4 pixels and .*1\.png is 4x4"):
-        load_image_folder(tmp_path)
-    (tmp_path / "a/2.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"2\.png: not a readable image"):
-        load_image_folder(tmp_path)
-
-
-def test_image_sets_check_themselves() -> None:
-    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
-    assert len(ImageSet(images, labels, ("a", "b"))) == 2
-    with pytest.raises(ValueError, match="images: received"):
-        ImageSet(images.float(), labels, ("a", "b"))
-    with pytest.raises(ValueError, match="labels: received"):
-        ImageSet(images, labels[:1], ("a", "b"))
-    with pytest.raises(ValueError, match="labels: received 0 to 1; valid: 0 to 0"):
-        ImageSet(images, labels, ("a",))
-
-
-def test_random_crop_and_flip_move_whole_images() -> None:
-    images = torch.arange(1, 101).reshape(1, 1, 10, 10).expand(200, 3, 10, 10).to(torch.uint8)
-    moved = random_crop_flip(images, 2, 0.5, torch.Generator().manual_seed(0))
-    padded = nn.functional.pad(images[0, 0], (2, 2, 2, 2))
-    possible = {}
-    for top in range(5):
-        for left in range(5):
-            crop = padded[top : top + 10, left : left + 10]
-            possible[crop.numpy().tobytes()] = (top, left, False)
-            possible[crop.flip(1).numpy().tobytes()] = (top, left, True)
-    seen = {possible[image.numpy().tobytes()] for image in moved[:, 0].contiguous()}
-    assert torch.equal(moved[:, 0], moved[:, 2])
-    assert len(seen) > 40
-    again = random_crop_flip(images, 2, 0.5, torch.Generator().manual_seed(0))
-    assert torch.equal(moved, again)
-    assert torch.equal(random_crop_flip(images, 0, 0.0, torch.Generator()), images)
-    assert torch.equal(random_crop_flip(images, 0, 1.0, torch.Generator()), images.flip(3))
-
-
-@pytest.mark.parametrize("size", [20, 48, 64])
-def test_preprocessing_is_that_of_timms_transforms(size: int) -> None:
-    images = striped_images(4, seed=5).images
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    transform = timm.data.create_transform(
-        input_size=(3, size, size), interpolation="bilinear", mean=mean, std=std, crop_pct=1.0
-    )
-    expected = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
-    found = Normalizer(mean, std, torch.device("cpu"))(resize(images, size))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-
-
-# Evaluation
-
-
-class Reference(nn.Module):
-    """Logits that can be worked out by hand: the mean of each channel."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        assert not self.training
-        return images.mean((2, 3))
-
-
-def test_accuracy_counts_every_image_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (37, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, 3, (37,), generator=generator)
-    normalize = Normalizer((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
-    model = Reference().train()
-    found = evaluate(model, ImageSet(images, labels, ("a", "b", "c")), normalize, img_size=4, batch_size=5)
-    means = images.double().numpy().mean((2, 3)) / 255
-    probabilities = numpy.exp(means) / numpy.exp(means).sum(1, keepdims=True)
-    assert found.images == 37
-    assert found.top1 == pytest.approx(100 * (means.argmax(1) == labels.numpy()).mean())
-    assert found.loss == pytest.approx(-numpy.log(probabilities[numpy.arange(37), labels.numpy()]).mean(), rel=1e-5)
-    assert model.training
-    with pytest.raises(ValueError, match="received 0 images"):
-        predict(model, images[:0], normalize, img_size=4)
-
-
-def test_models_are_fed_as_their_configuration_says() -> None:
-    cfg = {"input_size": (3, 64, 64), "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "crop_pct": 1.0}
-    images = striped_images(4, seed=6).images
-    model = timm.create_model(
-        "resnet10t_ubn", num_classes=2, pretrained_cfg_overlay={**cfg, "interpolation": "bilinear"}
-    )
-    normalize = Normalizer(cfg["mean"], cfg["std"], torch.device("cpu"))
-    expected = predict(model, images, normalize, img_size=64)
-    torch.testing.assert_close(predict_as_configured(model, images), expected)
-    with pytest.raises(ValueError, match="images: received"):
-        predict_as_configured(model, images[:, :, :8])
-    other = timm.create_model("resnet10t_ubn", num_classes=2)
-    with pytest.raises(ValueError, match=r"the model's input: received .*crop_pct 0\.875"):
-        predict_as_configured(other, images)
-
-
-# Progress
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_is_a_bar_on_a_terminal_and_quiet_elsewhere() -> None:
-    terminal, log = Terminal(), io.StringIO()
-    for stream in (terminal, log):
-        progress = Progress("train", stream=stream)
-        progress(1, 4)
-        progress(4, 4)
-        progress.close()
-    assert "train: 4/4" in terminal.getvalue()
-    assert "#" * 24 in terminal.getvalue()
-    assert terminal.getvalue().endswith("\r\x1b[K")
-    assert log.getvalue() == ""
-    lines = Progress("train", stream=log, interval=0.0)
-    lines(0, 4)
-    lines(2, 4)
-    assert log.getvalue().splitlines()[0] == "train: 0/4, 0 images/s, starting"
-    assert "train: 2/4" in log.getvalue().splitlines()[1]
-    assert "left" in log.getvalue().splitlines()[1]
+@pytest.mark.slow
+def test_compiled_training_agrees() -> None:
+    eager, compiled = (train(change(compile=compile, epochs=1)) for compile in (False, True))
+    assert compiled.metrics[0].train_loss == pytest.approx(eager.metrics[0].train_loss, rel=1e-3)

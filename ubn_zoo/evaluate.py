@@ -1,8 +1,9 @@
-"""Accuracy of a model on images held in memory, with the preprocessing of timm's evaluation transforms."""
+"""Accuracy of a model on held-out images, all of them counted once whatever the number of ranks."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import timm.data
 import torch
@@ -11,8 +12,11 @@ from torch.nn import functional as F
 
 from . import models  # noqa: F401 - registers the zoo with timm
 from .data import ImageSet, Normalizer, resize
+from .ranks import Ranks
 
-__all__ = ["Accuracy", "evaluate", "evaluate_pretrained", "predict", "predict_as_configured"]
+__all__ = ["Accuracy", "evaluate", "evaluate_pretrained", "measure", "predict", "predict_as_configured"]
+
+_BINS = 15
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,19 +25,101 @@ class Accuracy:
 
     Attributes:
         top1: Images whose most probable class is their own, in percent.
+        top5: Images whose own class is among the five most probable, in percent; None for fewer than six classes.
         loss: Mean cross-entropy in nats.
+        calibration_error: Expected calibration error in percent: mean over images of the gap between confidence and
+            accuracy in their bin, 15 equal bins of confidence (Guo et al., arXiv 1706.04599).
         images: How many images were counted.
     """
 
     top1: float
+    top5: float | None
     loss: float
+    calibration_error: float
     images: int
 
 
+class _Counts:
+    """Sums over images, which add up over batches and ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        # images, right at first, right in five, loss; float64 where the device has it
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(4 + 3 * _BINS, dtype=kind, device=device)
+        self.classes = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        kind = self.sums.dtype
+        logits = logits.to(kind)
+        self.classes = logits.shape[1]
+        probability, guess = logits.softmax(1).max(1)
+        right = guess == labels
+        five = logits.topk(min(5, self.classes), 1).indices == labels[:, None]
+        self.sums[0] += len(labels)
+        self.sums[1] += right.sum()
+        self.sums[2] += five.any(1).sum()
+        self.sums[3] += F.cross_entropy(logits, labels, reduction="sum")
+        # Confidence of exactly 1 belongs to the last bin.
+        bins = (probability * _BINS).long().clamp(max=_BINS - 1)
+        for start, weights in enumerate((torch.ones_like(probability), probability, right.to(kind))):
+            self.sums[4 + start * _BINS : 4 + (start + 1) * _BINS].index_add_(0, bins, weights)
+
+    def accuracy(self) -> Accuracy:
+        values = self.sums.cpu().double()
+        images = int(values[0])
+        if not images:
+            raise ValueError("received 0 images; valid: at least 1")
+        _, confidence, right = values[4:].view(3, _BINS)
+        return Accuracy(
+            top1=100.0 * float(values[1]) / images,
+            top5=100.0 * float(values[2]) / images if self.classes > 5 else None,
+            loss=float(values[3]) / images,
+            calibration_error=100.0 * float((confidence - right).abs().sum()) / images,
+            images=images,
+        )
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks, *, amp: torch.dtype | None = None
+) -> Accuracy:
+    """Accuracy over the images of all ranks; the model's mode is left as it was found.
+
+    Every rank must call it, each with its own share; a share may be empty.
+
+    Args:
+        model: Takes the images on the ranks' device, gives (n, classes).
+        batches: Images (n, 3, H, W), normalised, and labels (n,), on the ranks' device.
+        ranks: This process.
+        amp: Autocast's dtype; None for the model's own precision.
+
+    Returns:
+        The same on every rank.
+
+    Raises:
+        ValueError: There are no images on any rank.
+    """
+    counts = _Counts(ranks.device)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for images, labels in batches:
+            with torch.autocast(ranks.device.type, dtype=amp, enabled=amp is not None):
+                logits = model(images)
+            counts.add(logits, labels)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    ranks.sum(counts.sums)
+    # A rank without images does not know how many classes there are.
+    counts.classes = int(ranks.max(counts.classes))
+    return counts.accuracy()
+
+
 def _accuracy(logits: Tensor, data: ImageSet) -> Accuracy:
-    correct = int((logits.argmax(1) == data.labels).sum())
-    loss = float(F.cross_entropy(logits.double(), data.labels))
-    return Accuracy(top1=100.0 * correct / len(data), loss=loss, images=len(data))
+    counts = _Counts(torch.device("cpu"))
+    counts.add(logits, data.labels)
+    return counts.accuracy()
 
 
 @torch.inference_mode()

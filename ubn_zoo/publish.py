@@ -35,15 +35,16 @@ from ubn_zoo.catalogue import UnknownModelError, describe
 from ubn_zoo.hub import HubAccessError, HubError, HubUnavailableError
 from ubn_zoo.manifest import Manifest, ManifestError, Record, add_record, load_manifest, record_from_dict
 from ubn_zoo.manifest import record_to_dict as as_dict
+from ubn_zoo.metrics import EpochMetrics, read_metrics
 from ubn_zoo.models import CheckpointError
 from ubn_zoo.models._registry import SUFFIX
 from ubn_zoo.models._weights import check_state_dict, read_checkpoint
 from ubn_zoo.recipe import Recipe, RecipeError, list_recipes, parse_recipe, recipe_path, recipe_sha256
-from ubn_zoo.train import EpochMetrics, read_metrics
 
 __all__ = ["File", "Publication", "PublishConflictError", "PublishError", "publish"]
 
 WEIGHTS = "model.safetensors"
+EMA_WEIGHTS = "model_ema.safetensors"
 RECIPE = "recipe.yaml"
 CSV = "metrics.csv"
 JSON = "metrics.json"
@@ -122,6 +123,7 @@ class _Source:
 
     label: str
     weights: bytes = b""
+    averaged: bool = False
     state: dict[str, Any] | None = None
     model: nn.Module | None = None
     architecture: str | None = None
@@ -238,9 +240,14 @@ def _gather(
     path = Path(source)
     if path.is_dir():
         found = _Source(label=str(path), data=dataset)
-        _read_weights(found, path / WEIGHTS)
+        # Of a run with a moving average, that is what is published; it is there only once the run is finished.
+        found.averaged = (path / WEIGHTS).is_file() and (path / EMA_WEIGHTS).is_file()
+        _read_weights(found, path / (EMA_WEIGHTS if found.averaged else WEIGHTS))
         _read_companions(found, path)
-        if (path / "config.json").is_file():
+        recipe = _parsed_recipe(found)
+        if recipe is not None and recipe.norm != "ubn":
+            found.problems.append(f"it was trained with norm {recipe.norm!r}; only UBN models are published")
+        elif (path / "config.json").is_file():
             _from_config(found, path)
         else:
             _from_run(found)
@@ -295,19 +302,19 @@ def _from_run(found: _Source) -> None:
     if recipe is None:
         found.problems.append("without config.json or a valid recipe.yaml the architecture is not known")
         return
-    if recipe.norm != "ubn":
-        found.problems.append(f"it was trained with norm {recipe.norm!r}; only UBN models are published")
-        return
     found.architecture = recipe.model + SUFFIX
+    side = recipe.test_img_size or recipe.img_size
+    incomplete = [key for key in ("num_classes", "mean", "std", "interpolation") if getattr(recipe, key) is None]
+    if recipe.num_classes is None or side is None or incomplete:
+        found.problems.append(f"{RECIPE} is not that of a run: {', '.join(incomplete) or 'img_size'} is missing")
+        return
     _build_model(found, found.architecture, recipe.num_classes)
-    side = recipe.img_size
-    # Evaluation resizes without a crop.
     found.data_config = {
         "input_size": (3, side, side),
         "mean": recipe.mean,
         "std": recipe.std,
         "interpolation": recipe.interpolation,
-        "crop_pct": 1.0,
+        "crop_pct": recipe.crop_pct or 1.0,
         "crop_mode": "center",
     }
     if recipe.pretrained:
@@ -437,7 +444,7 @@ def _read_json_metrics(found: _Source, path: Path) -> list[Any] | None:
 
 
 def _metrics_of_run(found: _Source, table: bytes, dataset: str | None, split: str) -> None:
-    """Turn the last epoch of a run into the manifest's metric."""
+    """Turn the last epoch of a run into the manifest's metric: of the weights, or of their moving average."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / CSV
@@ -457,7 +464,7 @@ def _metrics_of_run(found: _Source, table: bytes, dataset: str | None, split: st
     found.metrics = [
         {
             "name": "top1",
-            "value": rows[-1].top1,
+            "value": rows[-1].ema_top1 if found.averaged else rows[-1].top1,
             "dataset": dataset or "unknown",
             "split": split,
             "measured": {"command": recipe.command, "seeds": [recipe.seed], "commit": rows[-1].commit},
@@ -471,6 +478,10 @@ def _unfinished(rows: Sequence[EpochMetrics], recipe: Recipe) -> str | None:
         return f"{CSV} has {len(rows)} epochs, the recipe has {recipe.epochs}: the run is not finished"
     if {(row.model, row.norm, row.seed) for row in rows} != {(recipe.model, recipe.norm, recipe.seed)}:
         return f"{CSV} is of another run than the recipe"
+    if rows[-1].commit is not None and rows[-1].commit.endswith("+"):
+        return (
+            f"the code differed from its commit {rows[-1].commit[:-1]}, so the run cannot be repeated; train it again"
+        )
     if not all(math.isfinite(value) for row in rows for value in (row.train_loss, row.test_loss, row.top1)):
         return f"{CSV} has values that are not finite"
     return None

@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from . import __version__
 from .data import ImageSet, Normalizer
 from .evaluate import predict, predict_as_configured
+from .loaders import MemoryTest, MemoryTrain, normalization, test_input
 from .manifest import load_manifest
+from .metrics import EpochMetrics
 from .progress import Progress
+from .ranks import Ranks
 from .recipe import Recipe, RecipeError, apply_settings, decisive_settings, load_recipe
-from .train import EpochMetrics, build_model, fit
+from .train import build_model, complete, fit
 
 __all__ = ["check_saved_model", "load_digits", "main", "run_quickstart"]
 
@@ -86,7 +89,7 @@ def _train(recipe: Recipe, train: ImageSet, test: ImageSet, label: str) -> tuple
     model.reset_classifier(recipe.num_classes)
     progress = Progress(label)
 
-    def on_epoch(row: EpochMetrics) -> None:
+    def on_epoch(row: EpochMetrics, layers: object) -> None:
         nonlocal progress
         progress.close()
         print(
@@ -96,7 +99,14 @@ def _train(recipe: Recipe, train: ImageSet, test: ImageSet, label: str) -> tuple
         )
         progress = Progress(label)
 
-    outcome = fit(recipe, model, train, test, on_step=lambda done, total: progress(done, total), on_epoch=on_epoch)
+    outcome = fit(
+        recipe,
+        model,
+        MemoryTrain(recipe, train, Ranks()),
+        MemoryTest(recipe, test, Ranks()),
+        on_step=lambda done, total: progress(done, total),
+        on_epoch=on_epoch,
+    )
     return outcome.model, outcome.metrics[-1].top1
 
 
@@ -247,7 +257,7 @@ def run_quickstart(output: str | os.PathLike[str], *, settings: Sequence[str] = 
     start = time.monotonic()
     _require("sklearn", "matplotlib")
     folder = Path(output)
-    recipe = apply_settings(load_recipe(RECIPE), settings)
+    recipe = complete(apply_settings(load_recipe(RECIPE), settings))
     fingerprint = _fingerprint(recipe)
     earlier = None if force else _finished(folder, fingerprint)
     if earlier is not None:
@@ -271,9 +281,9 @@ def run_quickstart(output: str | os.PathLike[str], *, settings: Sequence[str] = 
     logits = predict(
         model.to(memory_format=torch.channels_last),
         test.images,
-        Normalizer(recipe.mean, recipe.std, torch.device("cpu")),
-        img_size=recipe.img_size,
-        interpolation=recipe.interpolation,
+        Normalizer(*normalization(recipe), torch.device("cpu")),
+        img_size=test_input(recipe)[0],
+        interpolation=test_input(recipe)[1],
     )
     safetensors.torch.save_file({"logits": logits}, folder / "logits.safetensors")
     print("4/5  read back through timm in a fresh process")

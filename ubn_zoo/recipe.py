@@ -18,6 +18,7 @@ from collections.abc import Collection, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
+import timm.optim
 import yaml
 
 __all__ = [
@@ -36,8 +37,10 @@ __all__ = [
 
 NORMS = ("ubn", "bn", "rbn", "bnet")
 DESCRIPTIVE = ("source", "command", "hardware", "time", "expected")
-OPTIMIZERS = ("sgd", "adamw")
-INTERPOLATIONS = ("bilinear", "bicubic")
+# How a run is carried out, not what it computes: a run may go on with other values of these.
+OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "keep_checkpoints")
+DATASETS = ("folder", "memory", "wds", "hfds", "hfids")
+NAMED_DATASETS = ("hfds", "hfids")
 
 _RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -64,6 +67,9 @@ def _check_choice(key: str, value: str, choices: Collection[str]) -> None:
 class Recipe:
     """One training run.
 
+    What is None, and said here to come from the model or the data, is filled in when the run starts; the recipe that a
+    run keeps has it.
+
     Attributes:
         source: Where the settings come from.
         command: The command that runs it.
@@ -73,27 +79,90 @@ class Recipe:
         model: timm's name of the architecture, without ``_ubn``.
         norm: Its normalisation: ``ubn``, ``bn``, or the ablations ``rbn`` (both calibrations, neither gate nor
             depthwise kernel) and ``bnet`` (the depthwise kernel alone).
+        threshold: Gate threshold of ``ubn``; None for no gate, batch statistics always.
+        kernel_size: Taps per side of the depthwise affine of ``ubn`` and ``bnet``.
+        kernel_init: Its start, ``identity`` (as BatchNorm) or ``kaiming``.
         pretrained: Whether to start from pretrained weights.
         pretrained_tag: Their tag; None for the model's default.
-        num_classes: Outputs of the classifier.
-        img_size: Side in pixels that images are resized to.
-        interpolation: Filter of that resize, ``bilinear`` or ``bicubic``.
-        mean: Mean per channel, of pixel values scaled to 0..1.
-        std: Standard deviation per channel, of pixel values scaled to 0..1.
-        crop_padding: Zero padding in pixels around the image, before the resize, that the random crop moves in; 0 for
-            no random crop.
+        checkpoint: Safetensors file to start from, such as an earlier run's ``model.safetensors``; a classifier of
+            other size starts anew.
+        tune: What is trained: ``full``, or the ``head`` alone with frozen statistics behind it.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth.
+        dataset: Kind of data: ``folder`` (an image folder, or tar files in the place of its splits), ``memory`` (an
+            image folder of small images of one size, decoded once), ``wds`` (WebDataset shards), ``hfds/NAME`` (Hugging
+            Face datasets) or ``hfids/NAME`` (the same, streamed).
+        train_split: Training part of the data; with ``wds`` also shards, ``train-{0000..0099}.tar``.
+        test_split: Held-out part; None for the first of test, val, validation that is there.
+        train_samples: Training images in an epoch: at most that many, spread evenly over a folder; the number of images
+            of a stream, where its description does not have it. None for all.
+        test_samples: Likewise of the held-out images.
+        input_key: Column or file ending of the image; None for the reader's default.
+        target_key: Column of the class; None for the reader's default.
+        num_classes: Outputs of the classifier; None for the classes of the data.
+        img_size: Side in pixels of training images; None for the model's.
+        test_img_size: Side in pixels of held-out images; None for ``img_size``.
+        interpolation: Filter of resizing, ``bilinear`` or ``bicubic``; None for the model's.
+        train_interpolation: Likewise in training, or ``random``; None for ``interpolation``.
+        crop_pct: Side of the centre crop over that of the resized image, for held-out images; None for the model's.
+        mean: Mean per channel, of pixel values scaled to 0..1; None for the model's.
+        std: Standard deviation per channel, of pixel values scaled to 0..1; None for the model's.
+        crop: Random crop in training: ``rrc`` (of random size and ratio, resized), ``rkrc`` (resized keeping the ratio,
+            random crop), ``rkrr`` (resized by a random factor, random crop), ``pad`` (zero-padded, random crop; the
+            only one of ``memory``).
+        crop_scale: Least and most share of the area that ``rrc`` crops.
+        crop_padding: Zero padding in pixels around the image, before the resize, that ``pad`` moves in; 0 for no crop.
         hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of random brightness, contrast and saturation; 0 for none.
+        auto_augment: timm's text for an augmentation policy, such as ``rand-m7-mstd0.5-inc1``; None for none.
+        random_erasing: Probability of erasing a rectangle.
+        erasing_mode: What fills it: ``const`` (zero), ``rand`` (one colour) or ``pixel`` (noise).
+        repeats: Augmented copies of each image in a batch; an epoch shows as many fewer images.
+        mixup: Alpha of Mixup; 0 for none.
+        cutmix: Alpha of CutMix; 0 for none.
+        mixup_prob: Probability of either, per batch.
+        mixup_switch_prob: Probability of CutMix where both are on.
+        mixup_off_epoch: Epoch from which on they are off; None for never.
         epochs: Passes over the training images.
-        batch_size: Images per step; an incomplete last batch is left out.
-        optimizer: ``sgd`` (Nesterov momentum) or ``adamw``.
+        batch_size: Images per update, over all ranks and accumulated parts; an incomplete last batch is left out.
+        accumulation: Parts that a rank's share of a batch is divided in; normalisation sees one part at a time.
+        optimizer: timm's name of it.
         lr: Peak learning rate.
-        momentum: Momentum of ``sgd``; not used by ``adamw``.
-        weight_decay: Decay of convolution and linear weights; biases and normalisation parameters have none.
-        warmup_epochs: Length of the linear warm-up, in epochs; a cosine to zero follows.
+        momentum: Momentum, of optimisers that have one.
+        betas: Betas, of optimisers that have them; None for their default.
+        optimizer_eps: Epsilon; None for the optimiser's default.
+        weight_decay: Decay of convolution and linear weights.
+        norm_decay: Whether biases and normalisation parameters decay too.
+        layer_decay: Factor of the learning rate from one layer group to the one before it; None for the same rate.
+        scheduler: ``cosine``, ``step``, ``multistep``, ``poly`` or ``constant``, after the warm-up.
+        warmup_epochs: Length of the linear warm-up, in epochs.
+        warmup_lr: Learning rate that it starts at.
+        warmup_prefix: Whether the schedule starts after the warm-up, rather than go on from where it would be then.
+        min_lr: Learning rate that ``cosine`` and ``poly`` end at.
+        decay_epochs: Epochs between the drops of ``step``.
+        decay_milestones: Epochs of the drops of ``multistep``.
+        decay_rate: Factor of each drop; the power of ``poly``.
+        loss: ``cross_entropy``, or ``bce`` (binary cross-entropy, one per class).
+        bce_threshold: Mixed targets above it count as 1, others as 0, with ``bce``; None leaves them as they are.
         label_smoothing: Share of the target that is spread over all classes.
-        ema_decay: Decay of the moving average of the weights, per step, that is evaluated and saved; None for none.
+        clip_grad: Bound on the gradient; None for none.
+        clip_mode: What it bounds: ``norm``, ``value``, or ``agc`` (adaptive).
+        ema_decay: Decay of the moving average of the weights, per update; None for none.
+        ema_warmup: Whether the average starts with a smaller decay.
+        amp: Autocast's dtype, ``bfloat16`` or ``float16``; None for float32 throughout.
+        channels_last: Memory format of the model.
+        compile: Whether ``torch.compile`` compiles the model.
+        grad_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        sync_norm: Whether statistics are those of all ranks.
         seed: Seed of initialisation, order and augmentation.
-        device: torch's name of the device.
+        device: ``auto`` (an accelerator if there is one), or torch's name of the device.
+        threads: torch's threads on the CPU; None for torch's own choice.
+        workers: Processes that load data, per rank.
+        checkpoint_steps: Updates between checkpoints within an epoch; None for one at the end of each epoch only.
+        keep_checkpoints: Newest checkpoints that are kept.
+        probe_images: Held-out images whose feature similarity is measured in every norm layer after each epoch; 0 for
+            none.
 
     Raises:
         RecipeError: A value is not valid.
@@ -106,68 +175,227 @@ class Recipe:
     expected: str
     model: str
     norm: str = "ubn"
+    threshold: float | None = 0.15
+    kernel_size: int = 3
+    kernel_init: str = "identity"
     pretrained: bool = False
     pretrained_tag: str | None = None
-    num_classes: int
-    img_size: int
-    interpolation: str = "bilinear"
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    checkpoint: str | None = None
+    tune: str = "full"
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    dataset: str = "folder"
+    train_split: str = "train"
+    test_split: str | None = None
+    train_samples: int | None = None
+    test_samples: int | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    num_classes: int | None = None
+    img_size: int | None = None
+    test_img_size: int | None = None
+    interpolation: str | None = None
+    train_interpolation: str | None = None
+    crop_pct: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop: str = "rrc"
+    crop_scale: tuple[float, ...] = (0.08, 1.0)
     crop_padding: int = 4
     hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    erasing_mode: str = "pixel"
+    repeats: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_off_epoch: int | None = None
     epochs: int
     batch_size: int = 128
+    accumulation: int = 1
     optimizer: str = "sgd"
     lr: float
     momentum: float = 0.9
+    betas: tuple[float, ...] | None = None
+    optimizer_eps: float | None = None
     weight_decay: float = 5e-4
+    norm_decay: bool = False
+    layer_decay: float | None = None
+    scheduler: str = "cosine"
     warmup_epochs: float = 0.0
+    warmup_lr: float = 0.0
+    warmup_prefix: bool = False
+    min_lr: float = 0.0
+    decay_epochs: float = 30.0
+    decay_milestones: tuple[float, ...] = ()
+    decay_rate: float = 0.1
+    loss: str = "cross_entropy"
+    bce_threshold: float | None = None
     label_smoothing: float = 0.0
+    clip_grad: float | None = None
+    clip_mode: str = "norm"
     ema_decay: float | None = None
+    ema_warmup: bool = True
+    amp: str | None = None
+    channels_last: bool = True
+    compile: bool = False
+    grad_checkpointing: bool = False
+    sync_norm: bool = False
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
+    threads: int | None = None
+    workers: int = 4
+    checkpoint_steps: int | None = None
+    keep_checkpoints: int = 3
+    probe_images: int = 64
 
     def __post_init__(self) -> None:
         types_by_name = _field_types(Recipe)
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), types_by_name[field.name])
-        for key in (*DESCRIPTIVE, "model", "device"):
+        for key in (*DESCRIPTIVE, "model", "device", "train_split"):
             if not getattr(self, key).strip():
                 _fail(key, getattr(self, key), "a text that is not empty")
+        for key, choices in _CHOICES.items():
+            value = getattr(self, key)
+            if value is not None or not _optional(types_by_name[key]):
+                _check_choice(key, value, choices)
+        for key, low, high in _RANGES:
+            value = getattr(self, key)
+            if value is not None:
+                _check_range(key, value, low, high)
+        for key, length, low, high in _LISTS:
+            values = getattr(self, key)
+            if values is None:
+                continue
+            if length is not None and len(values) != length:
+                _fail(key, list(values), f"a list of {length} numbers")
+            for value in values:
+                _check_range(key, value, low, high)
+        self._check_model()
+        self._check_data()
+        self._check_schedule()
+
+    def _check_model(self) -> None:
         if self.model.endswith("_ubn"):
             _fail("model", self.model, f"the architecture's own name, {self.model[:-4]!r}; norm says the rest")
+        if self.kernel_size % 2 == 0:
+            _fail("kernel_size", self.kernel_size, "an odd number")
         if self.pretrained_tag is not None and not self.pretrained:
             _fail("pretrained_tag", self.pretrained_tag, "null, as pretrained is false")
-        _check_choice("norm", self.norm, NORMS)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("interpolation", self.interpolation, INTERPOLATIONS)
-        for key, low, high in _RANGES:
-            _check_range(key, getattr(self, key), low, high)
-        for key, low in (("mean", -10.0), ("std", 1e-6)):
-            values = getattr(self, key)
-            if len(values) != 3:
-                _fail(key, list(values), "three numbers, one for each channel")
-            for value in values:
-                _check_range(key, value, low, 10.0)
+        if self.checkpoint is not None and self.pretrained:
+            _fail("checkpoint", self.checkpoint, "null, as pretrained is true: weights come from one place")
+        if self.tune == "head" and not (self.pretrained or self.checkpoint):
+            _fail("tune", self.tune, "full, as there are no weights to start from: set pretrained or checkpoint")
+
+    def _check_data(self) -> None:
+        kind, slash, name = self.dataset.partition("/")
+        if kind not in DATASETS or bool(slash) != (kind in NAMED_DATASETS) or bool(slash) != bool(name):
+            _fail("dataset", self.dataset, "one of " + ", ".join(_dataset_forms()))
+        if (self.crop == "pad") != (kind == "memory"):
+            _fail("crop", self.crop, "pad with dataset memory, and rrc, rkrc or rkrr with others")
+        if kind == "memory":
+            for key in ("auto_augment", "color_jitter", "vflip"):
+                if getattr(self, key):
+                    _fail(key, getattr(self, key), "none with dataset memory; dataset folder has it")
+        if self.train_interpolation == "random" and kind == "memory":
+            _fail("train_interpolation", self.train_interpolation, "bilinear or bicubic with dataset memory")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            _fail("crop_scale", list(self.crop_scale), "the least share of the area first")
+        if self.batch_size % self.accumulation:
+            _fail("batch_size", self.batch_size, "a multiple of accumulation")
+
+    def _check_schedule(self) -> None:
         if self.warmup_epochs >= self.epochs:
             _fail("warmup_epochs", self.warmup_epochs, f"less than epochs, {self.epochs}")
-        if self.ema_decay is not None:
-            _check_range("ema_decay", self.ema_decay, 0.0, 1.0)
+        if self.scheduler == "multistep" and not self.decay_milestones:
+            _fail("decay_milestones", [], "at least one epoch with scheduler multistep")
+        if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
+            _fail("decay_milestones", list(self.decay_milestones), "epochs that grow")
+        if self.bce_threshold is not None and self.loss != "bce":
+            _fail("bce_threshold", self.bce_threshold, "null, as loss is not bce")
 
+
+def _dataset_forms() -> tuple[str, ...]:
+    return tuple(f"{kind}/NAME" if kind in NAMED_DATASETS else kind for kind in DATASETS)
+
+
+def _optimizers() -> tuple[str, ...]:
+    return tuple(map(str, timm.optim.list_optimizers()))
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": NORMS,
+    "kernel_init": ("identity", "kaiming"),
+    "tune": ("full", "head"),
+    "interpolation": ("bilinear", "bicubic"),
+    "train_interpolation": ("bilinear", "bicubic", "random"),
+    "crop": ("rrc", "rkrc", "rkrr", "pad"),
+    "erasing_mode": ("const", "rand", "pixel"),
+    "optimizer": _optimizers(),
+    "scheduler": ("cosine", "step", "multistep", "poly", "constant"),
+    "loss": ("cross_entropy", "bce"),
+    "clip_mode": ("norm", "value", "agc"),
+    "amp": ("bfloat16", "float16"),
+}
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
+    ("threshold", -1.0, 1.0),
+    ("kernel_size", 1, 99),
+    ("drop_rate", 0.0, 1.0),
+    ("drop_path_rate", 0.0, 1.0),
+    ("train_samples", 1, 10**12),
+    ("test_samples", 1, 10**12),
     ("num_classes", 1, 1_000_000),
     ("img_size", 1, 16_384),
+    ("test_img_size", 1, 16_384),
+    ("crop_pct", 0.01, 2.0),
     ("crop_padding", 0, 1_024),
     ("hflip", 0.0, 1.0),
+    ("vflip", 0.0, 1.0),
+    ("color_jitter", 0.0, 1.0),
+    ("random_erasing", 0.0, 1.0),
+    ("repeats", 1, 64),
+    ("mixup", 0.0, 100.0),
+    ("cutmix", 0.0, 100.0),
+    ("mixup_prob", 0.0, 1.0),
+    ("mixup_switch_prob", 0.0, 1.0),
+    ("mixup_off_epoch", 0, 100_000),
     ("epochs", 1, 100_000),
-    ("batch_size", 2, 1_000_000),
+    ("batch_size", 2, 10_000_000),
+    ("accumulation", 1, 100_000),
     ("lr", 1e-12, 1e3),
     ("momentum", 0.0, 1.0),
+    ("optimizer_eps", 1e-30, 1.0),
     ("weight_decay", 0.0, 10.0),
+    ("layer_decay", 0.01, 1.0),
     ("warmup_epochs", 0.0, 100_000.0),
-    ("label_smoothing", 0.0, 1.0),
+    ("warmup_lr", 0.0, 1e3),
+    ("min_lr", 0.0, 1e3),
+    ("decay_epochs", 1e-3, 100_000.0),
+    ("decay_rate", 0.0, 10.0),
+    ("bce_threshold", 0.0, 1.0),
+    ("label_smoothing", 0.0, 0.999),
+    ("clip_grad", 1e-12, 1e6),
+    ("ema_decay", 0.0, 1.0),
     ("seed", 0, 2**63 - 1),
+    ("threads", 1, 4_096),
+    ("workers", 0, 1_024),
+    ("checkpoint_steps", 1, 10**9),
+    ("keep_checkpoints", 2, 10_000),
+    ("probe_images", 0, 65_536),
+)
+
+_LISTS: tuple[tuple[str, int | None, float, float], ...] = (
+    ("mean", 3, -10.0, 10.0),
+    ("std", 3, 1e-6, 10.0),
+    ("crop_scale", 2, 1e-6, 1.0),
+    ("betas", 2, 0.0, 1.0),
+    ("decay_milestones", None, 1e-3, 100_000.0),
 )
 
 _TYPE_NAMES = {
@@ -183,14 +411,18 @@ def _field_types(cls: Hashable) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def _optional(wanted: Any) -> bool:
+    return isinstance(wanted, types.UnionType)
+
+
 def _base_type(wanted: Any) -> type:
-    if isinstance(wanted, types.UnionType):
+    if _optional(wanted):
         wanted = next(option for option in typing.get_args(wanted) if option is not types.NoneType)
     return typing.get_origin(wanted) or wanted
 
 
 def _check_type(key: str, value: object, wanted: Any) -> None:
-    if value is None and isinstance(wanted, types.UnionType):
+    if value is None and _optional(wanted):
         return
     base = _base_type(wanted)
     if base is tuple and not isinstance(value, tuple):
@@ -346,8 +578,9 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 
 def decisive_settings(recipe: Recipe) -> dict[str, Any]:
-    """The values that decide a run's result: all but what its recipe says about itself."""
-    return {key: value for key, value in dataclasses.asdict(recipe).items() if key not in DESCRIPTIVE}
+    """The values that decide a run's result: not what its recipe says about itself, nor how it is carried out."""
+    left_out = (*DESCRIPTIVE, *OPERATIONAL)
+    return {key: value for key, value in dataclasses.asdict(recipe).items() if key not in left_out}
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -1,0 +1,303 @@
+"""Paired runs that show what a choice does: the same recipe and seeds, one thing different from variant to variant.
+
+Each experiment is a row of `EXPERIMENTS`. Its runs are ordinary runs of `ubn_zoo.runs`, which may be shared out over
+processes and machines; what they measured is collected into two CSV files, from which tables and plots are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .metrics import (
+    EpochMetrics,
+    LayerSimilarity,
+    read_labelled_metrics,
+    read_labelled_similarity,
+    read_metrics,
+    read_similarity,
+    write_metrics,
+    write_similarity,
+)
+from .plots import draw_comparison, draw_similarity_comparison
+from .recipe import Recipe, apply_settings, load_recipe
+
+__all__ = [
+    "EXPERIMENTS",
+    "Experiment",
+    "Planned",
+    "Results",
+    "collect",
+    "draw",
+    "get_experiment",
+    "load",
+    "markdown",
+    "plan",
+    "report",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """Variants of one recipe.
+
+    Attributes:
+        name: Of its files.
+        title: What people read.
+        recipe: Name of the recipe.
+        settings: Changes to it that all variants have, ``key=value`` each.
+        variants: Changes of each variant, under the label that people read; the first is the baseline.
+        seeds: Each variant is run with every one of them.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+    variants: Mapping[str, tuple[str, ...]]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Planned:
+    """One run of an experiment.
+
+    Attributes:
+        variant: Its label.
+        folder: Its folder's name.
+        recipe: What is run.
+    """
+
+    variant: str
+    folder: str
+    recipe: Recipe
+
+
+_TWINS = {"BatchNorm": ("norm=bn",), "UBN": ("norm=ubn",)}
+
+EXPERIMENTS = (
+    Experiment(
+        name="cifar10_regnet",
+        title="RegNetX-200MF on CIFAR-10, 64 pixels",
+        recipe="cifar10_small",
+        variants=_TWINS,
+    ),
+    Experiment(
+        name="cifar10_mobilenet",
+        title="MobileNetV3-small 0.5 on CIFAR-10, 64 pixels",
+        recipe="cifar10_small",
+        settings=("model=mobilenetv3_small_050",),
+        variants={
+            "BatchNorm": ("norm=bn",),
+            "RBN": ("norm=rbn",),
+            "BNET": ("norm=bnet",),
+            "UBN without gate": ("norm=ubn", "threshold=null"),
+            "UBN": ("norm=ubn",),
+            "UBN, threshold 0.3": ("norm=ubn", "threshold=0.3"),
+            "UBN, kaiming kernels": ("norm=ubn", "kernel_init=kaiming"),
+        },
+    ),
+    Experiment(
+        name="cifar10_resnet",
+        title="ResNet-10-T on CIFAR-10, 32 pixels",
+        recipe="cifar10_small",
+        settings=("model=resnet10t", "img_size=32"),
+        variants=_TWINS,
+    ),
+    Experiment(
+        name="cifar10_equal_time",
+        title="MobileNetV3-small 0.5 on CIFAR-10, BatchNorm given UBN's time",
+        recipe="cifar10_small",
+        settings=("model=mobilenetv3_small_050", "epochs=7"),
+        variants={"BatchNorm, 7 epochs": ("norm=bn",)},
+    ),
+    Experiment(
+        name="cifar10_large_batch",
+        title="MobileNetV3-small 0.5 on CIFAR-10, batches of 1024",
+        recipe="cifar10_small",
+        settings=("model=mobilenetv3_small_050", "batch_size=1024", "lr=0.008"),
+        variants=_TWINS,
+    ),
+    Experiment(
+        name="clothing",
+        title="RegNetX-200MF fine-tuned on photographs of clothes, from its own CIFAR-10 weights",
+        recipe="clothing_small",
+        variants={
+            "BatchNorm": ("norm=bn", "checkpoint={runs}/cifar10_regnet/batchnorm_seed{seed}/model.safetensors"),
+            "UBN": ("norm=ubn", "checkpoint={runs}/cifar10_regnet/ubn_seed{seed}/model.safetensors"),
+            "UBN from scratch": ("norm=ubn",),
+        },
+    ),
+)
+
+
+def get_experiment(name: str) -> Experiment:
+    """Find an experiment by name.
+
+    Raises:
+        ValueError: There is none; the message lists those that there are.
+    """
+    for experiment in EXPERIMENTS:
+        if experiment.name == name:
+            return experiment
+    raise ValueError(f"experiment: received {name!r}; valid: {', '.join(each.name for each in EXPERIMENTS)}")
+
+
+def _slug(label: str) -> str:
+    kept = "".join(letter if letter.isalnum() or letter == "." else " " for letter in label.lower())
+    return "_".join(kept.split())
+
+
+def plan(experiment: Experiment, runs: str) -> tuple[Planned, ...]:
+    """All runs of an experiment, those of the first seed first.
+
+    Args:
+        experiment: The experiment.
+        runs: Folder of all experiments' runs, for variants that start from another's weights.
+    """
+    base = apply_settings(load_recipe(experiment.recipe), experiment.settings)
+    planned = []
+    for seed in experiment.seeds:
+        for label, settings in experiment.variants.items():
+            filled = [setting.replace("{runs}", runs).replace("{seed}", str(seed)) for setting in settings]
+            recipe = apply_settings(base, [*filled, f"seed={seed}"])
+            planned.append(Planned(label, f"{_slug(label)}_seed{seed}", recipe))
+    return tuple(planned)
+
+
+# What was measured: one table of epochs and one of layers, each with the variant in its first column
+
+
+def collect(experiment: Experiment, runs: str | Path, results: str | Path) -> tuple[Path, ...]:
+    """Write an experiment's tables from its finished runs.
+
+    Args:
+        experiment: The experiment.
+        runs: Folder of all experiments' runs.
+        results: Folder that gets ``NAME.csv``, and ``NAME_similarity.csv`` with the layers of the first seed's runs.
+
+    Raises:
+        FileNotFoundError: A run is not finished; the message names it.
+    """
+    rows: list[tuple[str, EpochMetrics]] = []
+    layers: list[tuple[str, LayerSimilarity]] = []
+    for planned in plan(experiment, str(runs)):
+        folder = Path(runs) / experiment.name / planned.folder
+        if not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{folder} is not finished; run it by scripts/experiments.py run {experiment.name}")
+        rows += [(planned.variant, row) for row in read_metrics(folder / "metrics.csv")]
+        if planned.recipe.seed == experiment.seeds[0]:
+            layers += [(planned.variant, row) for row in read_similarity(folder / "similarity.csv")]
+    tables = Path(results) / f"{experiment.name}.csv", Path(results) / f"{experiment.name}_similarity.csv"
+    write_metrics(tables[0], [row for _, row in rows], [label for label, _ in rows])
+    write_similarity(tables[1], [row for _, row in layers], [label for label, _ in layers])
+    return tables
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Results:
+    """What an experiment measured.
+
+    Attributes:
+        runs: The rows of each run, by variant.
+        layers: The similarity of each layer in the first seed's run, by variant.
+    """
+
+    runs: Mapping[str, tuple[tuple[EpochMetrics, ...], ...]]
+    layers: Mapping[str, tuple[LayerSimilarity, ...]]
+
+
+def load(experiment: Experiment, results: str | Path) -> Results:
+    """Read what `collect` wrote.
+
+    Raises:
+        FileNotFoundError: A table is missing.
+        ValueError: A table has other columns.
+    """
+    runs: dict[str, dict[int, list[EpochMetrics]]] = {}
+    for label, row in read_labelled_metrics(Path(results) / f"{experiment.name}.csv"):
+        runs.setdefault(label, {}).setdefault(row.seed, []).append(row)
+    layers: dict[str, list[LayerSimilarity]] = {}
+    for label, measured in read_labelled_similarity(Path(results) / f"{experiment.name}_similarity.csv"):
+        layers.setdefault(label, []).append(measured)
+    return Results(
+        {label: tuple(map(tuple, seeds.values())) for label, seeds in runs.items()},
+        {label: tuple(rows) for label, rows in layers.items()},
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean, with the standard deviation over seeds where there are several."""
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def markdown(experiment: Experiment, results: Results) -> str:
+    """A table for people: accuracy after the first and the last epoch, loss, calibration, gates.
+
+    Differences to the first variant are those of runs with the same seed.
+    """
+    lines = [
+        "| | seeds | top-1 (%) after epoch 1 | at the end | difference | held-out loss | calibration error (%) | "
+        "mean similarity | gates open |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    baseline: dict[int, float] | None = None
+    for label, runs in results.runs.items():
+        last = [run[-1] for run in runs]
+        reached = {row.seed: row.top1 for row in last}
+        if baseline is None:
+            baseline, difference = reached, ""
+        else:
+            pairs = [top1 - baseline[seed] for seed, top1 in reached.items() if seed in baseline]
+            difference = _spread(pairs) if pairs else ""
+        probed = [row.similarity for row in results.layers.get(label, ()) if row.epoch == last[0].epoch]
+        gates = [f"{row.gates_open}/{row.gates}" for row in last if row.gates]
+        lines.append(
+            f"| {label} | {len(runs)} | {_spread([run[0].top1 for run in runs])} | "
+            f"**{_spread(list(reached.values()))}** | {difference} | {_spread([row.test_loss for row in last])} | "
+            f"{_spread([row.calibration_error for row in last])} | "
+            f"{f'{statistics.fmean(probed):.2f}' if probed else ''} | {', '.join(gates)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(experiment: Experiment, results: Results, folder: str | Path) -> tuple[Path, ...]:
+    """Draw an experiment's accuracy per epoch, and the similarity of its layers.
+
+    Args:
+        experiment: The experiment.
+        results: What it measured.
+        folder: Folder that gets ``NAME.png`` and ``NAME_similarity.png``.
+    """
+    pictures = Path(folder) / f"{experiment.name}.png", Path(folder) / f"{experiment.name}_similarity.png"
+    draw_comparison(results.runs, pictures[0], title=experiment.title)
+    draw_similarity_comparison(results.layers, pictures[1], title=experiment.title)
+    return pictures
+
+
+def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
+    """Make the page of all experiments that have results, and their plots.
+
+    Args:
+        results: Folder of the tables that `collect` wrote.
+        docs: Folder that gets ``results.md`` and the plots.
+
+    Returns:
+        What was written.
+    """
+    written: list[Path] = []
+    page = ["# Results\n", "Made from `results/*.csv` by `python scripts/experiments.py report`.\n"]
+    for experiment in EXPERIMENTS:
+        if not (Path(results) / f"{experiment.name}.csv").is_file():
+            continue
+        found = load(experiment, results)
+        pictures = draw(experiment, found, docs)
+        written += pictures
+        page += [f"## {experiment.title}\n", markdown(experiment, found)]
+        page += [f"![{experiment.title}]({picture.name})\n" for picture in pictures]
+    path = Path(docs) / "results.md"
+    path.write_text("\n".join(page), encoding="utf-8")
+    return (path, *written)

@@ -1,0 +1,213 @@
+"""What a training run measures, as rows of CSV files: one per epoch, and one per epoch and norm layer."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+__all__ = [
+    "EpochMetrics",
+    "LayerSimilarity",
+    "read_labelled_metrics",
+    "read_labelled_similarity",
+    "read_metrics",
+    "read_similarity",
+    "write_metrics",
+    "write_similarity",
+]
+
+_VARIANT = "variant"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EpochMetrics:
+    """One epoch of one run; a row of ``metrics.csv``.
+
+    Held-out figures are those of the weights as trained, and, under ``ema_``, of their moving average.
+
+    Attributes:
+        model: Architecture.
+        norm: Normalisation.
+        seed: The run's seed.
+        epoch: Epochs done, from 1.
+        step: Updates done.
+        lr: Learning rate of the last update; of the fastest group with layer-wise decay.
+        train_loss: Mean training loss in nats, over all ranks, as augmentation and smoothing make it.
+        test_loss: Cross-entropy on the held-out images in nats.
+        top1: Accuracy on the held-out images in percent.
+        top5: Likewise, the right class among the five most probable; None for fewer than six classes.
+        calibration_error: Expected calibration error on the held-out images in percent, 15 equal bins of confidence.
+        ema_test_loss: As ``test_loss``; None without a moving average, as the next three.
+        ema_top1: As ``top1``.
+        ema_top5: As ``top5``.
+        ema_calibration_error: As ``calibration_error``.
+        seconds: Wall-clock time of the epoch's training, without the evaluation; of the last start only.
+        step_ms: Median time of one update in milliseconds, data included; of the last start only.
+        images_per_second: Training images of all ranks per second, from ``step_ms``.
+        similarity_min: Smallest running feature similarity over the layers; None without a gate.
+        similarity_mean: Its mean; None without a gate.
+        similarity_max: The largest; None without a gate.
+        gates_open: Layers that use batch statistics; None without a gate.
+        gates: Layers that have a gate.
+        device: ``cpu``, or the accelerator's name.
+        ranks: Processes that trained together.
+        threads: torch's threads in each of them.
+        torch: torch's version.
+        commit: The project's commit, with ``+`` behind it if files differed from it; None if it is not under version
+            control.
+    """
+
+    model: str
+    norm: str
+    seed: int
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    test_loss: float
+    top1: float
+    top5: float | None = None
+    calibration_error: float
+    ema_test_loss: float | None = None
+    ema_top1: float | None = None
+    ema_top5: float | None = None
+    ema_calibration_error: float | None = None
+    seconds: float
+    step_ms: float
+    images_per_second: float
+    similarity_min: float | None = None
+    similarity_mean: float | None = None
+    similarity_max: float | None = None
+    gates_open: int | None = None
+    gates: int
+    device: str
+    ranks: int
+    threads: int
+    torch: str
+    commit: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSimilarity:
+    """Feature condensation of one norm layer after one epoch; a row of ``similarity.csv``.
+
+    Attributes:
+        epoch: Epochs done; 0 before training.
+        layer: The norm layer's name in the model.
+        depth: Its place among the norm layers in the order they run, from 0.
+        similarity: Mean cosine similarity between the features of pairs of held-out images that enter the layer.
+        running: The layer's own running similarity, from training batches; None for a layer without a gate.
+        threshold: Its gate's threshold; None for a layer without a gate.
+        gate: ``open`` (batch statistics in training) or ``closed``; None for a layer without a gate.
+    """
+
+    epoch: int
+    layer: str
+    depth: int
+    similarity: float
+    running: float | None = None
+    threshold: float | None = None
+    gate: str | None = None
+
+
+_Row = TypeVar("_Row", EpochMetrics, LayerSimilarity)
+
+
+def _write(
+    path: str | os.PathLike[str], kind: type[_Row], rows: Sequence[_Row], variants: Sequence[str] | None
+) -> None:
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.part")
+    entries: Sequence[Any] = rows
+    labels: list[list[str]] = [[]] * len(rows) if variants is None else [[label] for label in variants]
+    header = [*([] if variants is None else [_VARIANT]), *(field.name for field in dataclasses.fields(kind))]
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for label, row in zip(labels, entries, strict=True):
+            writer.writerow([*label, *("" if value is None else value for value in dataclasses.astuple(row))])
+    temporary.replace(target)
+
+
+def _read(path: str | os.PathLike[str], kind: type[_Row], *, labelled: bool) -> tuple[tuple[str, _Row], ...]:
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind)
+    names = [*([_VARIANT] if labelled else []), *(field.name for field in fields)]
+    kinds: Mapping[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
+    rows = []
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if header != names:
+            raise ValueError(f"{path}: received the columns {', '.join(header)}; valid: {', '.join(names)}")
+        for values in reader:
+            if len(values) != len(names):
+                raise ValueError(f"{path}, line {reader.line_num}: received {len(values)} values; valid: {len(names)}")
+            label = values.pop(0) if labelled else ""
+            parsed: dict[str, Any] = {}
+            for field, value in zip(fields, values, strict=True):
+                base, _, optional = str(field.type).partition(" | ")
+                try:
+                    parsed[field.name] = None if optional and not value else kinds[base](value)
+                except ValueError:
+                    where = f"{path}, line {reader.line_num}, {field.name}"
+                    raise ValueError(f"{where}: received {value!r}; valid: {field.type}") from None
+            rows.append((label, kind(**parsed)))
+    return tuple(rows)
+
+
+def write_metrics(
+    path: str | os.PathLike[str], rows: Sequence[EpochMetrics], variants: Sequence[str] | None = None
+) -> None:
+    """Write rows as CSV with a header, in one step; numbers read back exactly, and what does not apply is empty.
+
+    Args:
+        path: The CSV file.
+        rows: Of one run, or of several.
+        variants: What each row is a row of, for a first column ``variant``; None for no such column.
+    """
+    _write(path, EpochMetrics, rows, variants)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> tuple[EpochMetrics, ...]:
+    """Read what `write_metrics` wrote without variants.
+
+    Args:
+        path: The CSV file.
+
+    Raises:
+        ValueError: The file has other columns, or a value that is not of its column's kind.
+    """
+    return tuple(row for _, row in _read(path, EpochMetrics, labelled=False))
+
+
+def read_labelled_metrics(path: str | os.PathLike[str]) -> tuple[tuple[str, EpochMetrics], ...]:
+    """Read what `write_metrics` wrote with variants: pairs of variant and row. Otherwise as `read_metrics`."""
+    return _read(path, EpochMetrics, labelled=True)
+
+
+def write_similarity(
+    path: str | os.PathLike[str], rows: Sequence[LayerSimilarity], variants: Sequence[str] | None = None
+) -> None:
+    """Write rows as `write_metrics` does."""
+    _write(path, LayerSimilarity, rows, variants)
+
+
+def read_similarity(path: str | os.PathLike[str]) -> tuple[LayerSimilarity, ...]:
+    """Read what `write_similarity` wrote without variants.
+
+    Args:
+        path: The CSV file.
+
+    Raises:
+        ValueError: The file has other columns, or a value that is not of its column's kind.
+    """
+    return tuple(row for _, row in _read(path, LayerSimilarity, labelled=False))
+
+
+def read_labelled_similarity(path: str | os.PathLike[str]) -> tuple[tuple[str, LayerSimilarity], ...]:
+    """Read what `write_similarity` wrote with variants: pairs of variant and row. Otherwise as `read_similarity`."""
+    return _read(path, LayerSimilarity, labelled=True)
