@@ -167,6 +167,15 @@ def test_a_shared_layer_gets_the_mean_over_its_calls() -> None:
     assert row.similarity == pytest.approx((mean_cosine(batch) + mean_cosine(second)) / 2, abs=TOLERANCE)
 
 
+def test_a_layer_that_sees_one_sample_has_no_pairs() -> None:
+    model = Chain(
+        lambda self, x: self.both(self.pooled(x.mean(0, keepdim=True)) + x),
+        pooled=nn.BatchNorm2d(3),
+        both=nn.BatchNorm2d(3),
+    )
+    assert [row.layer for row in measure_similarity(model, images(3))] == ["both"]
+
+
 def test_gates_are_reported() -> None:
     model = Chain(
         lambda self, x: self.plain(self.gateless(self.closed(self.opened(x)))),
@@ -376,19 +385,25 @@ def rows_of(values: Sequence[float], epoch: int = 1, gate: str | None = None) ->
 
 
 def test_sources_side_by_side() -> None:
-    ubn = rows_of([0.9, 0.9], epoch=1, gate="open") + rows_of([0.1, 0.4], epoch=2, gate="closed")
+    ubn = rows_of([0.9, 0.9], epoch=1, gate="open") + rows_of([0.18, 0.4], epoch=2, gate="closed")
     bn = rows_of([0.5, 0.6, 0.7], epoch=1) + rows_of([0.5, 0.6, 0.8], epoch=1)
     sources = {"BatchNorm": bn, "UBN": ubn}
     assert compare_layers(sources) == [
-        {"depth": 0, "layer": "bn0", "BatchNorm": 0.5, "UBN": 0.1},
+        {"depth": 0, "layer": "bn0", "BatchNorm": 0.5, "UBN": 0.18},
         {"depth": 1, "layer": "bn1", "BatchNorm": 0.6, "UBN": 0.4},
         {"depth": 2, "layer": "bn2", "BatchNorm": 0.75, "UBN": None},
     ]
     assert [row["UBN"] for row in compare_layers(sources, epoch=1)] == [0.9, 0.9, None]
     first, second = summarise_similarity(sources, threshold=0.2)
     assert dataclasses.astuple(first) == ("BatchNorm", 1, 3, pytest.approx(1.85 / 3), 0.5, 0.75, 1.0, None)
-    assert dataclasses.astuple(second) == ("UBN", 2, 2, 0.25, 0.1, 0.4, 0.5, 0.0)
+    assert dataclasses.astuple(second) == ("UBN", 2, 2, pytest.approx(0.29), 0.18, 0.4, 0.5, 0.0)
     assert summarise_similarity(sources, epoch=1)[1].gates_open == 1.0
+
+
+def test_layers_are_listed_by_depth() -> None:
+    rows = rows_of([0.1] * 12)
+    for order in (rows, rows[::-1]):
+        assert [row["layer"] for row in compare_layers({"UBN": order})] == [f"bn{depth}" for depth in range(12)]
 
 
 def test_nothing_to_compare() -> None:

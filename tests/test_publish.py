@@ -22,15 +22,19 @@ import timm
 import torch
 import yaml
 from hub_server import HubServer, sha256
+from images import RECIPE, striped_images
 from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 import ubn_zoo
 from ubn_zoo import checkpoints, cli, manifest
 from ubn_zoo import hub as client
-from ubn_zoo.metrics import EpochMetrics, write_metrics
+from ubn_zoo.loaders import MemoryTest, MemoryTrain
+from ubn_zoo.metrics import EpochMetrics, read_metrics, write_metrics
 from ubn_zoo.publish import PublishConflictError, PublishError, publish
+from ubn_zoo.ranks import Ranks
 from ubn_zoo.recipe import Recipe, dump_recipe, load_recipe
+from ubn_zoo.runs import run as run_recipe
 from ubn_zoo.runs import save_weights
 
 SIBLING = "mobilenetv3_small_050"
@@ -463,6 +467,10 @@ UNFIT: dict[str, tuple[Callable[[Path, Recipe], Any], str]] = {
         lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe, test_loss=float("nan"))),
         "not finite",
     ),
+    "changed code": (
+        lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe, commit="1" * 40 + "+")),
+        "the code differed from its commit 1111",
+    ),
     "BatchNorm": (
         lambda run, recipe: (run / "recipe.yaml").write_text(dump_recipe(dataclasses.replace(recipe, norm="bn"))),
         "only UBN models",
@@ -519,6 +527,36 @@ METRICS = [
         "measured": {"command": "python scripts/validate.py", "seeds": [], "commit": None},
     }
 ]
+
+
+def test_of_a_run_with_a_moving_average_that_is_published(
+    hub: HubServer, run: Path, book: Path, recipe: Recipe, trained: nn.Module
+) -> None:
+    state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    state[KEY] *= 0.5
+    safetensors.torch.save_file(state, run / "model_ema.safetensors")
+    averaged = dataclasses.replace(recipe, ema_decay=0.99)
+    (run / "recipe.yaml").write_text(dump_recipe(averaged))
+    write_metrics(run / "metrics.csv", rows(averaged, ema_top1=70.5))
+    record = publish(run, REPO, manifest=book, **FACTS).record
+    assert record.sha256 == sha256((run / "model_ema.safetensors").read_bytes())
+    assert [metric.value for metric in record.metrics] == [70.5]
+
+
+def test_a_run_as_the_engine_leaves_it_is_published(hub: HubServer, book: Path, tmp_path: Path) -> None:
+    source = dataclasses.replace(RECIPE, model=SIBLING, epochs=1, warmup_epochs=0.0, threshold=0.3)
+    data = MemoryTrain(source, striped_images(64, 1), Ranks()), MemoryTest(source, striped_images(16, 2), Ranks())
+    folder = run_recipe(source, "", tmp_path / "run", data=data).folder
+    # This working tree may have changes of its own.
+    table = [dataclasses.replace(row, commit="1" * 40) for row in read_metrics(folder / "metrics.csv")]
+    write_metrics(folder / "metrics.csv", table)
+    done = publish(folder, REPO, manifest=book, **FACTS)
+    assert {"loss_accuracy.png", "learning_rate.png", "similarity.png"} <= {file.name for file in done.files}
+    assert done.record.num_classes == 2
+    assert done.record.input.size == (3, 32, 32)
+    model = timm.create_model(f"hf-hub:{REPO}@{done.record.revision}", pretrained=True)
+    assert model.bn1.threshold == 0.3
+    assert model.pretrained_cfg["label_names"] == ["horizontal", "vertical"]
 
 
 def test_folder_in_timms_format(hub: HubServer, run: Path, book: Path, trained: nn.Module, tmp_path: Path) -> None:

@@ -117,19 +117,17 @@ class LayerSimilarity:
 _Row = TypeVar("_Row", EpochMetrics, LayerSimilarity)
 
 
-def _write(
-    path: str | os.PathLike[str], kind: type[_Row], rows: Sequence[_Row], variants: Sequence[str] | None
-) -> None:
+def _write(path: str | os.PathLike[str], kind: Any, rows: Sequence[Any], variants: Sequence[str] | None) -> None:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.part")
-    entries: Sequence[Any] = rows
-    labels: list[list[str]] = [[]] * len(rows) if variants is None else [[label] for label in variants]
     header = [*([] if variants is None else [_VARIANT]), *(field.name for field in dataclasses.fields(kind))]
+    lines = [["" if value is None else value for value in dataclasses.astuple(row)] for row in rows]
+    if variants is not None:
+        lines = [[label, *line] for label, line in zip(variants, lines, strict=True)]
     with temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        for label, row in zip(labels, entries, strict=True):
-            writer.writerow([*label, *("" if value is None else value for value in dataclasses.astuple(row))])
+        writer.writerows(lines)
     temporary.replace(target)
 
 

@@ -58,9 +58,7 @@ def _new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib, which cannot be imported; pip install 'ubn-zoo[quickstart]'"
-        ) from (error)
+        raise ImportError("matplotlib cannot be imported; pip install 'ubn-zoo[quickstart]' brings it") from error
     # The default padding leaves so little between panels that one's label seems to belong to the other.
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
 
@@ -146,14 +144,14 @@ def _draw_loss_accuracy(rows: Sequence[EpochMetrics], name: str, path: Path) -> 
     figure.suptitle(name, fontsize=11)
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row.epoch for row in rows]
-    averaged = [row for row in rows if row.ema_top1 is not None and row.ema_test_loss is not None]
-    averaged_epochs = [row.epoch for row in averaged]
+    ema_loss = {row.epoch: row.ema_test_loss for row in rows if row.ema_test_loss is not None}
+    ema_top1 = {row.epoch: row.ema_top1 for row in rows if row.ema_top1 is not None}
     _line(loss, epochs, [row.train_loss for row in rows], _TRAIN, "training")
     _line(loss, epochs, [row.test_loss for row in rows], _TEST, "held-out")
     _line(accuracy, epochs, [row.top1 for row in rows], _TEST, "held-out")
-    if averaged:
-        _line(loss, averaged_epochs, [row.ema_test_loss or 0.0 for row in averaged], _AVERAGED, "held-out, EMA")
-        _line(accuracy, averaged_epochs, [row.ema_top1 or 0.0 for row in averaged], _AVERAGED, "held-out, EMA")
+    for axes, values in ((loss, ema_loss), (accuracy, ema_top1)):
+        if values:
+            _line(axes, list(values), list(values.values()), _AVERAGED, "held-out, EMA")
     _finish(loss, "Loss", "loss (nats)")
     _finish(accuracy, "Accuracy", "held-out top-1 (%)")
     for axes in (loss, accuracy):
@@ -214,7 +212,8 @@ def _draw_similarity(rows: Sequence[LayerSimilarity], name: str, path: Path) -> 
     # Condensed layers show in another colour than the rest, whatever the threshold.
     norm = TwoSlopeNorm(vmin=0, vcenter=thresholds[0] if thresholds else DEFAULT_THRESHOLD, vmax=1)
     colours = left.pcolormesh(_edges(epochs), range(len(layers) + 1), values, cmap="PuOr_r", norm=norm)
-    ticks = sorted({0.0, norm.vcenter, 0.25, 0.5, 0.75, 1.0})
+    # Without those whose labels would run into the threshold's.
+    ticks = [norm.vcenter, *(tick for tick in (0.0, 0.25, 0.5, 0.75, 1.0) if abs(tick - norm.vcenter) > 0.08)]
     bar = figure.colorbar(colours, ax=left, ticks=ticks, format="%g", pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=8)
     left.set_title(f"Feature similarity of held-out images (white: threshold {norm.vcenter:g})", fontsize=9)
@@ -364,6 +363,8 @@ def draw_similarity_comparison(
     styles = _styles(groups, "rows of feature similarity")
     over_time = any(len({row.epoch for row in rows}) > 1 for rows in groups.values())
     figure = _new_figure(10.5 if over_time else 6.5, 4.4)
+    from matplotlib.ticker import MaxNLocator
+
     figure.suptitle(title, fontsize=11)
     by_depth, *others = figure.subplots(1, 2 if over_time else 1, squeeze=False)[0]
     for label, rows in groups.items():
@@ -385,8 +386,11 @@ def draw_similarity_comparison(
         for threshold in sorted(thresholds or {DEFAULT_THRESHOLD}):
             axes.axhline(threshold, color="0.3", linestyle="-", linewidth=0.8, label=f"threshold {threshold:g}")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    _finish(by_depth, "By depth, after the last epoch", "feature similarity of held-out images")
+    _finish(
+        by_depth, f"By depth{', after the last epoch' if over_time else ''}", "feature similarity of held-out images"
+    )
     by_depth.set_xlabel("norm layer, from input to output")
+    by_depth.xaxis.set_major_locator(MaxNLocator(integer=True))
     for by_epoch in others:
         _finish(by_epoch, "Mean over layers", "feature similarity of held-out images")
         _whole_epochs(by_epoch, (row.epoch for rows in groups.values() for row in rows))

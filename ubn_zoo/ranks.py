@@ -7,10 +7,12 @@ import datetime
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["Ranks", "RanksError", "joined"]
 
@@ -109,6 +111,20 @@ def _device(name: str, local: int) -> torch.device:
     return torch.device(device.type, index)
 
 
+def _store(rank: int, count: int, timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where processes find each other, if torch's own choice would mislead them.
+
+    torchrun's store outlives a restart, and processes that it starts again find the addresses of those that died
+    (https://github.com/pytorch/pytorch/issues/135712). On one machine the number of the restart tells them apart; on
+    several it need not be the same everywhere.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if restarts is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, _, _ = next(iter(rendezvous("env://", rank=rank, world_size=count, timeout=timeout)))
+    return {"store": dist.PrefixStore(f"restart_{restarts}", store), "rank": rank, "world_size": count}
+
+
 @contextmanager
 def joined(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Ranks]:
     """Join the processes that torchrun started, for the length of a ``with`` block; alone without torchrun.
@@ -132,10 +148,15 @@ def joined(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Ranks]:
         yield place
         return
     backend = dist.get_default_backend_for_device(place.device)
+    limit = datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=limit, **_store(rank, count, limit))
     except (RuntimeError, ValueError) as error:
-        raise RanksError(f"rank {rank} of {count} could not join the others by {backend}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise RanksError(
+            f"rank {rank} of {count} could not join the others by {backend}: {reason}; where torchrun starts ranks of "
+            "several machines again, it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        ) from error
     try:
         yield place
     finally:
