@@ -79,12 +79,6 @@ _TWINS = {"BatchNorm": ("norm=bn",), "UBN": ("norm=ubn",)}
 
 EXPERIMENTS = (
     Experiment(
-        name="cifar10_regnet",
-        title="RegNetX-200MF on CIFAR-10, 64 pixels",
-        recipe="cifar10_small",
-        variants=_TWINS,
-    ),
-    Experiment(
         name="cifar10_mobilenet",
         title="MobileNetV3-small 0.5 on CIFAR-10, 64 pixels",
         recipe="cifar10_small",
@@ -100,10 +94,35 @@ EXPERIMENTS = (
         },
     ),
     Experiment(
-        name="cifar10_resnet",
-        title="ResNet-10-T on CIFAR-10, 32 pixels",
+        name="cifar10_regnet_long",
+        title="RegNetX-200MF on CIFAR-10, 64 pixels, 6 epochs",
         recipe="cifar10_small",
-        settings=("model=resnet10t", "img_size=32"),
+        settings=("epochs=6",),
+        variants=_TWINS,
+        seeds=(0,),
+    ),
+    Experiment(
+        name="clothing",
+        title="RegNetX-200MF fine-tuned on photographs of clothes, from its own CIFAR-10 weights",
+        recipe="clothing_small",
+        variants={
+            "BatchNorm": ("norm=bn", "checkpoint={runs}/cifar10_regnet_long/batchnorm_seed0/model.safetensors"),
+            "UBN": ("norm=ubn", "checkpoint={runs}/cifar10_regnet_long/ubn_seed0/model.safetensors"),
+            "UBN from scratch": ("norm=ubn",),
+        },
+    ),
+    Experiment(
+        name="cifar10_resnet",
+        title="ResNet-10-T on 20,000 images of CIFAR-10, 32 pixels",
+        recipe="cifar10_small",
+        settings=("model=resnet10t", "img_size=32", "train_samples=20000"),
+        variants=_TWINS,
+    ),
+    Experiment(
+        name="cifar10_regnet",
+        title="RegNetX-200MF on 20,000 images of CIFAR-10, 64 pixels",
+        recipe="cifar10_small",
+        settings=("train_samples=20000",),
         variants=_TWINS,
     ),
     Experiment(
@@ -119,16 +138,6 @@ EXPERIMENTS = (
         recipe="cifar10_small",
         settings=("model=mobilenetv3_small_050", "batch_size=1024", "lr=0.008"),
         variants=_TWINS,
-    ),
-    Experiment(
-        name="clothing",
-        title="RegNetX-200MF fine-tuned on photographs of clothes, from its own CIFAR-10 weights",
-        recipe="clothing_small",
-        variants={
-            "BatchNorm": ("norm=bn", "checkpoint={runs}/cifar10_regnet/batchnorm_seed{seed}/model.safetensors"),
-            "UBN": ("norm=ubn", "checkpoint={runs}/cifar10_regnet/ubn_seed{seed}/model.safetensors"),
-            "UBN from scratch": ("norm=ubn",),
-        },
     ),
 )
 
