@@ -6,7 +6,7 @@
 
 NAME is a recipe of `ubn-zoo recipes`, or a .yaml file. DIR of the data is an image folder with train/ and one of test/,
 val/, validation/, unless the recipe names another kind of data. Exit codes: 0 done, or stopped by SIGTERM with its
-state saved; 1 failed, with one message.
+state saved; 1 failed, with one message; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -91,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ERRORS as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if shown:
         report(done)
     return 0

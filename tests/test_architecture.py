@@ -24,7 +24,7 @@ ROOMS = [
     {"evaluate", "plots"},
     {"train"},
     {"benchmark", "catalogue", "experiments", "quickstart", "runs"},
-    {"checkpoints", "publish"},
+    {"bundle", "checkpoints", "publish"},
     {"cli"},
     {"__main__"},
 ]
