@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ubn_zoo.hub import HubError
 from ubn_zoo.loaders import DataError
 from ubn_zoo.metrics import EpochMetrics
 from ubn_zoo.models import CheckpointError
@@ -27,7 +28,7 @@ from ubn_zoo.runs import Run, RunError, run
 from ubn_zoo.snapshots import SnapshotError
 from ubn_zoo.train import TrainingError
 
-ERRORS = (CheckpointError, DataError, RanksError, RecipeError, RunError, SnapshotError, TrainingError)
+ERRORS = (CheckpointError, DataError, HubError, RanksError, RecipeError, RunError, SnapshotError, TrainingError)
 
 
 class Reporter:

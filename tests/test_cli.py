@@ -16,6 +16,7 @@ from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
 from ubn_zoo import __version__, catalogue, cli, hub, manifest, quickstart
 from ubn_zoo.manifest import load_manifest
+from ubn_zoo.recipe import Recipe, list_recipes, load_recipe, recipe_path
 
 ARCHITECTURES = timm.list_models("*_ubn")
 
@@ -158,6 +159,49 @@ def test_models_missing_in_the_table_are_built(monkeypatch: pytest.MonkeyPatch) 
     assert catalogue.count_parameters("mobilenetv3_small_050_ubn", 10) < known
 
 
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "recipes")
+    header, *rows = out.splitlines()
+    assert (code, err) == (0, "")
+    assert header.split() == ["NAME", "MODEL", "EPOCHS", "BATCH", "OPTIMIZER", "EXPECTED"]
+    assert [row.split()[0] for row in rows] == list(list_recipes())
+    for row in rows:
+        name, model, epochs, batch, optimizer, expected = row.split(maxsplit=5)
+        recipe = load_recipe(name)
+        assert (model, optimizer) == (recipe.model, recipe.optimizer)
+        assert (int(epochs), int(batch)) == (recipe.epochs, recipe.batch_size)
+        assert recipe.expected.startswith(expected.removesuffix("...")) and len(expected) <= 60
+
+
+def test_recipes_show_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = recipe_path("rsb_a2").read_text(encoding="utf-8")
+    assert run(capsys, "recipes", "rsb_a2") == (0, text, "")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert run(capsys, "recipes", str(path)) == (0, text, "")
+
+
+def test_recipes_as_json_have_every_value(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "recipes", "--json")[1])
+    assert [entry["name"] for entry in found] == list(list_recipes())
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert all(set(entry) == {"name", *fields} for entry in found)
+    one = json.loads(run(capsys, "recipes", "imagenet_classic", "--json")[1])
+    assert one in found
+    assert (one["lr"], one["decay_milestones"], one["label_smoothing"]) == (0.1, [30.0, 60.0, 90.0], 0.0)
+
+
+def test_recipes_that_are_not_there_or_not_valid_are_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = run(capsys, "recipes", "rsb")
+    assert (code, out) == (1, "")
+    assert "no recipe 'rsb'; valid: " in err and "rsb_a1" in err and err.count("\n") == 1
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe_path("smoke").read_text(encoding="utf-8") + "epoch: 3\n", encoding="utf-8")
+    code, out, err = run(capsys, "recipes", str(path))
+    assert (code, out) == (1, "")
+    assert "epoch: unknown key; did you mean 'epochs'?" in err and err.count("\n") == 1
+
+
 def test_quickstart_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(quickstart, "main", lambda arguments: seen.append(list(arguments)) or 7)
@@ -166,7 +210,9 @@ def test_quickstart_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [["--output", "x", "--force"], []]
 
 
-@pytest.mark.parametrize("arguments", [[], ["lst"], ["list", "a", "b"], ["info"], ["list", "--nosuch"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["lst"], ["list", "a", "b"], ["info"], ["recipes", "a", "b"], ["list", "--nosuch"]]
+)
 def test_wrong_command_lines_exit_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -174,7 +220,9 @@ def test_wrong_command_lines_exit_with_2(capsys: pytest.CaptureFixture[str], arg
     assert "usage: ubn-zoo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"], ["info", "-h"], ["quickstart", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list", "--help"], ["info", "-h"], ["recipes", "-h"], ["quickstart", "--help"]]
+)
 def test_help_is_there(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

@@ -196,16 +196,19 @@ def test_weights_to_start_from(tmp_path: Path) -> None:
     path = tmp_path / "start.safetensors"
     state = {name: tensor.contiguous() for name, tensor in source.state_dict().items()}
     safetensors.torch.save_file(state, path)
-    model = build_model(change(checkpoint=str(path)))
+    model = build_model(change(checkpoint=str(path), keep_head=True))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
-    other = build_model(change(checkpoint=str(path), num_classes=5))
-    fresh = build_model(change(num_classes=5))
-    for name, tensor in other.state_dict().items():
-        assert torch.equal(tensor, fresh.state_dict()[name] if name.startswith("fc.") else state[name]), name
+    for classes in (2, 5):
+        other = build_model(change(checkpoint=str(path), num_classes=classes))
+        fresh = build_model(change(num_classes=classes))
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(tensor, fresh.state_dict()[name] if name.startswith("fc.") else state[name]), name
+    with pytest.raises((RuntimeError, ValueError), match="fc"):
+        build_model(change(checkpoint=str(path), num_classes=5, keep_head=True))
     # A BatchNorm checkpoint starts a UBN model that computes the same.
     sibling = build_model(change(norm="bn", seed=8))
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in sibling.state_dict().items()}, path)
-    converted = build_model(change(checkpoint=str(path)))
+    converted = build_model(change(checkpoint=str(path), keep_head=True))
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(converted.eval()(images), sibling.eval()(images), rtol=1e-4, atol=1e-5)
     with pytest.raises(TrainingError, match="cannot be read as safetensors"):
@@ -214,6 +217,16 @@ def test_weights_to_start_from(tmp_path: Path) -> None:
     safetensors.torch.save_file(state, path)
     with pytest.raises((RuntimeError, ValueError), match=r"fc\.bias"):
         build_model(change(checkpoint=str(path)))
+
+
+def test_pretrained_weights_get_a_classifier_of_their_own() -> None:
+    bundled: dict[str, Any] = {"model": "regnetx_002", "pretrained": True, "pretrained_tag": "cifar10"}
+    kept = build_model(change(**bundled, num_classes=10, keep_head=True))
+    upstream = timm.create_model("regnetx_002_ubn.cifar10", pretrained=True)
+    assert all(torch.equal(kept.state_dict()[name], tensor) for name, tensor in upstream.state_dict().items())
+    anew = build_model(change(**bundled, num_classes=10))
+    for name, tensor in upstream.state_dict().items():
+        assert torch.equal(anew.state_dict()[name], tensor) == (not name.startswith("head.fc")), name
 
 
 # The loop

@@ -1,4 +1,4 @@
-"""The command ``ubn-zoo``: what is in the zoo, what is known of one model, checkpoints, the quickstart.
+"""The command ``ubn-zoo``: what is in the zoo, what is known of one model, recipes, checkpoints, the quickstart.
 
 Exit codes: 0 done, 1 it failed or nothing was found, 2 the command line is wrong, 130 interrupted. Errors go to the
 standard error stream, one message, no traceback.
@@ -11,7 +11,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ubn_zoo import __version__, catalogue, checkpoints
@@ -20,6 +21,7 @@ from ubn_zoo.hub import HubError
 from ubn_zoo.manifest import ManifestError, Metric, load_manifest
 from ubn_zoo.models import CheckpointError
 from ubn_zoo.publish import publish
+from ubn_zoo.recipe import list_recipes, load_recipe, recipe_path
 
 __all__ = ["main"]
 
@@ -70,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("name", metavar="NAME", help="a model or model.tag, as `ubn-zoo list` shows them")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
+
+    text = "list recipes of training runs, or show one"
+    recipes = commands.add_parser("recipes", help=text, description=f"{text.capitalize()}.")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe whose file is shown, or a .yaml file")
+    recipes.add_argument("--json", action="store_true", help="print JSON with all values, defaults included")
+    recipes.set_defaults(run=_recipes)
 
     text = "bring checkpoints into the cache"
     fetching = commands.add_parser("download", help=text, description=f"{text.capitalize()} and print their paths.")
@@ -147,15 +155,11 @@ def _list(options: argparse.Namespace) -> int:
     if not found:
         hint = catalogue.similar_names(options.filter.strip("*"))
         raise UnknownModelError(f"no model matches {options.filter!r}; {hint}")
-    rows = [("NAME", "TAG", "PARAMS", "SOURCE", "METRICS")]
-    rows += [
+    rows = [
         (entry.architecture, entry.tag or "-", _millions(entry.params), _source(entry), _metrics(entry) or "-")
         for entry in found
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    template = "  ".join(f"{{:{'>' if column == 2 else '<'}{width}}}" for column, width in enumerate(widths))
-    for row in rows:
-        print(template.format(*row).rstrip())
+    _print_table([("NAME", "TAG", "PARAMS", "SOURCE", "METRICS"), *rows], numbers=(2,))
     return 0
 
 
@@ -189,6 +193,26 @@ def _info(options: argparse.Namespace) -> int:
         print(f"  {'metrics' if not number else '':12}  {_measured(metric)}")
     loading = ", pretrained=True" if entry.pretrained else ""
     print(f'  {"load":12}  import timm, ubn_zoo; timm.create_model("{entry.name}"{loading})')
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    if options.name is not None:
+        recipe = load_recipe(options.name)  # a file that is not valid is not shown as if it were
+        if options.json:
+            print(json.dumps({"name": options.name, **dataclasses.asdict(recipe)}, indent=2))
+        else:
+            print(recipe_path(options.name).read_text(encoding="utf-8"), end="")
+        return 0
+    found = {name: load_recipe(name) for name in list_recipes()}
+    if options.json:
+        print(json.dumps([{"name": name, **dataclasses.asdict(recipe)} for name, recipe in found.items()], indent=2))
+        return 0
+    rows = [
+        (name, recipe.model, str(recipe.epochs), str(recipe.batch_size), recipe.optimizer, _brief(recipe.expected))
+        for name, recipe in found.items()
+    ]
+    _print_table([("NAME", "MODEL", "EPOCHS", "BATCH", "OPTIMIZER", "EXPECTED"), *rows], numbers=(2, 3))
     return 0
 
 
@@ -259,6 +283,19 @@ def _publish(options: argparse.Namespace) -> int:
     book = "recorded" if done.recorded else "recorded before"
     print(f"{record.id}: {options.repo}: {state}; {book} at {record.revision or record.file}")
     return 0
+
+
+def _print_table(rows: Sequence[Sequence[str]], numbers: Collection[int]) -> None:
+    """Print rows in aligned columns, those of numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    template = "  ".join(f"{{:{'>' if column in numbers else '<'}{width}}}" for column, width in enumerate(widths))
+    for row in rows:
+        print(template.format(*row).rstrip())
+
+
+def _brief(text: str) -> str:
+    """The first sentence of a text, cut to a table's column."""
+    return textwrap.shorten(text.partition(". ")[0], 60, placeholder="...")
 
 
 def _json(entry: Entry) -> dict[str, Any]:

@@ -85,8 +85,6 @@ def load_digits() -> tuple[ImageSet, ImageSet]:
 def _train(recipe: Recipe, train: ImageSet, test: ImageSet, label: str) -> tuple[nn.Module, float]:
     """Fine-tune, or train from scratch; return the model and its held-out accuracy in percent."""
     model: Any = build_model(recipe)
-    # The bundled classifier knows CIFAR-10's ten classes; ten digits need one of their own.
-    model.reset_classifier(recipe.num_classes)
     progress = Progress(label)
 
     def on_epoch(row: EpochMetrics, layers: object) -> None:

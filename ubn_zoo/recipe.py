@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Collection, Hashable, Iterable
@@ -31,6 +33,7 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "parse_recipe",
+    "recipe_page",
     "recipe_path",
     "recipe_sha256",
 ]
@@ -43,6 +46,16 @@ DATASETS = ("folder", "memory", "wds", "hfds", "hfids")
 NAMED_DATASETS = ("hfds", "hfids")
 
 _RECIPES = Path(__file__).resolve().parent / "recipes"
+
+_PAGE = """\
+# Recipes
+
+<!-- Written by `python -m ubn_zoo.recipe docs/recipes.md`; edit ubn_zoo/recipes/*.yaml instead. -->
+
+A recipe is a training run as a file. `ubn-zoo recipes NAME` prints it, and `--set KEY=VALUE` after the command changes
+it, for example `--set norm=bn` for the BatchNorm twin. `Recipe` in `ubn_zoo/recipe.py` explains every key. Figures of
+others are theirs, with BatchNorm; "not yet run" says that this project has none of its own yet.
+"""
 
 
 class RecipeError(ValueError):
@@ -84,8 +97,9 @@ class Recipe:
         kernel_init: Its start, ``identity`` (as BatchNorm) or ``kaiming``.
         pretrained: Whether to start from pretrained weights.
         pretrained_tag: Their tag; None for the model's default.
-        checkpoint: Safetensors file to start from, such as an earlier run's ``model.safetensors``; a classifier of
-            other size starts anew.
+        checkpoint: Safetensors file to start from, such as an earlier run's ``model.safetensors``.
+        keep_head: Whether the classifier of the weights that training starts from is kept, for data with the same
+            classes; otherwise it starts anew.
         tune: What is trained: ``full``, or the ``head`` alone with frozen statistics behind it.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth.
@@ -181,6 +195,7 @@ class Recipe:
     pretrained: bool = False
     pretrained_tag: str | None = None
     checkpoint: str | None = None
+    keep_head: bool = False
     tune: str = "full"
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
@@ -289,6 +304,8 @@ class Recipe:
             _fail("pretrained_tag", self.pretrained_tag, "null, as pretrained is false")
         if self.checkpoint is not None and self.pretrained:
             _fail("checkpoint", self.checkpoint, "null, as pretrained is true: weights come from one place")
+        if self.keep_head and not (self.pretrained or self.checkpoint):
+            _fail("keep_head", self.keep_head, "false, as there are no weights to start from")
         if self.tune == "head" and not (self.pretrained or self.checkpoint):
             _fail("tune", self.tune, "full, as there are no weights to start from: set pretrained or checkpoint")
 
@@ -458,6 +475,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise RecipeError(f"received the key {key!r}; valid: a text")
             if key in seen:
                 raise RecipeError(f"{key}: the key occurs twice; keep one")
             seen.add(key)
@@ -588,3 +607,32 @@ def dump_recipe(recipe: Recipe) -> str:
     values = dataclasses.asdict(recipe)
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _introduction(text: str) -> str:
+    """The comment that a recipe's file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in lines)
+
+
+def recipe_page() -> str:
+    """The recipes of the package as a Markdown page: a table, and what each says of itself."""
+    names = list_recipes()
+    text = [
+        _PAGE,
+        "| Recipe | Model | Data | Epochs | Batch | Optimiser | Peak rate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    recipes = {name: load_recipe(name) for name in names}
+    for name, recipe in recipes.items():
+        cells = (f"[{name}](#{name})", recipe.model, recipe.dataset, recipe.epochs, recipe.batch_size)
+        text.append(f"| {' | '.join(map(str, cells))} | {recipe.optimizer} | {recipe.lr:g} |")
+    for name, recipe in recipes.items():
+        text += [f"\n## {name}\n", _introduction(recipe_path(name).read_text(encoding="utf-8")) + "\n"]
+        text += [f"- Command: `{recipe.command}`", f"- Hardware: {recipe.hardware}", f"- Time: {recipe.time}"]
+        text += [f"- Expected: {recipe.expected}", f"- Source: {recipe.source}"]
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(recipe_page(), encoding="utf-8")

@@ -179,15 +179,20 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> nn.Module
     for key in ("drop_rate", "drop_path_rate"):
         if getattr(recipe, key):
             arguments[key] = getattr(recipe, key)
-    model: nn.Module = timm.create_model(model_name(recipe), **arguments)
+    model: Any = timm.create_model(model_name(recipe), **arguments)
     if recipe.checkpoint is not None:
-        _load_start(model, recipe.checkpoint)
+        _load_start(model, recipe.checkpoint, keep_head=recipe.keep_head)
+    elif recipe.pretrained and not recipe.keep_head:
+        # Weights with as many classes as the data need not have the data's classes.
+        seed_everything(recipe.seed)
+        model.reset_classifier(recipe.num_classes)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    return model.to(device or torch.device("cpu")).to(memory_format=layout)
+    placed: nn.Module = model.to(device or torch.device("cpu")).to(memory_format=layout)
+    return placed
 
 
-def _load_start(model: Any, path: str) -> None:
-    """Load weights to start from, strictly but for a classifier of another size, which stays as it was drawn."""
+def _load_start(model: Any, path: str, *, keep_head: bool) -> None:
+    """Load weights to start from, strictly but for the classifier, which stays as it was drawn unless it is kept."""
     try:
         state = safetensors.torch.load_file(path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -195,7 +200,7 @@ def _load_start(model: Any, path: str) -> None:
     own = model.state_dict()
     head = cast(str, model.pretrained_cfg["classifier"])
     for name in (f"{head}.weight", f"{head}.bias"):
-        if name in state and name in own and state[name].shape != own[name].shape:
+        if name in state and name in own and not keep_head:
             state[name] = own[name]
     model.load_state_dict(state)
 
