@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--data-dir", required=True, help="folder of the data, or the address of shards")
     parser.add_argument("--output", type=Path, required=True, help="the run's folder")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="change the recipe")
     options = parser.parse_args(arguments)

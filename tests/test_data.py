@@ -10,25 +10,41 @@ import timm.data
 import torch
 from images import striped_images, write_image
 from PIL import Image
+from timm.utils import natural_key
 from torch import nn
 
-from ubn_zoo.data import ImageSet, Normalizer, find_test_split, load_image_folder, random_crop_flip, resize
+from ubn_zoo.data import (
+    ImageSet,
+    Normalizer,
+    find_images,
+    find_test_split,
+    load_image_folder,
+    name_order,
+    random_crop_flip,
+    resize,
+)
 
 
-def test_image_folders_are_read_in_the_order_of_names(tmp_path: Path) -> None:
+def test_image_folders_are_read_in_timms_order_of_names(tmp_path: Path) -> None:
     random = numpy.random.default_rng(0)
     written = {}
-    for name in ("b/2.png", "b/10.png", "a/1.png"):
+    for name in ("b10/2.png", "b10/10.png", "b2/1.png"):
         written[name] = random.integers(0, 256, (5, 7, 3), dtype=numpy.uint8)
         write_image(tmp_path / name, written[name])
-    write_image(tmp_path / "a/2.png", written["a/1.png"][..., 0])  # grey
-    (tmp_path / "a/notes.txt").write_text("no image", encoding="utf-8")
+    write_image(tmp_path / "b2/2.png", written["b2/1.png"][..., 0])  # grey
+    for name in ("b2/notes.txt", "b2/._1.png", ".hidden/1.png", ".DS_Store", "empty/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image", encoding="utf-8")
     reported: list[tuple[int, int]] = []
     data = load_image_folder(tmp_path, report=lambda done, total: reported.append((done, total)))
-    assert data.classes == ("a", "b")
+    assert data.classes == ("b2", "b10")
+    assert find_images(tmp_path) == (
+        data.classes,
+        [(str(tmp_path / name), int(name[1] == "1")) for name in ("b2/1.png", "b2/2.png", "b10/2.png", "b10/10.png")],
+    )
     assert data.labels.tolist() == [0, 0, 1, 1]
     assert reported == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    for index, name in ((0, "a/1.png"), (2, "b/10.png"), (3, "b/2.png")):
+    for index, name in ((0, "b2/1.png"), (2, "b10/2.png"), (3, "b10/10.png")):
         assert numpy.array_equal(data.images[index].permute(1, 2, 0).numpy(), written[name])
     assert torch.equal(data.images[1], data.images[1, :1].expand(3, -1, -1))
 
@@ -46,9 +62,24 @@ def test_image_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     write_image(tmp_path / "a/2.png", numpy.zeros((4, 5, 3), numpy.uint8))
     with pytest.raises(ValueError, match=r"2\.png is 5x4 pixels and .*1\.png is 4x4"):
         load_image_folder(tmp_path)
-    (tmp_path / "a/2.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"2\.png: not a readable image"):
-        load_image_folder(tmp_path)
+    whole = (tmp_path / "a/1.png").read_bytes()
+    for content in (b"", b"not a picture", whole[: len(whole) // 2], whole[:40] + bytes(20) + whole[60:]):
+        (tmp_path / "a/2.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"2\.png: not a readable image .*; mend or remove it"):
+            load_image_folder(tmp_path)
+    (tmp_path / "a/2.png").unlink()
+    for name in ("2.png", "a/b/2.png"):
+        write_image(tmp_path / name, numpy.zeros((4, 4, 3), numpy.uint8))
+        with pytest.raises(ValueError, match=rf"{name} is not directly in a folder of its class; valid: .*/CLASS/2"):
+            load_image_folder(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_the_order_of_names_is_timms() -> None:
+    names = ["b", "a10", "A2", "a2", "1", "01", "10", "n2", "n01"]
+    order = name_order(names)
+    assert order == name_order(names[::-1]) == ["01", "1", "10", "A2", "a2", "a10", "b", "n01", "n2"]
+    assert list(map(natural_key, order)) == sorted(map(natural_key, names))
 
 
 def test_image_sets_check_themselves() -> None:

@@ -1,22 +1,34 @@
 """Small image folders held in memory: decoded once into bytes, augmented a batch at a time.
 
 An image folder is ``ROOT/SPLIT/CLASS/IMAGE``, with ``train`` and one of ``test``, ``val`` and ``validation`` as splits.
+Its classes are numbered in timm's order of names (``timm.utils.natural_key``), in which 2 comes before 10.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils import natural_key
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ImageSet", "Normalizer", "find_test_split", "load_image_folder", "random_crop_flip", "resize"]
+__all__ = [
+    "ImageSet",
+    "Normalizer",
+    "find_images",
+    "find_test_split",
+    "load_image_folder",
+    "name_order",
+    "random_crop_flip",
+    "resize",
+]
 
 TEST_SPLITS = ("test", "val", "validation")
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
@@ -69,31 +81,68 @@ def find_test_split(root: str | os.PathLike[str]) -> str:
     raise FileNotFoundError(f"{Path(root)} has none of the folders {', '.join(TEST_SPLITS)}; it needs one of them")
 
 
-def load_image_folder(folder: str | os.PathLike[str], *, report: Callable[[int, int], None] | None = None) -> ImageSet:
-    """Decode a folder ``CLASS/IMAGE`` of images that all have one size.
+def name_order(names: Collection[str]) -> list[str]:
+    """Names in timm's natural order; those that are equal in it, such as ``1`` and ``01``, in the order of their text.
 
-    Classes and images come in the order of their names, so labels do not depend on the file system.
+    Args:
+        names: Of classes, or of files.
+    """
+    return sorted(names, key=lambda name: (natural_key(name), name))
+
+
+def find_images(folder: str | os.PathLike[str]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """List a folder ``CLASS/IMAGE``.
+
+    Classes are the folders that hold images. They, and the images of each, come in the order of `name_order`, so labels
+    do not depend on the file system. Hidden files and folders (``.ipynb_checkpoints``, ``._photo.jpg``) and files that
+    are no images by their ending are left out.
 
     Args:
         folder: The folder, one split of an image folder.
-        report: Called after every image with the number decoded and the number in all.
+
+    Returns:
+        Names of the classes, and the images' paths with their labels.
 
     Raises:
         FileNotFoundError: There is no such folder, or it has no images.
-        ValueError: An image cannot be read or differs in size from the first; the message names it.
+        ValueError: An image lies outside of the folders of classes, or deeper in one; the message names it.
     """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; an image folder has ROOT/SPLIT/CLASS/IMAGE")
-    classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((root / name).iterdir())
-        if path.suffix.lower() in EXTENSIONS
-    ]
-    if not files:
+    found: dict[str, list[str]] = {}
+    paths, _ = find_images_and_targets(str(root), types=EXTENSIONS, sort=False)
+    for path, _ in paths:
+        parts = Path(path).parts[len(root.parts) :]
+        if any(part.startswith(".") for part in parts):
+            continue
+        if len(parts) != 2:
+            raise ValueError(
+                f"{path} is not directly in a folder of its class; valid: {root}/CLASS/{parts[-1]}; move or remove it"
+            )
+        found.setdefault(parts[0], []).append(parts[1])
+    if not found:
         raise FileNotFoundError(f"{root} has no images ({', '.join(EXTENSIONS)}) in folders of their class")
+    classes = tuple(name_order(found))
+    images = [
+        (str(root / name / image), label) for label, name in enumerate(classes) for image in name_order(found[name])
+    ]
+    return classes, images
+
+
+def load_image_folder(folder: str | os.PathLike[str], *, report: Callable[[int, int], None] | None = None) -> ImageSet:
+    """Decode a folder ``CLASS/IMAGE`` of images that all have one size.
+
+    Args:
+        folder: The folder, one split of an image folder; classes and images are those of `find_images`.
+        report: Called after every image with the number decoded and the number in all.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it has no images.
+        ValueError: An image is in no folder of a class, cannot be read, or differs in size from the first; the message
+            names it.
+    """
+    classes, files = find_images(folder)
     first = _decode(files[0][0])
     pixels = numpy.empty((len(files), *first.shape), dtype=numpy.uint8)
     for index, (path, _) in enumerate(files):
@@ -108,12 +157,12 @@ def load_image_folder(folder: str | os.PathLike[str], *, report: Callable[[int, 
     return ImageSet(images, torch.tensor([label for _, label in files]), classes)
 
 
-def _decode(path: Path) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]:
+def _decode(path: str) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]:
     try:
         with Image.open(path) as image:
             return numpy.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path}: not a readable image: {error}") from error
+    except Exception as error:  # Pillow's decoders raise errors of many classes for a damaged file
+        raise ValueError(f"{path}: not a readable image ({error}); mend or remove it") from error
 
 
 def resize(images: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:

@@ -1,7 +1,11 @@
 """Training and held-out images as batches: image folders, tar files and streams through timm's readers, or memory.
 
 Everything random about an image is drawn from a seed made of the run's seed, the epoch and the image's place in it. So
-a batch is the same whatever the number of workers, and an epoch can be entered at any update.
+a batch is the same whatever the number of workers, and an epoch can be entered at any update. Of a stream, that place
+is one in what a rank's worker reads: its batches are the same as long as the numbers of ranks and workers are.
+
+An image that cannot be read is an error that names its file. Only timm's reader of WebDataset shards leaves such an
+image out, with a warning; where that happens among held-out images, too few of them is an error.
 """
 
 from __future__ import annotations
@@ -9,10 +13,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
+import json
 import os
+import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy
@@ -25,10 +32,20 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.shared_count import SharedCount
 from timm.data.transforms_factory import create_transform
+from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from .data import TEST_SPLITS, ImageSet, Normalizer, load_image_folder, random_crop_flip, resize
+from .data import (
+    TEST_SPLITS,
+    ImageSet,
+    Normalizer,
+    find_images,
+    load_image_folder,
+    name_order,
+    random_crop_flip,
+    resize,
+)
 from .ranks import Ranks
 from .recipe import Recipe
 
@@ -37,6 +54,7 @@ __all__ = [
     "MemoryTest",
     "MemoryTrain",
     "TestBatches",
+    "TestSettings",
     "TrainBatches",
     "class_names",
     "describe",
@@ -52,6 +70,8 @@ __all__ = [
 _EXTRA = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 # Folders with more files than this are told apart by the files' names alone: asking for sizes takes a while.
 _SIZED_FILES = 200_000
+# timm's readers want a number of images; this one stands for a number that nothing says.
+_UNKNOWN = 10**12
 
 
 class DataError(ValueError):
@@ -60,6 +80,66 @@ class DataError(ValueError):
     def __init__(self, message: str) -> None:
         # A loader's worker passes an error on as a text with its traceback in front.
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+class TestSettings(Protocol):
+    """What is to be known of held-out images; a complete `Recipe` says it, and `Recipe` explains it."""
+
+    @property
+    def dataset(self) -> str:
+        """Kind of data."""
+
+    @property
+    def test_split(self) -> str | None:
+        """Which part of it; None for the first of test, val, validation that is there."""
+
+    @property
+    def test_samples(self) -> int | None:
+        """At most that many images; of a stream, how many there are."""
+
+    @property
+    def input_key(self) -> str | None:
+        """Column or file ending of the image."""
+
+    @property
+    def target_key(self) -> str | None:
+        """Column of the class."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes labels may name; None for those of the data."""
+
+    @property
+    def img_size(self) -> int | None:
+        """Side in pixels."""
+
+    @property
+    def test_img_size(self) -> int | None:
+        """Side in pixels of held-out images; None for `img_size`."""
+
+    @property
+    def interpolation(self) -> str | None:
+        """Filter of the resize."""
+
+    @property
+    def crop_pct(self) -> float | None:
+        """Side of the centre crop over that of the resized image."""
+
+    @property
+    def mean(self) -> tuple[float, ...] | None:
+        """Mean per channel."""
+
+    @property
+    def std(self) -> tuple[float, ...] | None:
+        """Standard deviation per channel."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of what is random about reading."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that load data, per rank."""
 
 
 class TrainBatches(Protocol):
@@ -167,10 +247,11 @@ class MemoryTrain:
         ranks: This process.
 
     Raises:
-        DataError: The images do not fill a batch, or a batch cannot be shared by the ranks.
+        DataError: The images are not square or do not fill a batch, or a batch cannot be shared by the ranks.
     """
 
     def __init__(self, recipe: Recipe, data: ImageSet, ranks: Ranks) -> None:
+        _check_square(data)
         self._recipe = recipe
         self._data = _chosen(data, recipe.train_samples)
         self._ranks = ranks
@@ -204,9 +285,13 @@ class MemoryTest:
         data: The images.
         ranks: This process.
         batch_size: Images at a time.
+
+    Raises:
+        DataError: The images are not square.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageSet, ranks: Ranks, batch_size: int = 256) -> None:
+    def __init__(self, recipe: TestSettings, data: ImageSet, ranks: Ranks, batch_size: int = 256) -> None:
+        _check_square(data)
         self._data = _chosen(data, recipe.test_samples)
         self._recipe = recipe
         self._share = ranks.share(len(self._data))
@@ -228,6 +313,12 @@ class MemoryTest:
         return self._normalize(resize(chosen, *test_input(self._recipe)))
 
 
+def _check_square(data: ImageSet) -> None:
+    height, width = data.images.shape[2:]
+    if height != width:
+        raise DataError(f"received images of {width}x{height} pixels; valid: square ones, or dataset folder")
+
+
 def _chosen(data: ImageSet, wanted: int | None) -> ImageSet:
     if wanted is None or wanted >= len(data):
         return data
@@ -242,7 +333,7 @@ def _image_set_fingerprint(data: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def normalization(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(recipe: TestSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a complete recipe."""
     if recipe.mean is None or recipe.std is None:
         raise ValueError("received a recipe without mean or std; valid: a complete one, as `train.complete` makes it")
@@ -257,7 +348,7 @@ def training_input(recipe: Recipe) -> tuple[int, str]:
     return size, interpolation
 
 
-def test_input(recipe: Recipe) -> tuple[int, str]:
+def test_input(recipe: TestSettings) -> tuple[int, str]:
     """Side in pixels of held-out images, and the filter of their resize, of a complete recipe."""
     size, interpolation = recipe.test_img_size or recipe.img_size, recipe.interpolation
     if size is None or interpolation is None:
@@ -322,14 +413,84 @@ class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
                 yield mine[start : start + self._part]
 
 
-class _Samples(Dataset[tuple[Any, int]]):
-    """Images of one of timm's readers, each augmented with random numbers of its own."""
+class _FolderReader(ReaderImageFolder):
+    """timm's reader of image folders, of the classes and images that `find_images` names."""
 
-    def __init__(self, reader: Any, transform: Any, indices: list[int], seed: int) -> None:
+    def __init__(self, root: Path) -> None:
+        classes, self.samples = find_images(root)
+        self.root = str(root)
+        self.class_to_idx = {name: label for label, name in enumerate(classes)}
+
+    def relabel(self, classes: dict[str, int]) -> None:
+        """Number the classes as another split does."""
+        names = list(self.class_to_idx)
+        self.samples = [(path, classes[names[label]]) for path, label in self.samples]
+        self.class_to_idx = classes
+
+    def size(self, index: int) -> int:
+        """Bytes of an image's file; 0 where there are so many that asking for them takes a while."""
+        return Path(self.samples[index][0]).stat().st_size if len(self.samples) <= _SIZED_FILES else 0
+
+
+class _TarReader(ReaderImageInTar):
+    """timm's reader of tar files, without hidden files, in an order that does not depend on the file system.
+
+    timm names a class by the folder around an image; an image at the top of its tar, also as ``./IMAGE``, is of the
+    class that the tar is named for.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
+        found = []
+        for member, archive, inner in self.samples:
+            path = PurePosixPath(member.path)
+            if any(part.startswith(".") for part in path.parts):
+                continue
+            outer = inner.name if inner is not None else archive or ""
+            label = path.parent.name or PurePosixPath(outer).stem
+            if not label:
+                raise ValueError(f"{member.path} is in no folder of its class; valid: CLASS/{path.name}")
+            found.append((outer, member.path, label, (member, archive, inner)))
+        if not found:
+            raise ValueError("all are hidden")
+        found.sort(key=lambda entry: (natural_key(entry[0]), natural_key(entry[1]), entry[:2]))
+        self.class_to_idx = {name: label for label, name in enumerate(name_order({entry[2] for entry in found}))}
+        self.samples = [entry[3] for entry in found]
+        self.targets = [self.class_to_idx[entry[2]] for entry in found]
+
+    def relabel(self, classes: dict[str, int]) -> None:
+        """Number the classes as another split does."""
+        names = list(self.class_to_idx)
+        self.targets = [classes[names[label]] for label in self.targets]
+        self.class_to_idx = classes
+
+    def size(self, index: int) -> int:
+        """Bytes of an image's file."""
+        return int(self.samples[index][0].size)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        member, archive, inner = self.samples[index]
+        parts = [archive, None if inner is None else inner.name, member.path]
+        return ":".join(([self.root] if absolute else []) + [part for part in parts if part])
+
+
+class _Samples(Dataset[tuple[Any, int]]):
+    """Images of one of timm's readers, each augmented with random numbers of its own.
+
+    Args:
+        reader: The reader.
+        transform: From an image to what is collated.
+        indices: The reader's images that are used, in their order.
+        seed: The run's seed.
+        classes: How many classes labels may name; None for any.
+    """
+
+    def __init__(self, reader: Any, transform: Any, indices: list[int], seed: int, classes: int | None) -> None:
         self._reader = reader
         self._transform = transform
         self._indices = indices
         self._seed = seed
+        self._classes = classes
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -345,37 +506,81 @@ class _Samples(Dataset[tuple[Any, int]]):
             file, target = self._reader[index]
             with file, Image.open(file) as opened:
                 image = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            name = self._reader.filename(index, absolute=True)
+        except Exception as error:  # Pillow's decoders raise errors of many classes for a damaged file
+            name = _file_name(self._reader, index)
             raise DataError(f"{name}: not a readable image ({error}); mend or remove it and start again") from None
-        return self._transform(image), int(target)
+        return self._transform(image), _label(target, self._classes, _file_name, self._reader, index)
+
+
+def _file_name(reader: Any, index: int) -> str:
+    name = reader.filename(index, absolute=True)
+    return str(name) if name else f"image {index} of {getattr(reader, 'split', 'the data')}"
+
+
+def _label(target: Any, classes: int | None, name: Callable[..., str], *place: Any) -> int:
+    """A label as a number that the model has an output for; on a GPU, another one would only be told without a name."""
+    try:
+        label = int(target)
+    except (TypeError, ValueError):
+        label = -1
+    if label < 0 or (classes is not None and label >= classes):
+        valid = "a number from 0" if classes is None else f"0 to {classes - 1}"
+        raise DataError(f"{name(*place)}: received label {target!r}; valid: {valid}; see num_classes and target_key")
+    return label
 
 
 class _Stream(IterableDataset[tuple[Any, int]]):
-    """Images of one of timm's streams, each augmented with random numbers of its own."""
+    """Images of one of timm's streams, each augmented with random numbers of its own.
 
-    def __init__(self, dataset: IterableImageDataset, transform: Any, seed: int, rank: int) -> None:
+    Args:
+        dataset: The stream.
+        transform: From an image to what is collated.
+        seed: The run's seed.
+        ranks: This process among those that share the stream.
+        classes: How many classes labels may name; None for any.
+        name: What errors call it.
+    """
+
+    def __init__(
+        self, dataset: IterableImageDataset, transform: Any, seed: int, ranks: Ranks, classes: int | None, name: str
+    ) -> None:
         self._dataset = dataset
         self._transform = transform
         self._seed = seed
-        self._rank = rank
+        self._rank = ranks.rank
+        self._classes = classes
+        self._name = name
         self._epoch = SharedCount()
+        reader: Any = dataset.reader
+        reader.dist_rank, reader.dist_num_replicas = ranks.rank, ranks.count
 
     def start(self, epoch: int) -> None:
         """Make the next pass that of an epoch."""
         self._epoch.value = epoch
         self._dataset.set_epoch(epoch)
-        reader = self._dataset.reader
+        reader: Any = self._dataset.reader
         # Its pipeline goes on where it was, with the random numbers it had, unless it is made anew.
         reader.ds = None
         reader.worker_seed = mixed_seed(self._seed, epoch, self._rank) % 2**63
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
-        place = (self._epoch.value, self._rank, 0 if worker is None else worker.id)
-        for number, (image, target) in enumerate(self._dataset.reader):
-            seed_everything(mixed_seed(self._seed, *place, number))
-            yield self._transform(image), int(target)
+        worker_id = 0 if worker is None else worker.id
+        epoch, samples = self._epoch.value, iter(self._dataset.reader)
+        for number in itertools.count():
+            try:
+                found = next(samples, None)
+            except Exception as error:  # what reads the stream raises errors of many classes
+                raise DataError(f"{self._where(number, worker_id)}: {' '.join(str(error).split())}") from None
+            if found is None:
+                return
+            image, target = found
+            label = _label(target, self._classes, self._where, number, worker_id)
+            seed_everything(mixed_seed(self._seed, epoch, self._rank, worker_id, number))
+            yield self._transform(image), label
+
+    def _where(self, number: int, worker: int) -> str:
+        return f"{self._name}, image {number} of worker {worker}"
 
 
 def _train_transform(recipe: Recipe) -> Any:
@@ -395,12 +600,30 @@ def _train_transform(recipe: Recipe) -> Any:
     )
 
 
-def _test_transform(recipe: Recipe) -> Any:
+def _test_transform(recipe: TestSettings, crop_mode: str | None) -> Any:
     size, interpolation = test_input(recipe)
-    return create_transform(input_size=size, use_prefetcher=True, interpolation=interpolation, crop_pct=recipe.crop_pct)
+    return create_transform(
+        input_size=size,
+        use_prefetcher=True,
+        interpolation=interpolation,
+        crop_pct=recipe.crop_pct,
+        crop_mode=crop_mode,
+    )
 
 
-def _prefetched(loader: DataLoader[Any], recipe: Recipe, ranks: Ranks) -> PrefetchLoader:
+def _loader(dataset: Any, recipe: TestSettings, ranks: Ranks, *, workers: int, **batches: Any) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=fast_collate,
+        pin_memory=ranks.device.type == "cuda",
+        # Its own, so that loading takes no random numbers from those that the process draws otherwise.
+        generator=torch.Generator(),
+        **batches,
+    )
+
+
+def _prefetched(loader: Any, recipe: TestSettings, ranks: Ranks) -> PrefetchLoader:
     mean, std = normalization(recipe)
     return PrefetchLoader(loader, mean=mean, std=std, device=ranks.device)
 
@@ -408,20 +631,21 @@ def _prefetched(loader: DataLoader[Any], recipe: Recipe, ranks: Ranks) -> Prefet
 class _ReaderTrain:
     """Training images behind one of timm's readers with random access."""
 
-    def __init__(self, recipe: Recipe, reader: Any, classes: Mapping[str, int], ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe, reader: Any, ranks: Ranks) -> None:
         indices = _spread(len(reader), recipe.train_samples)
+        self.classes = _class_names(reader)
         self._sampler = _TrainSampler(recipe, len(indices), ranks)
-        loader = DataLoader(
-            _Samples(reader, _train_transform(recipe), indices, recipe.seed),
+        limit = recipe.num_classes or len(self.classes) or None
+        loader = _loader(
+            _Samples(reader, _train_transform(recipe), indices, recipe.seed, limit),
+            recipe,
+            ranks,
+            workers=recipe.workers,
             batch_sampler=self._sampler,
-            num_workers=recipe.workers,
-            collate_fn=fast_collate,
-            pin_memory=ranks.device.type == "cuda",
             persistent_workers=recipe.workers > 0,
         )
         self._loader = _prefetched(loader, recipe, ranks)
         self.steps = self._sampler.steps
-        self.classes = tuple(classes)
         self.fingerprint = _reader_fingerprint(reader, indices)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -432,22 +656,24 @@ class _ReaderTrain:
 class _ReaderTest:
     """Held-out images behind one of timm's readers with random access."""
 
-    def __init__(self, recipe: Recipe, reader: Any, classes: Mapping[str, int], ranks: Ranks, batch_size: int) -> None:
+    def __init__(self, recipe: TestSettings, reader: Any, ranks: Ranks, batch_size: int, crop_mode: str | None) -> None:
         self._recipe, self._reader, self._ranks = recipe, reader, ranks
+        self._transform = _test_transform(recipe, crop_mode)
         self._indices = indices = _spread(len(reader), recipe.test_samples)
+        self.images = len(indices)
+        self.classes = _class_names(reader)
+        self.fingerprint = _reader_fingerprint(reader, indices)
         mine = [indices[place] for place in ranks.share(len(indices))]
         self._loader = self._load(mine, batch_size, recipe.workers)
-        self.images = len(indices)
-        self.classes = tuple(classes)
-        self.fingerprint = _reader_fingerprint(reader, indices)
 
     def _load(self, indices: list[int], batch_size: int, workers: int) -> PrefetchLoader:
-        loader = DataLoader(
-            _Samples(self._reader, _test_transform(self._recipe), indices, self._recipe.seed),
+        limit = self._recipe.num_classes or len(self.classes) or None
+        loader = _loader(
+            _Samples(self._reader, self._transform, indices, self._recipe.seed, limit),
+            self._recipe,
+            self._ranks,
+            workers=workers,
             batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=fast_collate,
-            pin_memory=self._ranks.device.type == "cuda",
             persistent_workers=workers > 0,
         )
         return _prefetched(loader, self._recipe, self._ranks)
@@ -462,31 +688,35 @@ class _ReaderTest:
 
 
 class _StreamTrain:
-    """Training images of a stream. An epoch that is entered late is read from its start, and what was used left out."""
+    """Training images of a stream.
 
-    def __init__(self, recipe: Recipe, dataset: IterableImageDataset, images: int, ranks: Ranks) -> None:
+    An epoch that is entered late is read from its start, and what was used left out. A stream that has fewer images
+    than it is said to have starts again from its first, as timm's readers do.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: IterableImageDataset, name: str, ranks: Ranks) -> None:
+        reader: Any = dataset.reader
+        self.classes = _class_names(reader)
+        limit = recipe.num_classes or len(self.classes) or None
+        self._stream = _Stream(dataset, _train_transform(recipe), recipe.seed, ranks, limit, name)
         dataset.set_loader_cfg(num_workers=recipe.workers)
-        self._stream = _Stream(dataset, _train_transform(recipe), recipe.seed, ranks.rank)
         self._recipe = recipe
         self._ranks = ranks
-        self._generator = torch.Generator()
-        self._loader = DataLoader(
+        self._loader = _loader(
             self._stream,
+            recipe,
+            ranks,
+            workers=recipe.workers,
             batch_size=_per_rank(recipe, ranks) // recipe.accumulation,
-            num_workers=recipe.workers,
-            collate_fn=fast_collate,
-            pin_memory=ranks.device.type == "cuda",
-            generator=self._generator,
         )
-        self.steps = _steps(recipe, images)
-        self.classes = _names(dataset.reader)
-        self.fingerprint = _stream_fingerprint(recipe, dataset, images)
+        self.steps = _steps(recipe, reader.num_samples)
+        self.fingerprint = _stream_fingerprint(recipe, reader, reader.num_samples)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         recipe = self._recipe
         self._stream.start(epoch)
         # What the workers' own seeds are made from.
-        self._generator.manual_seed(mixed_seed(recipe.seed, epoch, self._ranks.rank) % 2**63)
+        self._loader.generator.manual_seed(mixed_seed(recipe.seed, epoch, self._ranks.rank) % 2**63)
         parts = itertools.islice(_prefetched(self._loader, recipe, self._ranks), self.steps * recipe.accumulation)
         yield from itertools.islice(parts, first_step * recipe.accumulation, None)
 
@@ -495,49 +725,54 @@ class _StreamTest:
     """Held-out images of a stream: every rank reads it all, so that none is counted twice, and keeps its batches."""
 
     def __init__(
-        self, recipe: Recipe, dataset: IterableImageDataset, images: int | None, ranks: Ranks, batch_size: int
+        self,
+        recipe: TestSettings,
+        dataset: IterableImageDataset,
+        name: str,
+        ranks: Ranks,
+        batch_size: int,
+        crop_mode: str | None,
     ) -> None:
         reader: Any = dataset.reader
-        reader.dist_rank, reader.dist_num_replicas = 0, 1
+        self.classes = _class_names(reader)
+        self.images = _stream_images(reader, recipe.test_samples)
+        limit = recipe.num_classes or len(self.classes) or None
+        self._stream = _Stream(dataset, _test_transform(recipe, crop_mode), recipe.seed, Ranks(), limit, name)
         dataset.set_loader_cfg(num_workers=recipe.workers)
-        self._stream = _Stream(dataset, _test_transform(recipe), recipe.seed, 0)
         self._recipe = recipe
+        self._name = name
         self._ranks = ranks
-        self._loader = DataLoader(
-            self._stream,
-            batch_size=batch_size,
-            num_workers=recipe.workers,
-            collate_fn=fast_collate,
-            pin_memory=ranks.device.type == "cuda",
-        )
-        self.images = images
-        self.classes = _names(reader)
-        self.fingerprint = _stream_fingerprint(recipe, dataset, images)
+        self._loader = _loader(self._stream, recipe, ranks, workers=recipe.workers, batch_size=batch_size)
+        self.fingerprint = _stream_fingerprint(recipe, reader, self.images)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of all ranks."""
+        self._stream.start(0)
+        seen = 0
+        for images, labels in self._loader:
+            wanted = self._recipe.test_samples
+            kept = slice(None if wanted is None else wanted - seen)
+            seen += len(images[kept])
+            yield images[kept], labels[kept]
+            if seen == wanted:
+                break
+        if self.images not in (None, seen):
+            raise DataError(
+                f"{self._name} has {seen} readable images, and is said to have {self.images}; mend it or what "
+                "describes it, or set test_samples"
+            )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._stream.start(0)
-        mine: Any = _Every(self._loader, self._ranks)
+        mine = itertools.islice(self._batches(), self._ranks.rank, None, self._ranks.count)
         yield from _prefetched(mine, self._recipe, self._ranks)
 
     def probe(self, count: int) -> Tensor:
-        self._stream.start(0)
-        batches, taken = _prefetched(self._loader, self._recipe, self._ranks), []
-        for images, _ in batches:
+        taken: list[Tensor] = []
+        for images, _ in _prefetched(self._batches(), self._recipe, self._ranks):
             taken.append(images)
             if sum(map(len, taken)) >= count:
                 break
         return torch.cat(taken)[:count]
-
-
-class _Every:
-    """Of a loader's batches, every one whose number is this rank's."""
-
-    def __init__(self, loader: DataLoader[Any], ranks: Ranks) -> None:
-        self._loader = loader
-        self._ranks = ranks
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self._loader), self._ranks.rank, None, self._ranks.count)
 
 
 # Where the images are
@@ -548,69 +783,91 @@ def open_train(recipe: Recipe, data_dir: str | os.PathLike[str], ranks: Ranks) -
 
     Args:
         recipe: The run, complete: with ``img_size``, ``interpolation``, ``mean`` and ``std``.
-        data_dir: Folder of the data; where Hugging Face datasets are kept, unless their name is that of a folder in it.
+        data_dir: Folder of the data; with ``wds`` also the address of one, such as ``https://host/shards``; with
+            Hugging Face datasets, where they are kept, unless their name is that of a folder in it.
         ranks: This process.
 
     Raises:
         DataError: There are no images, they do not fill a batch, or a package that reads them is missing.
     """
-    root, kind = Path(data_dir), recipe.dataset.partition("/")[0]
+    kind = recipe.dataset.partition("/")[0]
     if kind == "memory":
-        return MemoryTrain(recipe, _load_memory(root, recipe.train_split), ranks)
+        return MemoryTrain(recipe, _load_memory(Path(data_dir), recipe.train_split), ranks)
     if kind in ("wds", "hfids"):
-        dataset = _stream(recipe, root, recipe.train_split, recipe.train_samples, training=True, ranks=ranks)
-        return _StreamTrain(recipe, dataset, dataset.reader.num_samples, ranks)
-    reader = _reader(recipe, root, recipe.train_split, None)
-    return _ReaderTrain(recipe, reader, _classes(reader), ranks)
+        part = _per_rank(recipe, ranks) // recipe.accumulation
+        dataset, name = _stream(recipe, data_dir, recipe.train_split, recipe.train_samples, part)
+        _check_shards(dataset.reader, recipe.workers, ranks, name)
+        return _StreamTrain(recipe, dataset, name, ranks)
+    return _ReaderTrain(recipe, _reader(recipe, Path(data_dir), recipe.train_split), ranks)
 
 
 def open_test(
-    recipe: Recipe,
+    recipe: TestSettings,
     data_dir: str | os.PathLike[str],
     ranks: Ranks,
     classes: Sequence[str] = (),
     *,
     batch_size: int = 256,
+    crop_mode: str | None = None,
 ) -> TestBatches:
     """Open the held-out images of a recipe.
 
     Args:
-        recipe: As for `open_train`.
+        recipe: As for `open_train`, or what else has the settings of held-out images.
         data_dir: As for `open_train`.
         ranks: This process.
         classes: Names of the classes in the order of their labels, as training has them; by default those of the
-            held-out images.
+            held-out images. Labels that the data gives as numbers without names are taken as they are.
         batch_size: Images at a time, on each rank.
+        crop_mode: timm's way of cropping: ``center``, ``squash`` or ``border``; None for ``center``.
 
     Raises:
         DataError: There are no images, they have a class of their own, or a package that reads them is missing.
     """
-    root, kind = Path(data_dir), recipe.dataset.partition("/")[0]
-    split = recipe.test_split or _test_split(recipe, root, kind)
+    kind = recipe.dataset.partition("/")[0]
+    split = recipe.test_split or _test_split(recipe, data_dir, kind)
+    where = f"{os.fspath(data_dir)}, {split}"
     if kind == "memory":
-        data = _load_memory(root, split)
-        known = tuple(classes) or data.classes
-        _check_classes(data.classes, known, root / split)
-        labels = torch.tensor([known.index(data.classes[label]) for label in data.labels.tolist()])
-        return MemoryTest(recipe, ImageSet(data.images, labels, known), ranks, batch_size)
+        data = _load_memory(Path(data_dir), split)
+        known = _known_classes(data.classes, classes, where)
+        if known:
+            labels = torch.tensor([known[name] for name in data.classes])[data.labels]
+            data = ImageSet(data.images, labels, tuple(known))
+        return MemoryTest(recipe, data, ranks, batch_size)
     if kind in ("wds", "hfids"):
-        dataset = _stream(recipe, root, split, recipe.test_samples, training=False, ranks=ranks)
-        return _StreamTest(recipe, dataset, dataset.reader.num_samples or None, ranks, batch_size)
-    names = {name: label for label, name in enumerate(classes)}
-    own = _reader(recipe, root, split, None)
-    if not names:
-        return _ReaderTest(recipe, own, _classes(own), ranks, batch_size)
-    _check_classes(tuple(_classes(own)), tuple(names), root / split)
-    return _ReaderTest(recipe, _reader(recipe, root, split, names), names, ranks, batch_size)
+        dataset, name = _stream(recipe, data_dir, split, recipe.test_samples, None)
+        _relabel(dataset.reader, classes, where)
+        return _StreamTest(recipe, dataset, name, ranks, batch_size, crop_mode)
+    reader = _reader(recipe, Path(data_dir), split)
+    _relabel(reader, classes, where)
+    return _ReaderTest(recipe, reader, ranks, batch_size, crop_mode)
 
 
-def _check_classes(found: Sequence[str], known: Sequence[str], where: Path) -> None:
-    extra = sorted(set(found) - set(known))
+def _known_classes(found: Sequence[str], classes: Sequence[str], where: str) -> dict[str, int]:
+    """Labels of the classes by name; empty where names say nothing, on either side."""
+    known = {name: label for label, name in enumerate(classes)}
+    if not found or not known:
+        return {}
+    extra = name_order(set(found) - set(known))
     if extra:
         raise DataError(
-            f"{where} has classes that the training images lack: {', '.join(extra[:10])}; "
-            f"valid: {', '.join(known[:20])}"
+            f"{where}: received images of classes that are not known: {', '.join(extra[:10])}; "
+            f"valid: {', '.join(list(classes)[:20])}{' ...' if len(known) > 20 else ''}"
         )
+    return known
+
+
+def _relabel(reader: Any, classes: Sequence[str], where: str) -> None:
+    """Number a reader's classes as training does."""
+    known = _known_classes(_class_names(reader), classes, where)
+    if not known or known == reader.class_to_idx:
+        return
+    if hasattr(reader, "relabel"):
+        reader.relabel(known)
+    else:
+        # timm's readers of Hugging Face datasets do it by name themselves; given these names at the start, they would
+        # not tell their own.
+        reader.class_to_idx, reader.remap_class = known, True
 
 
 def _load_memory(root: Path, split: str) -> ImageSet:
@@ -624,23 +881,41 @@ def _location(root: Path, split: str) -> Path | None:
     return next((path for path in (root / split, root / f"{split}.tar") if path.exists()), None)
 
 
-def _test_split(recipe: Recipe, root: Path, kind: str) -> str:
-    if kind == "hfds" or kind == "hfids":
-        _require(kind)
-        import datasets
-
-        name, cache = _hub_name(recipe, root)
-        there = datasets.load_dataset_builder(name, cache_dir=cache).info.splits or {}
-        names = [split for split in TEST_SPLITS if split in there]
-        where = f"dataset {name}"
+def _test_split(recipe: TestSettings, data_dir: str | os.PathLike[str], kind: str) -> str:
+    where, root = os.fspath(data_dir), Path(data_dir)
+    if kind in ("hfds", "hfids"):
+        there = _hub_splits(recipe, root)
     elif kind == "wds":
-        names, where = ["validation"], ""
+        there = _shard_splits(where)
     else:
-        names = [split for split in TEST_SPLITS if _location(root, split)]
-        where = str(root)
-    if not names:
-        raise DataError(f"{where} has none of {', '.join(TEST_SPLITS)}; it needs one of them, or set test_split")
-    return names[0]
+        there = [split for split in TEST_SPLITS if _location(root, split)]
+    for split in TEST_SPLITS:
+        if split in there:
+            return split
+    raise DataError(f"{where} has none of {', '.join(TEST_SPLITS)}; it needs one of them, or set test_split")
+
+
+def _hub_splits(recipe: TestSettings, root: Path) -> list[str]:
+    _require(recipe.dataset.partition("/")[0])
+    import datasets
+
+    name, cache = _hub_name(recipe, root)
+    try:
+        return [str(split) for split in datasets.get_dataset_split_names(name, cache_dir=cache)]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"dataset {name}: {error}") from error
+
+
+def _shard_splits(where: str) -> list[str]:
+    _require("wds")
+    webdataset = importlib.import_module("webdataset")
+    for name in ("_info.json", "info.json"):
+        try:
+            with webdataset.gopen(f"{where}/{name}") as file:
+                return list(json.load(file)["splits"])
+        except (OSError, ValueError, KeyError):
+            continue
+    return []
 
 
 def _require(kind: str) -> None:
@@ -649,14 +924,14 @@ def _require(kind: str) -> None:
         raise DataError(f"dataset {kind} needs the package {package}: pip install 'ubn-zoo[stream]'")
 
 
-def _hub_name(recipe: Recipe, root: Path) -> tuple[str, str | None]:
+def _hub_name(recipe: TestSettings, root: Path) -> tuple[str, str | None]:
     """A Hugging Face dataset's name, or its folder in the data's, and where downloads are kept."""
     name = recipe.dataset.partition("/")[2]
     local = root / name
     return (str(local), None) if local.exists() else (name, str(root))
 
 
-def _reader(recipe: Recipe, root: Path, split: str, classes: Mapping[str, int] | None) -> Any:
+def _reader(recipe: TestSettings, root: Path, split: str) -> Any:
     """One of timm's readers with random access."""
     if recipe.dataset.startswith("hfds/"):
         _require("hfds")
@@ -669,75 +944,95 @@ def _reader(recipe: Recipe, root: Path, split: str, classes: Mapping[str, int] |
                 input_key=recipe.input_key,
                 target_key=recipe.target_key,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise DataError(f"dataset {name}, {split}: {error}") from error
         return dataset.reader
     place = _location(root, split)
     if place is None:
         raise DataError(f"{root} has no {split}/ and no {split}.tar; an image folder is {root}/{split}/CLASS/IMAGE")
-    in_tar = place.is_file() or any(place.glob("*.tar"))
-    kind: Any = ReaderImageInTar if in_tar else ReaderImageFolder
+    folders = place.is_dir() and any(path.is_dir() and not path.name.startswith(".") for path in place.iterdir())
+    in_tar = place.is_file() or (not folders and any(place.glob("*.tar")))
     try:
-        return kind(str(place), class_map=dict(classes) if classes else "")
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise DataError(f"{place}: no images: {error}") from None
+        return _TarReader(place) if in_tar else _FolderReader(place)
+    except (AssertionError, OSError, ValueError, pickle.UnpicklingError, tarfile.TarError) as error:
+        raise DataError(f"{place}: no images that can be used: {error}") from None
 
 
-def _classes(reader: Any) -> dict[str, int]:
-    found: dict[str, int] | None = getattr(reader, "class_to_idx", None)
-    if found is None:
-        found = getattr(reader, "class_name_to_idx", None)
-    return dict(found or {})
-
-
-def _names(reader: Any) -> tuple[str, ...]:
-    return tuple(_classes(reader))
+def _class_names(reader: Any) -> tuple[str, ...]:
+    return tuple(reader.class_to_idx)
 
 
 def _stream(
-    recipe: Recipe, root: Path, split: str, samples: int | None, *, training: bool, ranks: Ranks
-) -> IterableImageDataset:
+    recipe: TestSettings,
+    data_dir: str | os.PathLike[str],
+    split: str,
+    samples: int | None,
+    batch_size: int | None,
+) -> tuple[IterableImageDataset, str]:
+    """One of timm's streams, and what to call it; of training images where it has a size of batches."""
     kind = recipe.dataset.partition("/")[0]
     _require(kind)
-    name, cache = ("wds", str(root)) if kind == "wds" else _hub_name(recipe, root)
-    wanted = "wds/" if kind == "wds" else f"hfids/{name}"
+    # As it is: a path would take a slash out of an address.
+    name, cache = ("", os.fspath(data_dir)) if kind == "wds" else _hub_name(recipe, Path(data_dir))
+    training = batch_size is not None
+    # Before it reads a Hugging Face dataset, timm wants the number of images; of held-out ones it makes no use of it.
+    unknown = _UNKNOWN if kind == "hfids" and not training else None
+    shown = f"{name or cache}, {split}"
     try:
-        return create_dataset(
-            wanted,
+        dataset = create_dataset(
+            f"{kind}/{name}",
             root=cache,
             split=split,
             is_training=training,
-            batch_size=_per_rank(recipe, ranks) // recipe.accumulation,
-            num_samples=samples,
+            batch_size=batch_size or 1,
+            num_samples=samples or unknown,
             seed=recipe.seed,
             input_key=recipe.input_key,
             target_key=recipe.target_key,
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
+        hint = "" if samples else "; a stream needs its number of images: _info.json, or train_samples, test_samples"
+        raise DataError(f"{shown}: {error}{hint}") from error
+    return dataset, shown
+
+
+def _stream_images(reader: Any, samples: int | None) -> int | None:
+    """How many held-out images a stream is said to have; None where nothing says it."""
+    if samples is not None:
+        return samples
+    builder = getattr(reader, "builder", None)
+    if builder is None:
+        return reader.num_samples or None
+    said = (builder.info.splits or {}).get(reader.split)
+    return None if said is None else said.num_examples or None
+
+
+def _check_shards(reader: Any, workers: int, ranks: Ranks, name: str) -> None:
+    """Refuse WebDataset shards that leave a worker without any; timm refuses those of Hugging Face datasets."""
+    shards = len(getattr(getattr(reader, "split_info", None), "filenames", ()))
+    needed = ranks.count * max(1, workers)
+    if 0 < shards < needed:
         raise DataError(
-            f"{root}, {split}: {error}; a stream needs its number of images: _info.json, or train_samples, test_samples"
-        ) from error
+            f"{name}: received {shards} shards for {needed} workers in all; valid: at least one for each, so at most "
+            f"{shards // ranks.count} workers with {ranks.count} ranks, or more and smaller shards"
+        )
 
 
 def _reader_fingerprint(reader: Any, indices: list[int]) -> str:
-    """SHA-256 of the files' names and, for a folder, sizes; of a Hugging Face dataset's own fingerprint."""
-    digest = hashlib.sha256(str((len(reader), len(indices), sorted(_classes(reader).items()))).encode())
+    """SHA-256 of the files' names and sizes; of a Hugging Face dataset's own fingerprint."""
+    digest = hashlib.sha256(str((len(reader), len(indices), sorted(reader.class_to_idx.items()))).encode())
     own = getattr(getattr(reader, "dataset", None), "_fingerprint", None)
     if own is not None:
         digest.update(own.encode())
         return digest.hexdigest()
-    sized = isinstance(reader, ReaderImageFolder) and len(reader) <= _SIZED_FILES
     for index in range(len(reader)):
-        digest.update(reader.filename(index).encode() + b"\0")
-        if sized:
-            digest.update(b"%d\0" % Path(reader.filename(index, absolute=True)).stat().st_size)
+        digest.update(b"%s\0%d\0" % (reader.filename(index).encode(), reader.size(index)))
     return digest.hexdigest()
 
 
-def _stream_fingerprint(recipe: Recipe, dataset: IterableImageDataset, images: int | None) -> str:
-    reader: Any = dataset.reader
+def _stream_fingerprint(recipe: TestSettings, reader: Any, images: int | None) -> str:
     shards = getattr(getattr(reader, "split_info", None), "filenames", ())
-    return hashlib.sha256(str((recipe.dataset, images, tuple(shards), _names(reader))).encode()).hexdigest()
+    return hashlib.sha256(str((recipe.dataset, images, tuple(shards), _class_names(reader))).encode()).hexdigest()
 
 
 def describe(train: TrainBatches, test: TestBatches) -> dict[str, Any]:
