@@ -34,6 +34,7 @@ __all__ = [
     "get_experiment",
     "load",
     "markdown",
+    "page",
     "plan",
     "report",
 ]
@@ -50,6 +51,7 @@ class Experiment:
         settings: Changes to it that all variants have, ``key=value`` each.
         variants: Changes of each variant, under the label that people read; the first is the baseline.
         seeds: Each variant is run with every one of them.
+        note: What people should know of it, a sentence or two.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Experiment:
     settings: tuple[str, ...] = ()
     variants: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...] = (0, 1, 2)
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +78,20 @@ class Planned:
     recipe: Recipe
 
 
+_INTRODUCTION = """\
+# Results
+
+<!-- Written by `python scripts/experiments.py report` from results/*.csv; edit ubn_zoo/experiments.py instead. -->
+
+Paired runs: the same recipe, first weights, order and augmentation of images for all variants of a seed. Accuracies are
+those of all held-out images after the last epoch, never of the best one; mean ± standard deviation over seeds, and the
+difference to the first variant, seed by seed. Schedules are short, so that one or two CPU cores can run them: what is
+said here is about early training of small models, and a longer run may end otherwise. Similarity is the mean over norm
+layers of the cosine similarity of held-out images' features after the last epoch, of the first seed.
+"""
+
 _TWINS = {"BatchNorm": ("norm=bn",), "UBN": ("norm=ubn",)}
+_THRESHOLDS = {**_TWINS, "UBN, threshold 0.3": ("norm=ubn", "threshold=0.3")}
 
 EXPERIMENTS = (
     Experiment(
@@ -116,14 +132,14 @@ EXPERIMENTS = (
         title="ResNet-10-T on 20,000 images of CIFAR-10, 32 pixels",
         recipe="cifar10_small",
         settings=("model=resnet10t", "img_size=32", "train_samples=20000"),
-        variants=_TWINS,
+        variants=_THRESHOLDS,
     ),
     Experiment(
         name="cifar10_regnet",
         title="RegNetX-200MF on 20,000 images of CIFAR-10, 64 pixels",
         recipe="cifar10_small",
         settings=("train_samples=20000",),
-        variants=_TWINS,
+        variants=_THRESHOLDS,
     ),
     Experiment(
         name="cifar10_equal_time",
@@ -287,8 +303,48 @@ def draw(experiment: Experiment, results: Results, folder: str | Path) -> tuple[
     return pictures
 
 
+def _measured(results: str | Path) -> list[Experiment]:
+    return [experiment for experiment in EXPERIMENTS if (Path(results) / f"{experiment.name}.csv").is_file()]
+
+
+def page(results: str | Path) -> str:
+    """The page of all experiments that have results, in Markdown.
+
+    Args:
+        results: Folder of the tables that `collect` wrote.
+    """
+    text = [_INTRODUCTION]
+    for experiment in _measured(results):
+        found = load(experiment, results)
+        first = next(iter(found.runs.values()))[0][-1]
+        text += [
+            f"## {experiment.title}\n",
+            f"{experiment.note}\n" if experiment.note else "",
+            markdown(experiment, found),
+        ]
+        text.append(f"![{experiment.title}]({experiment.name}.png)\n")
+        if found.layers:
+            text.append(f"![Feature similarity]({experiment.name}_similarity.png)\n")
+        text.append(
+            f"Recipe `{experiment.recipe}`{_changes(experiment)}, {first.epoch} epochs, {first.threads} thread of "
+            f"{first.device}, torch {first.torch}, commits {_commits(found)}. Table "
+            f"[results/{experiment.name}.csv](../results/{experiment.name}.csv); repeat: "
+            f"`python scripts/experiments.py run {experiment.name} --data-dir DIR`, then `collect {experiment.name}`.\n"
+        )
+    return "\n".join(part for part in text if part)
+
+
+def _changes(experiment: Experiment) -> str:
+    return f" with {', '.join(f'`{setting}`' for setting in experiment.settings)}" if experiment.settings else ""
+
+
+def _commits(results: Results) -> str:
+    found = {row.commit[:9] for runs in results.runs.values() for run in runs for row in run if row.commit}
+    return ", ".join(sorted(found)) or "not known"
+
+
 def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
-    """Make the page of all experiments that have results, and their plots.
+    """Write the page of all experiments that have results, and their plots.
 
     Args:
         results: Folder of the tables that `collect` wrote.
@@ -297,16 +353,7 @@ def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
     Returns:
         What was written.
     """
-    written: list[Path] = []
-    page = ["# Results\n", "Made from `results/*.csv` by `python scripts/experiments.py report`.\n"]
-    for experiment in EXPERIMENTS:
-        if not (Path(results) / f"{experiment.name}.csv").is_file():
-            continue
-        found = load(experiment, results)
-        pictures = draw(experiment, found, docs)
-        written += pictures
-        page += [f"## {experiment.title}\n", markdown(experiment, found)]
-        page += [f"![{experiment.title}]({picture.name})\n" for picture in pictures]
     path = Path(docs) / "results.md"
-    path.write_text("\n".join(page), encoding="utf-8")
-    return (path, *written)
+    path.write_text(page(results), encoding="utf-8")
+    pictures = [draw(experiment, load(experiment, results), docs) for experiment in _measured(results)]
+    return (path, *(picture for drawn in pictures for picture in drawn))
