@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import time
+
+import pytest
 
 from ubn_zoo.progress import Progress
 
@@ -23,9 +26,16 @@ def test_progress_is_a_bar_on_a_terminal_and_quiet_elsewhere() -> None:
     assert "#" * 24 in terminal.getvalue()
     assert terminal.getvalue().endswith("\r\x1b[K")
     assert log.getvalue() == ""
+
+
+def test_progress_goes_by_what_was_done_since_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 12.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    log = io.StringIO()
     lines = Progress("train", stream=log, interval=0.0)
-    lines(0, 4)
-    lines(2, 4)
-    assert log.getvalue().splitlines()[0] == "train: 0/4, 0 images/s, starting"
-    assert "train: 2/4" in log.getvalue().splitlines()[1]
-    assert "left" in log.getvalue().splitlines()[1]
+    lines(50, 100)
+    lines(60, 100)
+    assert log.getvalue().splitlines() == [
+        "train: 50/100, 0 images/s, starting",
+        "train: 60/100, 5 images/s, 0:08 left",
+    ]

@@ -1,7 +1,8 @@
-"""Progress of long loops: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long loops: a bar on a terminal, silence elsewhere."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TextIO
@@ -20,35 +21,36 @@ def _duration(seconds: float) -> str:
 class Progress:
     """Shows how far a loop is, how fast and for how long yet.
 
-    On a terminal one line is drawn again and again, and wiped when the loop ends. Elsewhere (a log file, a pipe) a line
-    is written when `interval` seconds have passed since the last, so short loops stay silent.
+    On a terminal one line is drawn again and again, and wiped when the loop ends. Elsewhere (a log file, a pipe)
+    nothing is shown, unless an interval is asked for. Speed is that since the first call: a loop may begin in its middle.
 
     Args:
         label: What the loop does.
         unit: What is counted, for the rate.
         stream: Where it is shown; by default standard error, so that results on standard output stay clean.
-        interval: Seconds between lines where the stream is no terminal.
+        interval: Seconds between lines where the stream is no terminal; by default there are none.
     """
 
     def __init__(
-        self, label: str, *, unit: str = "images", stream: TextIO | None = None, interval: float = 30.0
+        self, label: str, *, unit: str = "images", stream: TextIO | None = None, interval: float = math.inf
     ) -> None:
         self._label = label
         self._unit = unit
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
         self._interval = 0.1 if self._terminal else interval
-        self._start = self._shown = time.monotonic()
+        self._shown = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Tell that `done` of `total` are done; the clock starts when the object is made."""
+        """Tell that `done` of `total` are done."""
         now = time.monotonic()
+        before, start = self._first = self._first or (done, now)
         if now - self._shown < self._interval and not (self._terminal and done == total):
             return
         self._shown = now
-        elapsed = max(now - self._start, 1e-9)
-        rate = done / elapsed
-        left = f"{_duration((total - done) / rate)} left" if done else "starting"
+        rate = (done - before) / max(now - start, 1e-9)
+        left = f"{_duration((total - done) / rate)} left" if rate else "starting"
         text = f"{self._label}: {done}/{total}, {rate:.0f} {self._unit}/s, {left}"
         if self._terminal:
             filled = WIDTH * done // max(total, 1)
