@@ -22,7 +22,7 @@ class Progress:
     """Shows how far a loop is, how fast and for how long yet.
 
     On a terminal one line is drawn again and again, and wiped when the loop ends. Elsewhere (a log file, a pipe)
-    nothing is shown, unless an interval is asked for. Speed is that since the first call: a loop may begin in its middle.
+    nothing is shown, unless an interval is asked for. Speed is that since the first call: a loop may start midway.
 
     Args:
         label: What the loop does.
