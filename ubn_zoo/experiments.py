@@ -90,7 +90,8 @@ said here is about early training of small models, and a longer run may end othe
 layers of the cosine similarity of held-out images' features after the last epoch, of the first seed.
 """
 
-_TWINS = {"BatchNorm": ("norm=bn",), "UBN": ("norm=ubn",)}
+_UBN = ("norm=ubn", "threshold=0.15")
+_TWINS = {"BatchNorm": ("norm=bn",), "UBN": _UBN}
 _THRESHOLDS = {**_TWINS, "UBN, threshold 0.3": ("norm=ubn", "threshold=0.3")}
 
 EXPERIMENTS = (
@@ -104,9 +105,9 @@ EXPERIMENTS = (
             "RBN": ("norm=rbn",),
             "BNET": ("norm=bnet",),
             "UBN without gate": ("norm=ubn", "threshold=null"),
-            "UBN": ("norm=ubn",),
+            "UBN": _UBN,
             "UBN, threshold 0.3": ("norm=ubn", "threshold=0.3"),
-            "UBN, kaiming kernels": ("norm=ubn", "kernel_init=kaiming"),
+            "UBN, kaiming kernels": (*_UBN, "kernel_init=kaiming"),
         },
     ),
     Experiment(
@@ -123,8 +124,8 @@ EXPERIMENTS = (
         recipe="clothing_small",
         variants={
             "BatchNorm": ("norm=bn", "checkpoint={runs}/cifar10_regnet_long/batchnorm_seed0/model.safetensors"),
-            "UBN": ("norm=ubn", "checkpoint={runs}/cifar10_regnet_long/ubn_seed0/model.safetensors"),
-            "UBN from scratch": ("norm=ubn",),
+            "UBN": (*_UBN, "checkpoint={runs}/cifar10_regnet_long/ubn_seed0/model.safetensors"),
+            "UBN from scratch": _UBN,
         },
     ),
     Experiment(
