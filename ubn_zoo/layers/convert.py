@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_batchnorm", "convert_state_dict", "convert_sync_ubn", "freeze_ubn", "unfreeze_ubn"]
 
+# The kinds of BatchNorm whose forward is known.
+BATCHNORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -65,8 +68,7 @@ def _is_batchnorm(module: nn.Module) -> bool:
 def _check_convertible(name: str, module: nn.Module) -> None:
     if isinstance(module, nn.LazyBatchNorm2d):
         raise TypeError(f"{name or 'the model'} is a LazyBatchNorm2d; run one batch through the model first")
-    known = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
-    if not any(type(module).forward is kind.forward for kind in known):
+    if not any(type(module).forward is kind.forward for kind in BATCHNORMS):
         raise TypeError(
             f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own that UBN "
             "cannot stand for; replace it by torch.nn.BatchNorm2d or timm's BatchNormAct2d first"

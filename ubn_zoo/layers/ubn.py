@@ -58,6 +58,15 @@ def _may_be_recomputed() -> bool:
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def without_autocast(input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Calls a layer that looks after its own precisions; autocast would lower the affine's for float32 inputs."""
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return function(input)
+    return function(input)
+
+
 @register_notrace_module
 class UnifiedBatchNorm2d(nn.Module):
     """Unified Batch Normalization over (N, C, H, W) inputs, a drop-in replacement of ``torch.nn.BatchNorm2d``.
@@ -255,16 +264,8 @@ class UnifiedBatchNorm2d(nn.Module):
         # Compilers and exporters take the equations and fuse them by themselves.
         captured = torch.jit.is_tracing() or torch.compiler.is_compiling()
         if captured and not (self._sync is not None and self.training and self._sync.active()):
-            return self._without_autocast(input, self._reference)
-        return self._without_autocast(input, self._eager)
-
-    def _without_autocast(self, input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        # The layer looks after its own precisions; autocast would lower the affine's for float32 inputs.
-        device = input.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return function(input)
-        return function(input)
+            return without_autocast(input, self._reference)
+        return without_autocast(input, self._eager)
 
     def _check_values(self, input: Tensor) -> None:
         if input.shape[0] * input.shape[2] * input.shape[3] == 1:
