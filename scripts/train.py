@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ubn_zoo.hub import HubError
-from ubn_zoo.loaders import DataError
 from ubn_zoo.metrics import EpochMetrics
 from ubn_zoo.models import CheckpointError
 from ubn_zoo.progress import Progress
@@ -26,6 +25,7 @@ from ubn_zoo.ranks import RanksError, joined
 from ubn_zoo.recipe import Recipe, RecipeError, apply_settings, load_recipe
 from ubn_zoo.runs import Run, RunError, run
 from ubn_zoo.snapshots import SnapshotError
+from ubn_zoo.sources import DataError
 from ubn_zoo.train import TrainingError
 
 ERRORS = (CheckpointError, DataError, HubError, RanksError, RecipeError, RunError, SnapshotError, TrainingError)

@@ -34,8 +34,8 @@ from ubn_zoo.evaluate import (
     predict_as_configured,
     result_row,
 )
-from ubn_zoo.loaders import DataError
 from ubn_zoo.ranks import Ranks
+from ubn_zoo.sources import DataError
 
 NORMALIZE = Normalizer((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
 

@@ -25,9 +25,10 @@ from images import RECIPE, write_image
 from PIL import Image
 from torch import Tensor
 
-from ubn_zoo.loaders import DataError, class_names, describe, open_test, open_train
+from ubn_zoo.loaders import class_names, describe, open_test, open_train
 from ubn_zoo.ranks import Ranks
 from ubn_zoo.recipe import Recipe
+from ubn_zoo.sources import DataError
 
 if TYPE_CHECKING:  # pytest would take a class of this name for tests
     from ubn_zoo.loaders import TestBatches, TrainBatches

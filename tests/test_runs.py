@@ -25,12 +25,13 @@ import torch
 from images import RECIPE, striped_images, write_image_folder
 
 from ubn_zoo import runs, snapshots
-from ubn_zoo.loaders import DataError, MemoryTest, MemoryTrain
+from ubn_zoo.loaders import MemoryTest, MemoryTrain
 from ubn_zoo.metrics import read_metrics, read_similarity
 from ubn_zoo.ranks import Ranks
 from ubn_zoo.recipe import Recipe, dump_recipe, load_recipe
 from ubn_zoo.runs import RunError, run
 from ubn_zoo.snapshots import newest_snapshot
+from ubn_zoo.sources import DataError
 from ubn_zoo.train import TrainingError
 
 ROOT = Path(__file__).parents[1]

@@ -15,11 +15,12 @@ from images import RECIPE, striped_images
 from torch import nn
 
 from ubn_zoo.layers import UnifiedBatchNorm2d
-from ubn_zoo.loaders import DataError, MemoryTest, MemoryTrain
+from ubn_zoo.loaders import MemoryTest, MemoryTrain
 from ubn_zoo.metrics import EpochMetrics
 from ubn_zoo.ranks import Ranks
 from ubn_zoo.recipe import Recipe
 from ubn_zoo.snapshots import Snapshot
+from ubn_zoo.sources import DataError
 from ubn_zoo.train import (
     Outcome,
     TrainingError,

@@ -22,11 +22,11 @@ from .manifest import load_manifest
 from .models import read_checkpoint
 from .ranks import Ranks
 from .recipe import DATASETS, NAMED_DATASETS
+from .sources import Feed
 
 __all__ = [
     "Accuracy",
     "EvaluationError",
-    "Feed",
     "Subject",
     "append_result",
     "evaluate_pretrained",
@@ -242,51 +242,6 @@ class Subject:
     name: str
     classes: tuple[str, ...]
     sha256: str | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Feed:
-    """Which images a model is given, and how; `TestSettings` explains what is not said here.
-
-    Attributes:
-        img_size: Side in pixels.
-        interpolation: Filter of the resize, by timm's name.
-        crop_pct: Side of the crop over that of the resized image.
-        crop_mode: timm's way of cropping: ``center``, ``squash`` or ``border``.
-        mean: Mean per channel, of pixel values scaled to 0..1.
-        std: Standard deviation per channel.
-        num_classes: Outputs of the model.
-        dataset: Kind of data.
-        test_split: Part of it.
-        test_samples: At most that many images.
-        input_key: Column or file ending of the image.
-        target_key: Column of the class.
-        workers: Processes that load data, per rank.
-    """
-
-    img_size: int
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    num_classes: int
-    dataset: str = "folder"
-    test_split: str | None = None
-    test_samples: int | None = None
-    input_key: str | None = None
-    target_key: str | None = None
-    workers: int = 0
-
-    @property
-    def test_img_size(self) -> int:
-        """Side in pixels."""
-        return self.img_size
-
-    @property
-    def seed(self) -> int:
-        """Nothing of how held-out images are read is random."""
-        return 0
 
 
 def load_subject(

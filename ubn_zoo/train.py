@@ -36,11 +36,12 @@ from . import models  # noqa: F401 - registers the zoo with timm
 from .analysis import measure_similarity
 from .evaluate import Accuracy, measure
 from .layers import UnifiedBatchNorm2d, convert_sync_ubn
-from .loaders import TestBatches, TrainBatches, mixed_seed, seed_everything
+from .loaders import TestBatches, TrainBatches
 from .metrics import EpochMetrics, LayerSimilarity
 from .ranks import Ranks
 from .recipe import Recipe
 from .snapshots import Snapshot, restore_optimizer
+from .sources import mixed_seed, seed_everything
 
 __all__ = [
     "GateState",
