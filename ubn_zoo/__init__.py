@@ -7,6 +7,7 @@ from .layers import (
     convert_batchnorm,
     convert_sync_ubn,
     freeze_ubn,
+    fuse,
     unfreeze_ubn,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "convert_batchnorm",
     "convert_sync_ubn",
     "freeze_ubn",
+    "fuse",
     "models",
     "unfreeze_ubn",
 ]

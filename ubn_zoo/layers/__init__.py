@@ -2,6 +2,7 @@
 
 from . import functional
 from .convert import convert_batchnorm, convert_state_dict, convert_sync_ubn, freeze_ubn, unfreeze_ubn
+from .inference import fuse
 from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "convert_sync_ubn",
     "freeze_ubn",
     "functional",
+    "fuse",
     "unfreeze_ubn",
 ]
