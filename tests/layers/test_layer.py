@@ -28,9 +28,10 @@ from .common import (
     snapshot,
     step,
 )
-from .tolerances import OUTPUT, SIMILARITY
+from .tolerances import OUTPUT, SIMILARITY, assert_gradient
 
-F64 = torch.float64
+F32, F64 = torch.float32, torch.float64
+FORMATS = [torch.contiguous_format, torch.channels_last]
 both_paths = pytest.mark.parametrize("path", PATHS, ids=["layer", "functional"])
 
 
@@ -446,3 +447,40 @@ class TestFunctional:
         for samples in (2, 5, 16, 30):
             found = functional.feature_similarity(x, samples)
             torch.testing.assert_close(float(found), reference.similarity(x, samples), rtol=1e-9, atol=1e-9)
+
+
+class TestLargeBatch:
+    """Batches that do not fit a CPU's cache are worked on in parts; five samples make parts of two, two and one."""
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    @pytest.mark.parametrize("gate", [OPEN, SHUT])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"kernel_size": 5, "scale_calibration": False},
+            {"kernel_size": 1},
+            {"kernel_size": 1, "scale_calibration": False, "center_calibration": False},
+            {"affine": False},
+            {"affine": False, "scale_calibration": False},
+        ],
+        ids=str,
+    )
+    def test_step(self, settings: dict, gate: float, memory_format: torch.memory_format) -> None:
+        x, grad_y = random_input((5, 3, 300, 300))
+        x, grad_y = x.contiguous(memory_format=memory_format), grad_y.contiguous(memory_format=memory_format)
+        given = grad_y.clone()
+        assert_step(make_layer(3, dtype=F64, gate=gate, **settings), x, grad_y)
+        assert torch.equal(grad_y, given)
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    def test_precisions(self, memory_format: torch.memory_format) -> None:
+        """Float32 and bfloat16 make parts of other sizes."""
+        for dtype, shape in ((F32, (5, 3, 400, 400)), (torch.bfloat16, (5, 3, 600, 600))):
+            x, grad_y = random_input(shape, dtype=dtype)
+            layer = make_layer(3, dtype=dtype)
+            expected = reference.run_like(layer, x, grad_y)
+            y, grad_x = step(layer, x.contiguous(memory_format=memory_format), grad_y)
+            assert y.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(y.double(), expected.y, **OUTPUT[dtype].kwargs(), check_stride=False)
+            assert_gradient(grad_x, expected.grad_x, dtype, "x")

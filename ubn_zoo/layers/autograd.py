@@ -7,7 +7,7 @@ forward.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,23 @@ from torch import Tensor
 from . import functional as reference
 
 __all__ = ["calibrated_affine", "feature_similarity", "moments"]
+
+
+# Bytes of input that a CPU works on at a time: a share of its cache, as a chunk's intermediate results lie beside it.
+_CHUNK = 2 << 20
+
+
+def _chunks(input: Tensor) -> list[slice]:
+    """The samples of a batch, in runs that are small enough to stay in a CPU's cache from one operation to the next.
+
+    Elementwise operations, sums and depthwise convolutions are bound by memory; so is their allocation, where a large
+    result gets fresh pages from the system each time.
+    """
+    samples = input.shape[0]
+    size = samples
+    if input.device.type == "cpu":
+        size = max(1, _CHUNK * samples // (input.numel() * input.element_size()))
+    return [slice(start, start + size) for start in range(0, samples, size)]
 
 
 def _is_channels_last(input: Tensor) -> bool:
@@ -42,18 +59,24 @@ def moments(input: Tensor) -> tuple[Tensor, Tensor]:
 
     The second is all that the batch variance needs of :func:`functional.instance_moments`' variances.
     """
+    if input.device.type != "cpu":
+        values = reference.promote(input)
+        return values.mean((2, 3)), torch.var(values, (2, 3), correction=0).mean(0)
+    means, variances = zip(*(_chunk_moments(input[chunk]) for chunk in _chunks(input)), strict=True)
+    return torch.cat(means), torch.stack(variances).sum(0) / input.shape[0]
+
+
+def _chunk_moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-instance means, and the sum over instances of their biased variances."""
     values = reference.promote(input)
-    count = values.numel() // values.shape[1]
     mean = values.mean((2, 3))
-    if values.device.type != "cpu":
-        return mean, torch.var(values, (2, 3), correction=0).mean(0)
     # On a CPU torch.var over (2, 3) takes twenty times as long as what follows.
     deviations = values - mean[:, :, None, None]
     if _is_channels_last(deviations) and deviations.dtype == torch.float32:
         # The variance over N, H and W of what has no mean left is the mean over N of the variances over H and W.
-        return mean, torch.ops.aten.batch_norm_update_stats(deviations, None, None, 0.0)[1]
+        return mean, torch.ops.aten.batch_norm_update_stats(deviations, None, None, 0.0)[1] * input.shape[0]
     squares = torch.linalg.vector_norm(deviations, dim=(2, 3)).square_()
-    return mean, squares.sum(0) / count
+    return mean, squares.sum(0) / (input.shape[2] * input.shape[3])
 
 
 def _instance_sum(input: Tensor) -> Tensor:
@@ -85,23 +108,21 @@ class _CalibratedAffine(torch.autograd.Function):
         gate: Tensor | None,
         eps: float,
     ) -> Tensor:
-        normalized, normalized_mean, _ = _normalize(input, center_weight, instance_mean, mean, var, eps)
-        factor = _factor(scale_weight, scale_bias, normalized_mean)
-        if weight is None:
-            output = normalized
-        elif weight.shape[2] == 1:
-            output = normalized.mul_(weight[:, 0].to(input.dtype))
-            if bias is not None:
-                output = output.add_(_broadcast(bias).to(input.dtype))
-        else:
-            output = torch.conv2d(
-                normalized,
-                weight.to(input.dtype),
-                None if bias is None else bias.to(input.dtype),
-                padding=weight.shape[2] // 2,
-                groups=weight.shape[0],
-            )
-        return output if factor is None else output.mul_(_broadcast(factor).to(input.dtype))
+        scales = _scales(center_weight, instance_mean, mean, var, eps)
+        factor = _factor(scale_weight, scale_bias, scales.normalized_mean)
+        kernel = None if weight is None else weight.to(input.dtype)
+        shift = None if bias is None else bias.to(input.dtype)
+        results = _Joined(input)
+        for chunk in results.chunks:
+            result = _normalize(input, scales, chunk)
+            if kernel is not None and kernel.shape[2] == 1:
+                result.mul_(kernel[:, 0])
+                if shift is not None:
+                    result.add_(_broadcast(shift))
+            elif kernel is not None:
+                result = torch.conv2d(result, kernel, shift, padding=kernel.shape[2] // 2, groups=kernel.shape[0])
+            results.put(chunk, result, None if factor is None else _broadcast(factor[chunk]).to(input.dtype))
+        return results.whole
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -118,43 +139,61 @@ class _CalibratedAffine(torch.autograd.Function):
         pixels = input.shape[2] * input.shape[3]
         count = input.shape[0] * pixels
 
-        normalized, normalized_mean, scale = _normalize(input, center_weight, instance_mean, mean, var, ctx.eps)
+        scales = _scales(center_weight, instance_mean, mean, var, ctx.eps)
+        scale, normalized_mean = scales.scale, scales.normalized_mean
         factor = _factor(scale_weight, scale_bias, normalized_mean)
-        # From here on "grad" is the gradient of the loss with respect to what the calibration factor multiplies ...
-        grad = grad_output if factor is None else grad_output * _broadcast(factor).to(grad_output.dtype)
-        grad_sum = _instance_sum(grad)
         grad_weight = grad_bias = grad_scale_weight = grad_scale_bias = grad_center_weight = None
-        if bias is not None:
-            grad_bias = grad_sum.sum(0).to(bias.dtype)
-        # ... and then with respect to the normalised features, by way of the affine alone.
-        if weight is None:
-            projection = _instance_sum(grad * normalized)
-        elif weight.shape[2] == 1:
-            taps = weight[:, 0, 0, 0].to(grad_sum.dtype)
-            products = _instance_sum(grad * normalized)
-            grad_weight = products.sum(0).to(weight.dtype)[:, None, None, None]
-            projection = products * taps
-            grad_sum_of_normalized = grad_sum * taps
-            grad = grad * weight[:, 0].to(grad.dtype)
-        else:
-            grad, grad_weight, _ = torch.ops.aten.convolution_backward(
+        kernel = None if weight is None else weight.to(input.dtype)
+        # The gradient with respect to the normalised features by way of the affine alone, its sums and those of its
+        # products with the features.
+        grads_normalized = _Joined(input)
+        sums, sums_of_normalized, projections = [], [], []
+        for chunk in grads_normalized.chunks:
+            normalized = _normalize(input, scales, chunk)
+            # With respect to what the calibration factor multiplies.
+            grad = grad_output[chunk]
+            if factor is not None:
+                grad = grad * _broadcast(factor[chunk]).to(grad.dtype)
+            sums.append(_instance_sum(grad))
+            if kernel is None or kernel.shape[2] == 1:
+                projections.append(_instance_sum(normalized.mul_(grad)))
+                if kernel is not None:
+                    grad = grad * kernel[:, 0]
+                # What was given is not overwritten later on.
+                grads_normalized.put(chunk, grad.clone() if kernel is None and factor is None else grad)
+                continue
+            grad, kernel_grad, _ = torch.ops.aten.convolution_backward(
                 grad,
                 normalized,
-                weight.to(input.dtype),
+                kernel,
                 None,
                 (1, 1),
-                (weight.shape[2] // 2,) * 2,
+                (kernel.shape[2] // 2,) * 2,
                 (1, 1),
                 False,
                 (0, 0),
-                weight.shape[0],
+                kernel.shape[0],
                 (True, ctx.needs_input_grad[1], False),
             )
-            grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-            projection = _instance_sum(grad * normalized)
-            grad_sum_of_normalized = _instance_sum(grad)
+            if kernel_grad is not None:
+                kernel_grad = kernel_grad.to(sums[0].dtype)
+                grad_weight = kernel_grad if grad_weight is None else grad_weight.add_(kernel_grad)
+            grads_normalized.put(chunk, grad)
+            sums_of_normalized.append(_instance_sum(grad))
+            projections.append(_instance_sum(normalized.mul_(grad)))
+        grad_sum, projection = torch.cat(sums), torch.cat(projections)
         if weight is None:
             grad_sum_of_normalized = grad_sum
+        elif weight.shape[2] == 1:
+            taps = weight[:, 0, 0, 0].to(grad_sum.dtype)
+            grad_weight = projection.sum(0)[:, None, None, None]
+            projection, grad_sum_of_normalized = projection * taps, grad_sum * taps
+        else:
+            grad_sum_of_normalized = torch.cat(sums_of_normalized)
+        if weight is not None and grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if bias is not None:
+            grad_bias = grad_sum.sum(0).to(bias.dtype)
 
         # What the instance means of the normalised features receive through the calibration factor.
         total, moment = grad_sum_of_normalized, projection
@@ -191,27 +230,85 @@ class _CalibratedAffine(torch.autograd.Function):
 
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = torch.addcmul(_broadcast(offset), grad, _broadcast(scale))
-            if slope is not None:
-                grad_input = grad_input.addcmul_(normalized, _broadcast(scale * slope))
-            grad_input = grad_input.to(input.dtype)
+            grad_input = grads_normalized.whole
+            for chunk in grads_normalized.chunks:
+                result = grad_input[chunk]
+                moved = _multiply_add(result, scale, _broadcast(offset[chunk]))
+                if slope is not None:
+                    moved = _add_product(moved, _normalize(input, scales, chunk), scale * slope)
+                if moved.dtype != result.dtype:
+                    result.copy_(moved)
         gradients = (grad_input, grad_weight, grad_bias, grad_center_weight, grad_scale_weight, grad_scale_bias)
         return (*gradients, None, None, None, None, None)
 
 
-def _normalize(
-    input: Tensor, center_weight: Tensor | None, instance_mean: Tensor, mean: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised features (input's dtype and layout), their mean per instance, and the scale per channel."""
+class _Joined:
+    """A result of the input's shape that is made chunk by chunk, or at once and then not copied."""
+
+    def __init__(self, input: Tensor) -> None:
+        self.chunks = _chunks(input)
+        self.whole = torch.empty_like(input) if len(self.chunks) > 1 else input
+
+    def put(self, chunk: slice, part: Tensor, factor: Tensor | None = None) -> None:
+        """Stores ``part``, times ``factor``; may overwrite it if there is one."""
+        if len(self.chunks) == 1:
+            self.whole = part if factor is None else part.mul_(factor)
+        elif factor is None:
+            self.whole[chunk] = part
+        else:
+            torch.mul(part, factor, out=self.whole[chunk])
+
+
+def _multiply_add(values: Tensor, factors: Tensor, terms: Tensor) -> Tensor:
+    """Values * factors + terms with factors (C,), in place unless that would round to another dtype."""
+    if values.dtype != factors.dtype:
+        return torch.addcmul(terms, values, _broadcast(factors))
+    if values.is_contiguous():
+        # As in `_scale_shift`, of which this is the same without a mean to lose.
+        return values.mul_(_broadcast(factors)).add_(terms)
+    return torch.addcmul(terms, values, _broadcast(factors), out=values)
+
+
+def _add_product(terms: Tensor, values: Tensor, factors: Tensor) -> Tensor:
+    """Terms + values * factors with factors (C,), in place; may overwrite values."""
+    if values.dtype == factors.dtype and values.is_contiguous():
+        return terms.add_(values.mul_(_broadcast(factors)))
+    return terms.addcmul_(values, _broadcast(factors))
+
+
+class _Scales(NamedTuple):
+    """What normalises, x_hat = (x + shift) * scale = x * scale + offset, and the means of x_hat per instance."""
+
+    scale: Tensor  # (C,)
+    shift: Tensor  # (N, C), and so are the others
+    offset: Tensor
+    normalized_mean: Tensor
+
+
+def _scales(center_weight: Tensor | None, instance_mean: Tensor, mean: Tensor, var: Tensor, eps: float) -> _Scales:
     scale = torch.rsqrt(var + eps)
     shift = -mean
     if center_weight is not None:
         shift = torch.addcmul(shift, center_weight.to(mean.dtype), instance_mean)
-    offset = (shift * scale).expand(instance_mean.shape)
-    # Allocated first: the layout of the result would otherwise follow the broadcast operands where N, C, H or W is 1.
-    normalized = torch.empty_like(input)
-    torch.addcmul(_broadcast(offset), input, _broadcast(scale), out=normalized)
-    return normalized, torch.addcmul(offset, instance_mean, scale), scale
+    shift = shift.expand(instance_mean.shape)
+    offset = shift * scale
+    return _Scales(scale, shift, offset, torch.addcmul(offset, instance_mean, scale))
+
+
+def _normalize(input: Tensor, scales: _Scales, chunk: slice) -> Tensor:
+    """The normalised features of a chunk, in the input's dtype and layout."""
+    return _scale_shift(input[chunk], scales.scale, scales.shift[chunk], scales.offset[chunk], input.dtype)
+
+
+def _scale_shift(input: Tensor, scale: Tensor, shift: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """(input + shift) * scale = input * scale + offset with numbers per channel or instance, rounded once to dtype."""
+    # Allocated first: the result's layout would otherwise follow the broadcast operands where N, C, H or W is 1.
+    out = torch.empty_like(input, dtype=dtype)
+    if input.dtype == scale.dtype and input.is_contiguous():
+        # In this layout torch.addcmul takes three times as long over numbers that stay the same for a whole plane. The
+        # shift comes first: what is left of a large mean after a product would be lost to its rounding.
+        return torch.add(input, _broadcast(shift), out=out).mul_(_broadcast(scale))
+    return torch.addcmul(_broadcast(offset), input, _broadcast(scale), out=out)
 
 
 def _factor(scale_weight: Tensor | None, scale_bias: Tensor | None, normalized_mean: Tensor) -> Tensor | None:
