@@ -3,6 +3,7 @@
 
     python scripts/experiments.py run NAME --data-dir DIR [--part 1/2]   # trains what is not trained yet
     python scripts/experiments.py collect NAME                           # runs -> results/NAME.csv
+    python scripts/experiments.py cost NAME                              # step times -> results/NAME_cost.csv
     python scripts/experiments.py report                                 # results/*.csv -> docs/*.png, docs/results.md
 
 `--part K/N` takes every Nth run, so that several processes or machines share an experiment. A run that was broken off
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ubn_zoo.experiments import EXPERIMENTS, collect, get_experiment, plan, report
+from ubn_zoo.experiments import EXPERIMENTS, collect, cost, get_experiment, plan, report
 from ubn_zoo.runs import run
 
 NAMES = [experiment.name for experiment in EXPERIMENTS]
@@ -42,16 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     running.add_argument("--data-dir", type=Path, required=True, help="folder of the data")
     running.add_argument("--part", default="1/1", help="every Nth run from the Kth on: K/N")
     collecting = commands.add_parser("collect", help="write results/NAME.csv from finished runs")
-    for command in (running, collecting):
+    timing = commands.add_parser("cost", help="time a training step of every variant")
+    for command in (running, collecting, timing):
         command.add_argument("name", choices=NAMES)
         command.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
     reporting = commands.add_parser("report", help="make tables and plots from results/*.csv")
     reporting.add_argument("--docs", type=Path, default=Path("docs"), help="where they go")
-    for command in (collecting, reporting):
+    for command in (collecting, timing, reporting):
         command.add_argument("--results", type=Path, default=Path("results"), help="folder of the CSV files")
     options = parser.parse_args(arguments)
     if options.command == "run":
         train(options)
+    elif options.command == "cost":
+        print(cost(get_experiment(options.name), options.results))
     elif options.command == "collect":
         print(*collect(get_experiment(options.name), options.runs, options.results), sep="\n")
     else:

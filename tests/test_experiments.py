@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import statistics
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ubn_zoo import experiments
-from ubn_zoo.experiments import EXPERIMENTS, Experiment, collect, get_experiment, load, markdown, plan, report
+from ubn_zoo.experiments import EXPERIMENTS, Experiment, collect, cost, get_experiment, load, markdown, plan, report
 from ubn_zoo.metrics import EpochMetrics, LayerSimilarity, read_labelled_metrics, write_metrics, write_similarity
 from ubn_zoo.recipe import decisive_settings
 
@@ -116,12 +117,23 @@ def test_the_table_is_worked_out_from_pairs(runs: Path, tmp_path: Path) -> None:
     collect(SMALL, runs, tmp_path)
     baseline, other = markdown(SMALL, load(SMALL, tmp_path)).splitlines()[2:]
     spread = statistics.stdev([50.0, 52.0])
-    assert baseline == (
-        f"| BatchNorm | 2 | 41.00 ± {spread:.2f} | **51.00 ± {spread:.2f}** |  | 1.50 ± 0.00 | 3.25 ± 0.00 | 0.30 |  |"
-    )
+    accuracies = f"41.00 ± {spread:.2f} | **51.00 ± {spread:.2f}**"
+    assert baseline == f"| BatchNorm | 2 | {accuracies} |  | 1.50 ± 0.00 | 3.25 ± 0.00 | 0.30 |  |  |"
     # 53 - 50 and 56 - 52: pairs of the same seed.
     assert f"| {3.5:.2f} ± {statistics.stdev([3.0, 4.0]):.2f} |" in other
-    assert other.endswith("| 3/4, 3/4 |")
+    assert other.endswith("| 3/4, 3/4 |  |")
+
+
+def test_steps_are_timed_in_turns(runs: Path, tmp_path: Path) -> None:
+    tiny = dataclasses.replace(SMALL, settings=("model=mobilenetv3_small_050", "img_size=32", "batch_size=8"))
+    path = cost(tiny, tmp_path, steps=2)
+    with path.open(newline="") as file:
+        baseline, other = csv.DictReader(file)
+    assert (baseline["variant"], float(baseline["ratio"])) == ("BatchNorm", 1.0)
+    assert float(other["ratio"]) > 0.5
+    assert float(other["lower"]) <= float(other["median"]) <= float(other["upper"])
+    collect(SMALL, runs, tmp_path)
+    assert f"| {float(other['ratio']):.2f} |" in markdown(SMALL, load(SMALL, tmp_path)).splitlines()[3]
 
 
 def test_the_page_has_what_there_are_results_of(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "Timing",
     "compare",
     "compare_layers",
+    "compare_training",
     "draw_ratios",
     "environment",
     "table",
@@ -225,6 +226,35 @@ def compare(
             for name, model in models.items()
         }
         yield from _take_turns(entries, steps, where, mode=mode, batch_size=batch_size, img_size=img_size)
+
+
+def compare_training(
+    models: Mapping[str, nn.Module], *, batch_size: int, img_size: int, num_classes: int, steps: int = 10
+) -> Iterator[Timing]:
+    """Times training steps (forward, backward) of models that are at hand, in turns, where they are.
+
+    Args:
+        models: By name, the baseline first; all on one device.
+        batch_size: Images per step, random ones in the channels-last format.
+        img_size: Pixels per side.
+        num_classes: Outputs of the models.
+        steps: Counted turns.
+
+    Yields:
+        A :class:`Timing` for every model.
+
+    Raises:
+        ValueError: No model, or no steps.
+    """
+    if not models:
+        raise ValueError("got no models; valid is one at least")
+    _check_steps(steps)
+    where = next(next(iter(models.values())).parameters()).device
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, img_size, img_size, device=where).to(memory_format=torch.channels_last)
+    targets = torch.randint(num_classes, (batch_size,), device=where)
+    entries = {name: (model, _train_step(model, images, targets)) for name, model in models.items()}
+    yield from _take_turns(entries, steps, where, mode="train", batch_size=batch_size, img_size=img_size)
 
 
 class _Naive(UnifiedBatchNorm2d):

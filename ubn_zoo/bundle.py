@@ -127,7 +127,9 @@ def bundle(
     metrics = [metric("top1", found.top1, validate, recipe.seed, row.commit)]
     if twin is not None:
         other, theirs = _last_row(Path(twin)), load_recipe(Path(twin) / "recipe.yaml")
-        if dataclasses.replace(theirs, norm="ubn") != recipe:
+        # Settings of the UBN layers mean nothing there.
+        layers = {key: getattr(recipe, key) for key in ("norm", "threshold", "kernel_size", "kernel_init")}
+        if dataclasses.replace(theirs, **layers) != recipe:
             raise BundleError(f"{twin} differs from {run} in more than its norm; valid: its BatchNorm twin")
         command = _command(theirs, recipe_name)
         metrics.append(metric("top1_batchnorm_twin", other.top1, command, theirs.seed, other.commit))

@@ -6,11 +6,15 @@ processes and machines; what they measured is collected into two CSV files, from
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from .benchmark import compare_training, environment
 from .metrics import (
     EpochMetrics,
     LayerSimilarity,
@@ -23,6 +27,7 @@ from .metrics import (
 )
 from .plots import draw_comparison, draw_similarity_comparison
 from .recipe import Recipe, apply_settings, load_recipe
+from .train import build_model, complete
 
 __all__ = [
     "EXPERIMENTS",
@@ -30,6 +35,7 @@ __all__ = [
     "Planned",
     "Results",
     "collect",
+    "cost",
     "draw",
     "get_experiment",
     "load",
@@ -87,8 +93,11 @@ Paired runs: the same recipe, first weights, order and augmentation of images fo
 those of all held-out images after the last epoch, never of the best one; mean ± standard deviation over seeds, and the
 difference to the first variant, seed by seed. Schedules are short, so that one or two CPU cores can run them: what is
 said here is about early training of small models, and a longer run may end otherwise. Similarity is the mean over norm
-layers of the cosine similarity of held-out images' features after the last epoch, of the first seed.
+layers of the cosine similarity of held-out images' features after the last epoch, of the first seed. A step is the time
+of a training step over that of the first variant, both in one run on a quiet machine (`experiments.py cost NAME`).
 """
+
+_COST = ("batch_size", "img_size", "median", "lower", "upper", "minimum", "maximum", "ratio")
 
 _UBN = ("norm=ubn", "threshold=0.15")
 _TWINS = {"BatchNorm": ("norm=bn",), "UBN": _UBN}
@@ -229,10 +238,52 @@ class Results:
     Attributes:
         runs: The rows of each run, by variant.
         layers: The similarity of each layer in the first seed's run, by variant.
+        steps: Time of a training step over that of the first variant's, by variant; empty where it was not measured.
     """
 
     runs: Mapping[str, tuple[tuple[EpochMetrics, ...], ...]]
     layers: Mapping[str, tuple[LayerSimilarity, ...]]
+    steps: Mapping[str, float]
+
+
+def cost(experiment: Experiment, results: str | Path, *, classes: int = 10, steps: int = 9) -> Path:
+    """Time a training step of every variant, in turns on random images, and write ``NAME_cost.csv``.
+
+    Run it while the machine does nothing else: times taken during the runs themselves are those of a busy machine.
+
+    Args:
+        experiment: The experiment.
+        results: Folder that gets the table.
+        classes: Outputs of the models.
+        steps: Counted turns.
+
+    Returns:
+        The table.
+    """
+    models, base = {}, apply_settings(load_recipe(experiment.recipe), experiment.settings)
+    torch.set_num_threads(base.threads or torch.get_num_threads())
+    for label, settings in experiment.variants.items():
+        # Weights to start from change no time.
+        kept = [setting for setting in settings if not setting.startswith("checkpoint=")]
+        recipe = complete(apply_settings(base, [*kept, f"num_classes={classes}"]))
+        models[label] = build_model(recipe)
+    timings = compare_training(
+        models, batch_size=base.batch_size, img_size=base.img_size or 224, num_classes=classes, steps=steps
+    )
+    path = Path(results) / f"{experiment.name}_cost.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["variant", *_COST, "environment"])
+        where = environment(torch.device("cpu"))
+        writer.writerows([timing.model, *(getattr(timing, name) for name in _COST), where] for timing in timings)
+    return path
+
+
+def _read_cost(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["variant"]: float(row["ratio"]) for row in csv.DictReader(file)}
 
 
 def load(experiment: Experiment, results: str | Path) -> Results:
@@ -251,6 +302,7 @@ def load(experiment: Experiment, results: str | Path) -> Results:
     return Results(
         {label: tuple(map(tuple, seeds.values())) for label, seeds in runs.items()},
         {label: tuple(rows) for label, rows in layers.items()},
+        _read_cost(Path(results) / f"{experiment.name}_cost.csv"),
     )
 
 
@@ -267,8 +319,8 @@ def markdown(experiment: Experiment, results: Results) -> str:
     """
     lines = [
         "| | seeds | top-1 (%) after epoch 1 | at the end | difference | held-out loss | calibration error (%) | "
-        "mean similarity | gates open |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "mean similarity | gates open | step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     baseline: dict[int, float] | None = None
     for label, runs in results.runs.items():
@@ -285,7 +337,8 @@ def markdown(experiment: Experiment, results: Results) -> str:
             f"| {label} | {len(runs)} | {_spread([run[0].top1 for run in runs])} | "
             f"**{_spread(list(reached.values()))}** | {difference} | {_spread([row.test_loss for row in last])} | "
             f"{_spread([row.calibration_error for row in last])} | "
-            f"{f'{statistics.fmean(probed):.2f}' if probed else ''} | {', '.join(gates)} |"
+            f"{f'{statistics.fmean(probed):.2f}' if probed else ''} | {', '.join(gates)} | "
+            f"{f'{results.steps[label]:.2f}' if label in results.steps else ''} |"
         )
     return "\n".join(lines) + "\n"
 
