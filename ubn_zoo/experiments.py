@@ -118,6 +118,12 @@ EXPERIMENTS = (
             "UBN, threshold 0.3": ("norm=ubn", "threshold=0.3"),
             "UBN, kaiming kernels": (*_UBN, "kernel_init=kaiming"),
         },
+        note=(
+            "RBN's calibrations alone bring nothing here, BNET's depthwise kernel brings most. With both, the gate is "
+            "worth a point over none, and a threshold of 0.3 nearly three more; at 0.15, the paper's, UBN and BNET are "
+            "even. A random start of the kernels ends anywhere between BatchNorm's accuracy and the best: identity is "
+            "the layer's default for that reason."
+        ),
     ),
     Experiment(
         name="cifar10_regnet_long",
@@ -126,6 +132,7 @@ EXPERIMENTS = (
         settings=("epochs=6",),
         variants=_TWINS,
         seeds=(0,),
+        note="One seed, so no spread. All but one gate stay open: the gain is that of the calibrations and the kernel.",
     ),
     Experiment(
         name="clothing",
@@ -136,6 +143,10 @@ EXPERIMENTS = (
             "UBN": (*_UBN, "checkpoint={runs}/cifar10_regnet_long/ubn_seed0/model.safetensors"),
             "UBN from scratch": _UBN,
         },
+        note=(
+            "Each fine-tunes the weights of its own norm, one training of each: part of the difference is that of what "
+            "they start from. 372 held-out photographs: one of them is 0.27 %."
+        ),
     ),
     Experiment(
         name="cifar10_resnet",
@@ -143,6 +154,7 @@ EXPERIMENTS = (
         recipe="cifar10_small",
         settings=("model=resnet10t", "img_size=32", "train_samples=20000"),
         variants=_THRESHOLDS,
+        note="The threshold does not matter here: with either, 13 of 14 gates stay open.",
     ),
     Experiment(
         name="cifar10_regnet",
