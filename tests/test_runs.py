@@ -219,14 +219,20 @@ def test_killed_at_any_moment_it_ends_the_same(images: Path, tmp_path: Path) -> 
     assert not list((broken / "checkpoints").glob(".*"))
 
 
-def test_sigterm_saves_and_ends_cleanly(images: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, change(epochs=200))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_ends_cleanly(workers: int, images: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, change(epochs=200, dataset="folder", crop="rrc", workers=workers))
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(recipe, images, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(recipe, images, folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     wait_for(folder / "checkpoints", process)
-    process.send_signal(signal.SIGTERM)
+    # As schedulers do, to the workers too.
+    os.killpg(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "stopped by SIGTERM; its state is saved, the same command goes on" in out

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -339,6 +340,12 @@ def _test_transform(recipe: TestSettings, crop_mode: str | None) -> Any:
     )
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """SIGTERM and Ctrl-C often reach all processes of a group: the run decides, and its workers end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loader(dataset: Any, recipe: TestSettings, ranks: Ranks, *, workers: int, **batches: Any) -> DataLoader[Any]:
     return DataLoader(
         dataset,
@@ -347,6 +354,7 @@ def _loader(dataset: Any, recipe: TestSettings, ranks: Ranks, *, workers: int, *
         pin_memory=ranks.device.type == "cuda",
         # Its own, so that loading takes no random numbers from those that the process draws otherwise.
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_run,
         **batches,
     )
 
