@@ -80,6 +80,7 @@ OTHER: dict[str, list[Any]] = {
     "pretrained": [True],
     "pretrained_tag": [],  # needs pretrained
     "checkpoint": ["model.safetensors"],
+    "keep_head": [],  # needs weights
     "tune": [],  # needs weights
     "drop_rate": [0.2],
     "drop_path_rate": [0.05],
@@ -162,6 +163,7 @@ WRONG: dict[str, list[Any]] = {
     "kernel_size": [0, -1, 2, 100],
     "kernel_init": ["zeros"],
     "pretrained_tag": ["a1_in1k"],
+    "keep_head": [True],  # there are no weights
     "tune": ["tail", "head"],
     "drop_rate": [-0.1, 1.1],
     "drop_path_rate": [-0.1, 1.1],
@@ -306,6 +308,7 @@ def test_null_is_valid_only_where_it_means_something(name: str) -> None:
         (["pretrained_tag=a1_in1k"], "pretrained_tag: received 'a1_in1k'; valid: null, as pretrained is false"),
         (["pretrained=true", "checkpoint=a"], "checkpoint: received 'a'; valid: null, as pretrained is true"),
         (["tune=head"], "tune: received 'head'; valid: full, .*set pretrained or checkpoint"),
+        (["keep_head=true"], "keep_head: received True; valid: false, as there are no weights to start from"),
         (["model=resnet18_ubn"], "model: received 'resnet18_ubn'; valid: .*'resnet18'"),
         (["dataset=memory"], "crop: received 'rrc'; valid: pad with dataset memory"),
         (["crop=pad"], "crop: received 'pad'; valid: .*rrc, rkrc or rkrr with others"),
@@ -334,6 +337,7 @@ def test_values_that_contradict_each_other_are_refused(settings: list[str], mess
     [
         ["pretrained=true", "pretrained_tag=bn_a1_in1k", "tune=head"],
         ["checkpoint=run/model.safetensors", "tune=head"],
+        ["checkpoint=run/model.safetensors", "keep_head=true"],
         ["dataset=memory", "crop=pad"],
         ["loss=bce", "bce_threshold=0.2"],
         ["scheduler=multistep", "decay_milestones=[30, 60, 90]"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -61,7 +62,8 @@ def _native_cfg(record: Record, upstream: PretrainedCfg) -> PretrainedCfg:
 def _pool_size(record: Record, upstream: PretrainedCfg) -> tuple[int, ...] | None:
     if upstream.pool_size is None:
         return None
-    stride = upstream.input_size[-1] // upstream.pool_size[-1]
+    # A power of two in these families; 176 pixels that become 6 were halved five times, each time rounded up.
+    stride = 2 ** round(math.log2(upstream.input_size[-1] / upstream.pool_size[-1]))
     return tuple(-(-side // stride) for side in record.input.size[1:])
 
 
