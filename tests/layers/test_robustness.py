@@ -404,6 +404,35 @@ class NoHostSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class TestFunctionTransforms:
+    """What torch.func makes of the layer: it has no rules for the eager mode's own backward."""
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_grad(self, cls: type[nn.Module], training: bool) -> None:
+        layer = make_layer(3, cls=cls).train(training)
+        x = random_input((4, 3, 5, 5), dtype=F32)[0]
+        parameters = {name: value.detach() for name, value in layer.named_parameters()}
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            # Under a transform only what is given may be written to.
+            buffers = {name: torch.zeros_like(value) + value for name, value in layer.named_buffers()}
+            return functional_call(layer, {**parameters, **buffers}, (x,)).sin().sum()
+
+        found = torch.func.grad(loss)(parameters)
+        layer(x).sin().sum().backward()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, **OUTPUT[F32].kwargs())
+
+    def test_ensemble(self) -> None:
+        layers = [make_layer(3, seed=seed).eval() for seed in range(2)]
+        parameters, buffers = torch.func.stack_module_state(layers)
+        x = random_input((4, 3, 5, 5), dtype=F32)[0]
+        together = torch.vmap(lambda *state: functional_call(layers[0], state, (x,)))(parameters, buffers)
+        for layer, output in zip(layers, together, strict=True):
+            torch.testing.assert_close(output, layer(x), **OUTPUT[F32].kwargs())
+
+
 class TestNeverWaits:
     @pytest.mark.parametrize(
         "settings",

@@ -2,7 +2,8 @@
 
 Statistics are taken by the operations that are fastest for the layout at hand, nothing of the input's size is saved
 but the input itself, and the backward pass is the two-sweep closed form instead of one operation per line of the
-forward.
+forward. A CPU works on a batch in parts that stay in its cache, and what is left of small operations counts there: on
+the small maps of a MobileNet they cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from . import functional as reference
 
-__all__ = ["calibrated_affine", "feature_similarity", "moments"]
+__all__ = ["calibrated_affine", "statistics"]
 
 
 # Bytes of input that a CPU works on at a time: a share of its cache, as a chunk's intermediate results lie beside it.
-_CHUNK = 2 << 20
+_CHUNK = 8 << 20
 
 
 def _chunks(input: Tensor) -> list[slice]:
@@ -34,49 +35,69 @@ def _chunks(input: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, samples, size)]
 
 
-def _is_channels_last(input: Tensor) -> bool:
-    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-
-
 @torch.no_grad()
-def feature_similarity(input: Tensor, samples: int) -> Tensor:
-    """:func:`functional.feature_similarity` by matrix-vector products on memory as it lies: no transposed copy."""
-    n = min(input.shape[0], samples)
-    if n == 1:
-        return torch.ones([], dtype=reference.promote(input[:0]).dtype, device=input.device)
-    # The similarity is a sum over C, H and W in any order, so the order in memory will do.
-    ordered = input[:n].permute(0, 2, 3, 1) if _is_channels_last(input) else input[:n]
-    vectors = reference.promote(ordered).reshape(n, -1)
-    norms = torch.linalg.vector_norm(vectors, dim=1)
-    present = norms > 0
-    total = torch.mv(vectors.t(), torch.where(present, norms, 1.0).reciprocal())
-    return (torch.dot(total, total) - present.sum()) / (n * (n - 1))
+def statistics(
+    input: Tensor, center_weight: Tensor | None, samples: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Means of the instances, statistics of the batch once it is centred by them, and the similarity of its samples.
 
+    Args:
+        input: (N, C, H, W), not empty.
+        center_weight: (C,) or None.
+        samples: Leading samples whose similarity is measured; None to measure none.
 
-@torch.no_grad()
-def moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-instance means (N, C) and the per-channel mean over instances (C,) of their biased variances.
-
-    The second is all that the batch variance needs of :func:`functional.instance_moments`' variances.
+    Returns:
+        In float32 at least: the instances' means (N, C), mean and biased variance per channel (C,) of
+        x' = x + center_weight * mean_hw(x), and :func:`functional.feature_similarity` (scalar, or None).
     """
-    if input.device.type != "cpu":
-        values = reference.promote(input)
-        return values.mean((2, 3)), torch.var(values, (2, 3), correction=0).mean(0)
-    means, variances = zip(*(_chunk_moments(input[chunk]) for chunk in _chunks(input)), strict=True)
-    return torch.cat(means), torch.stack(variances).sum(0) / input.shape[0]
+    compared = min(input.shape[0], samples or 0)
+    channels_last = input.stride(1) < input.stride(3)
+    means, deviations, norms, total = [], [], [], None
+    for chunk in _chunks(input):
+        values = reference.promote(input[chunk])
+        mean, squares = _moments(values)
+        means.append(mean)
+        deviations.append(squares)
+        if chunk.start < compared and compared > 1:
+            # |x_i|^2 follows from the moments.
+            norm = torch.addcmul(squares, mean, mean, value=values.shape[2] * values.shape[3]).sum(1).sqrt_()
+            norms.append(norm[: compared - chunk.start])
+            total = _add_units(total, values.permute(0, 2, 3, 1) if channels_last else values, norms[-1])
+    instance_mean, squares = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (means, deviations))
+    centred = instance_mean
+    if center_weight is not None:
+        centred = torch.addcmul(instance_mean, center_weight.to(instance_mean.dtype), instance_mean)
+    mean = centred.mean(0)
+    # Variance within instances and between their means.
+    within = squares.sum(0).mul_(input.shape[1] / input.numel())
+    var = (centred - mean).square_().mean(0).add_(within)
+    if total is None:
+        return instance_mean, mean, var, None if samples is None else torch.ones_like(mean[0])
+    present = (torch.cat(norms) if len(norms) > 1 else norms[0]) > 0
+    return instance_mean, mean, var, (torch.dot(total, total) - present.sum()) / (compared * (compared - 1))
 
 
-def _chunk_moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-instance means, and the sum over instances of their biased variances."""
-    values = reference.promote(input)
-    mean = values.mean((2, 3))
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over H and W and sums of squared deviations from them, both (N, C)."""
+    mean = values.mean((2, 3), keepdim=True)
+    if values.device.type != "cpu":
+        squares = torch.var(values, (2, 3), correction=0).mul_(values.shape[2] * values.shape[3])
+        return mean.flatten(1), squares
     # On a CPU torch.var over (2, 3) takes twenty times as long as what follows.
-    deviations = values - mean[:, :, None, None]
-    if _is_channels_last(deviations) and deviations.dtype == torch.float32:
-        # The variance over N, H and W of what has no mean left is the mean over N of the variances over H and W.
-        return mean, torch.ops.aten.batch_norm_update_stats(deviations, None, None, 0.0)[1] * input.shape[0]
-    squares = torch.linalg.vector_norm(deviations, dim=(2, 3)).square_()
-    return mean, squares.sum(0) / (input.shape[2] * input.shape[3])
+    deviations = values - mean
+    if deviations.is_contiguous():
+        squares = torch.linalg.vector_norm(deviations, dim=(2, 3)).square_()
+    else:
+        squares = deviations.square_().sum((2, 3))
+    return mean.flatten(1), squares
+
+
+def _add_units(total: Tensor | None, values: Tensor, norms: Tensor) -> Tensor:
+    """Adds the first samples' unit vectors, (C * H * W,) in the order in memory: their sum is only squared."""
+    vectors = values.reshape(values.shape[0], -1)[: norms.shape[0]].t()
+    # A zero vector divided by one stays zero: no cosine with anything.
+    weights = torch.where(norms > 0, norms, 1.0).reciprocal_()
+    return torch.mv(vectors, weights) if total is None else total.addmv_(vectors, weights)
 
 
 def _instance_sum(input: Tensor) -> Tensor:
@@ -84,18 +105,105 @@ def _instance_sum(input: Tensor) -> Tensor:
 
 
 def _broadcast(values: Tensor) -> Tensor:
-    return values[..., None, None]
+    return values.view(*values.shape, 1, 1)
+
+
+class _Scales(NamedTuple):
+    """What normalises, x_hat = (x + shift) * scale = x * scale + offset, and what calibrates, without gradients."""
+
+    scale: Tensor  # (C,)
+    shift: Tensor  # (N, C), and so are the others
+    offset: Tensor
+    normalized_mean: Tensor  # of x_hat over H and W
+    factor: Tensor | None  # f
+
+
+def _scales(
+    instance_mean: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    center_weight: Tensor | None,
+    scale_weight: Tensor | None,
+    scale_bias: Tensor | None,
+    eps: float,
+) -> _Scales:
+    dtype = mean.dtype
+    scale = (var + eps).rsqrt_()
+    if center_weight is None:
+        shift = (-mean).expand(instance_mean.shape)
+    else:
+        shift = torch.addcmul(-mean, center_weight.to(dtype), instance_mean)
+    offset = shift * scale
+    normalized_mean = torch.addcmul(offset, instance_mean, scale)
+    factor = None
+    if scale_weight is not None and scale_bias is not None:
+        factor = torch.addcmul(scale_bias.to(dtype), scale_weight.to(dtype), normalized_mean).sigmoid_()
+    return _Scales(scale, shift, offset, normalized_mean, factor)
+
+
+def _scaled(values: Tensor, planes: bool, scale: Tensor, shift: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """(values + shift) * scale = values * scale + offset with numbers (C,) or (N, C), rounded once to dtype."""
+    # Allocated first: the result's layout would otherwise follow the broadcast operands where N, C, H or W is 1.
+    out = torch.empty_like(values, dtype=dtype)
+    if planes:
+        return torch.add(values, _broadcast(shift), out=out).mul_(_broadcast(scale))
+    return torch.addcmul(_broadcast(offset), values, _broadcast(scale), out=out)
+
+
+def _by_planes(input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether to shift and scale in two operations.
+
+    In this layout torch.addcmul takes three times as long over numbers that stay the same for a whole plane. The shift
+    comes first then: what is left of a large mean after a product would be lost to its rounding.
+    """
+    return input.dtype == dtype and input.is_contiguous()
+
+
+def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, scales: _Scales) -> Tensor:
+    """Steps 4 to 6."""
+    kernel = None if weight is None else weight.to(input.dtype)
+    shift = None if bias is None else bias.to(input.dtype)
+    planes = _by_planes(input, scales.scale.dtype)
+    chunks = _chunks(input)
+    whole = torch.empty_like(input) if len(chunks) > 1 else input
+    for chunk in chunks:
+        part = _scaled(input[chunk], planes, scales.scale, scales.shift[chunk], scales.offset[chunk], input.dtype)
+        if kernel is not None and kernel.shape[2] == 1:
+            part.mul_(kernel[:, 0])
+            if shift is not None:
+                part.add_(_broadcast(shift))
+        elif kernel is not None:
+            part = torch.conv2d(part, kernel, shift, padding=kernel.shape[2] // 2, groups=kernel.shape[0])
+        factor = None if scales.factor is None else _broadcast(scales.factor[chunk]).to(input.dtype)
+        if len(chunks) == 1:
+            whole = part if factor is None else part.mul_(factor)
+        elif factor is None:
+            whole[chunk] = part
+        else:
+            torch.mul(part, factor, out=whole[chunk])
+    return whole
+
+
+class _Sums(NamedTuple):
+    """What the backward pass needs of the output's gradient, times the calibration factor, over H and W: (N, C)."""
+
+    grad: Tensor  # the sum of it
+    grad_normalized: Tensor  # of what it means for the normalised features
+    projection: Tensor  # of the products of the latter with these
 
 
 class _CalibratedAffine(torch.autograd.Function):
     """Steps 3 to 6, differentiated through the batch statistics where the gate is open.
 
-    ``mean`` and ``var`` are the statistics to normalise with, as constants; ``gate`` says how much of them was
-    computed from this very batch (1: batch statistics, 0: running ones; None: running ones, known beforehand).
+    ``mean`` and ``var`` are the statistics to normalise with, as constants; ``gate`` says whether they were computed
+    from this very batch or are running ones.
     """
 
+    # A separate `setup_context` would have torch inspect the signature at every call, which takes longer than a small
+    # layer; the transforms of torch.func, which want it, get the plain equations.
     @staticmethod
     def forward(
+        ctx: Any,
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -105,63 +213,94 @@ class _CalibratedAffine(torch.autograd.Function):
         instance_mean: Tensor,
         mean: Tensor,
         var: Tensor,
-        gate: Tensor | None,
+        gate: Tensor | bool,
         eps: float,
     ) -> Tensor:
-        scales = _scales(center_weight, instance_mean, mean, var, eps)
-        factor = _factor(scale_weight, scale_bias, scales.normalized_mean)
-        kernel = None if weight is None else weight.to(input.dtype)
-        shift = None if bias is None else bias.to(input.dtype)
-        results = _Joined(input)
-        for chunk in results.chunks:
-            result = _normalize(input, scales, chunk)
-            if kernel is not None and kernel.shape[2] == 1:
-                result.mul_(kernel[:, 0])
-                if shift is not None:
-                    result.add_(_broadcast(shift))
-            elif kernel is not None:
-                result = torch.conv2d(result, kernel, shift, padding=kernel.shape[2] // 2, groups=kernel.shape[0])
-            results.put(chunk, result, None if factor is None else _broadcast(factor[chunk]).to(input.dtype))
-        return results.whole
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, eps = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.eps = eps
+        scales = _scales(instance_mean, mean, var, center_weight, scale_weight, scale_bias, eps)
+        ctx.eps, ctx.gate = eps, None if isinstance(gate, Tensor) else gate
+        parameters = (weight, bias, center_weight, scale_weight, scale_bias)
+        given = gate if isinstance(gate, Tensor) else None
+        ctx.save_for_backward(input, *parameters, instance_mean, mean, var, given, *scales)
+        return _affine(input, weight, bias, scales)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = cast("tuple[Any, ...]", ctx.saved_tensors)
+        gate = saved[9] if ctx.gate is None else ctx.gate
         if torch.is_grad_enabled():
-            return _differentiable_backward(saved, ctx.eps, ctx.needs_input_grad, grad_output)
-        input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, gate = saved
+            return _differentiable_backward(saved[:9], gate, ctx.eps, ctx.needs_input_grad, grad_output)
+        input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean = saved[:7]
+        scales = _Scales(*saved[10:])
         pixels = input.shape[2] * input.shape[3]
-        count = input.shape[0] * pixels
+        grads, sums, grad_weight = _sums(input, grad_output, weight, scales, ctx.needs_input_grad[1])
+        grad_bias = grad_center_weight = grad_scale_weight = grad_scale_bias = through_mean = None
+        if bias is not None:
+            grad_bias = sums.grad.sum(0).to(bias.dtype)
 
-        scales = _scales(center_weight, instance_mean, mean, var, ctx.eps)
-        scale, normalized_mean = scales.scale, scales.normalized_mean
-        factor = _factor(scale_weight, scale_bias, normalized_mean)
-        grad_weight = grad_bias = grad_scale_weight = grad_scale_bias = grad_center_weight = None
-        kernel = None if weight is None else weight.to(input.dtype)
-        # The gradient with respect to the normalised features by way of the affine alone, its sums and those of its
-        # products with the features.
-        grads_normalized = _Joined(input)
-        sums, sums_of_normalized, projections = [], [], []
-        for chunk in grads_normalized.chunks:
-            normalized = _normalize(input, scales, chunk)
-            # With respect to what the calibration factor multiplies.
-            grad = grad_output[chunk]
-            if factor is not None:
-                grad = grad * _broadcast(factor[chunk]).to(grad.dtype)
-            sums.append(_instance_sum(grad))
-            if kernel is None or kernel.shape[2] == 1:
-                projections.append(_instance_sum(normalized.mul_(grad)))
-                if kernel is not None:
-                    grad = grad * kernel[:, 0]
-                # What was given is not overwritten later on.
-                grads_normalized.put(chunk, grad.clone() if kernel is None and factor is None else grad)
-                continue
+        # What the normalised features receive, summed over H and W, and its product with them.
+        total, moment = sums.grad_normalized, sums.projection
+        if scales.factor is not None:
+            logits = sums.projection
+            if bias is not None:
+                logits = torch.addcmul(logits, bias.to(logits.dtype), sums.grad)
+            logits = logits * (1 - scales.factor)
+            grad_scale_bias = logits.sum(0).to(scale_bias.dtype)
+            grad_scale_weight = (logits * scales.normalized_mean).sum(0).to(scale_weight.dtype)
+            through_mean = logits.mul_(scale_weight.to(logits.dtype))
+            total = total + through_mean
+            moment = torch.addcmul(moment, through_mean, scales.normalized_mean)
+
+        # Through the batch statistics, where the gate is open: BatchNorm's two correction terms.
+        offset, instance_grad, slope = through_mean, total, None
+        if gate is not False:
+            mean_total, slope = total.mean(0), moment.mean(0).neg_()
+            if gate is not True:
+                mean_total, slope = mean_total * gate, slope * gate
+            offset = -mean_total if offset is None else offset - mean_total
+            instance_grad = torch.addcmul(total - mean_total, slope, scales.normalized_mean)
+        if center_weight is not None:
+            instance_grad = instance_grad * scales.scale
+            grad_center_weight = _grad_center_weight(instance_mean, instance_grad, gate).to(center_weight.dtype)
+            weighted = center_weight.to(instance_grad.dtype) * instance_grad
+            offset = weighted if offset is None else torch.addcmul(weighted, offset, scales.scale)
+        elif offset is not None:
+            offset = offset * scales.scale
+
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            offset = None if offset is None else (offset / pixels).expand(instance_mean.shape)
+            slope = None if slope is None else slope * scales.scale / pixels
+            factors = scales.scale if scales.factor is None else scales.scale * scales.factor
+            if weight is not None and weight.shape[2] == 1:
+                factors = factors * weight[:, 0, 0, 0].to(factors.dtype)
+            grad_input = _grad_input(input, grads, factors.expand(instance_mean.shape), slope, offset, scales)
+        gradients = (grad_input, grad_weight, grad_bias, grad_center_weight, grad_scale_weight, grad_scale_bias)
+        return (*gradients, None, None, None, None, None)
+
+
+def _sums(
+    input: Tensor, grad_output: Tensor, weight: Tensor | None, scales: _Scales, weight_needs_grad: bool
+) -> tuple[list[Tensor], _Sums, Tensor | None]:
+    """Sweep 1: the gradient of the output carried back through the depthwise kernel, in chunks, sums, and the kernel's.
+
+    The calibration factor is put into the features, which are needed for products only: into the (N, C) numbers that
+    normalise them, at no cost, instead of into the gradient.
+    """
+    scale, shift, offset, _, factor = scales
+    if factor is None:
+        scale = scale.expand(shift.shape)
+    else:
+        scale, offset = scale * factor, offset * factor
+    kernel = None if weight is None or weight.shape[2] == 1 else weight.to(input.dtype)
+    planes = _by_planes(input, scale.dtype)
+    chunks = _chunks(input)
+    grad_weight = None
+    grads, grad_sums, normalized_sums, projections = [], [], [], []
+    for chunk in chunks:
+        grad = grad_output[chunk]
+        normalized = _scaled(input[chunk], planes, scale[chunk], shift[chunk], offset[chunk], input.dtype)
+        grad_sums.append(_instance_sum(grad))
+        if kernel is not None:
             grad, kernel_grad, _ = torch.ops.aten.convolution_backward(
                 grad,
                 normalized,
@@ -173,162 +312,90 @@ class _CalibratedAffine(torch.autograd.Function):
                 False,
                 (0, 0),
                 kernel.shape[0],
-                (True, ctx.needs_input_grad[1], False),
+                (True, weight_needs_grad, False),
             )
             if kernel_grad is not None:
-                kernel_grad = kernel_grad.to(sums[0].dtype)
+                kernel_grad = kernel_grad.to(scale.dtype)
                 grad_weight = kernel_grad if grad_weight is None else grad_weight.add_(kernel_grad)
-            grads_normalized.put(chunk, grad)
-            sums_of_normalized.append(_instance_sum(grad))
-            projections.append(_instance_sum(normalized.mul_(grad)))
-        grad_sum, projection = torch.cat(sums), torch.cat(projections)
-        if weight is None:
-            grad_sum_of_normalized = grad_sum
-        elif weight.shape[2] == 1:
-            taps = weight[:, 0, 0, 0].to(grad_sum.dtype)
-            grad_weight = projection.sum(0)[:, None, None, None]
-            projection, grad_sum_of_normalized = projection * taps, grad_sum * taps
+            normalized_sums.append(_instance_sum(grad))
+        grads.append(grad)
+        projections.append(_instance_sum(normalized.mul_(grad)))
+    grad_sum, projection = torch.cat(grad_sums), torch.cat(projections)
+    grad_normalized = torch.cat(normalized_sums) if kernel is not None else grad_sum
+    if factor is not None:
+        grad_normalized = grad_normalized * factor
+        grad_sum = grad_sum * factor if kernel is not None else grad_normalized
+    if weight is not None and kernel is None:
+        grad_weight = projection.sum(0).view(weight.shape)
+        taps = weight[:, 0, 0, 0].to(projection.dtype)
+        projection, grad_normalized = projection * taps, grad_normalized * taps
+    if weight is not None and grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    return grads, _Sums(grad_sum, grad_normalized, projection), grad_weight
+
+
+def _grad_center_weight(instance_mean: Tensor, instance_grad: Tensor, gate: Tensor | bool) -> Tensor:
+    # Through batch statistics instance_grad sums to exactly 0 over instances: taking the mean off first keeps a large
+    # one from blowing up rounding errors.
+    if gate is False:
+        return (instance_mean * instance_grad).sum(0)
+    centre = instance_mean.mean(0)
+    gradient = ((instance_mean - centre) * instance_grad).sum(0)
+    if gate is True:
+        return gradient
+    return gradient + (1 - gate.to(centre.dtype)) * centre * instance_grad.sum(0)
+
+
+def _grad_input(
+    input: Tensor,
+    grads: list[Tensor],
+    factors: Tensor,
+    slope: Tensor | None,
+    offset: Tensor | None,
+    scales: _Scales,
+) -> Tensor:
+    """Sweep 2: grads * factors + x_hat * slope + offset with numbers per channel (slope) or instance.
+
+    Empties ``grads``, so that its parts are free as soon as they are used.
+    """
+    planes = _by_planes(input, factors.dtype)
+    result = torch.empty_like(input)
+    if slope is not None and offset is not None:
+        scale = scales.scale * slope
+        if not planes:
+            offset = torch.addcmul(offset, slope, scales.offset)
+    for chunk in _chunks(input):
+        out, grad, factor = result[chunk], grads.pop(0), _broadcast(factors[chunk])
+        terms = None if offset is None else _broadcast(offset[chunk])
+        if terms is None:
+            torch.mul(grad, factor, out=out)
+        elif planes:
+            torch.mul(grad, factor, out=out).add_(terms)
+            if slope is not None:
+                out.add_(torch.add(input[chunk], _broadcast(scales.shift[chunk])).mul_(_broadcast(scale)))
         else:
-            grad_sum_of_normalized = torch.cat(sums_of_normalized)
-        if weight is not None and grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        if bias is not None:
-            grad_bias = grad_sum.sum(0).to(bias.dtype)
-
-        # What the instance means of the normalised features receive through the calibration factor.
-        total, moment = grad_sum_of_normalized, projection
-        through_mean = None
-        if factor is not None:
-            logits = projection if bias is None else projection + bias.to(projection.dtype) * grad_sum
-            logits = (1 - factor) * logits
-            grad_scale_bias = logits.sum(0).to(scale_bias.dtype)
-            grad_scale_weight = (logits * normalized_mean).sum(0).to(scale_weight.dtype)
-            through_mean = scale_weight.to(logits.dtype) * logits
-            total = total + through_mean
-            moment = moment + through_mean * normalized_mean
-
-        # Through the batch statistics, where the gate is open: BatchNorm's two correction terms.
-        offset = torch.zeros_like(normalized_mean) if through_mean is None else through_mean / pixels
-        instance_grad = total
-        slope = None
-        if gate is not None:
-            opened = gate.to(total.dtype)
-            mean_total = opened * total.sum(0) / count
-            slope = -opened * moment.sum(0) / count
-            offset = offset - mean_total
-            instance_grad = total - pixels * (mean_total - slope * normalized_mean)
-        instance_grad = scale * instance_grad
-        offset = scale * offset
-        if center_weight is not None:
-            # Through batch statistics instance_grad sums to exactly 0: taking the mean off first keeps a large one from
-            # blowing up rounding errors.
-            centre = instance_mean.mean(0)
-            grad_center_weight = ((instance_mean - centre) * instance_grad).sum(0)
-            closed = 1.0 if gate is None else 1 - gate.to(centre.dtype)
-            grad_center_weight = (grad_center_weight + closed * centre * instance_grad.sum(0)).to(center_weight.dtype)
-            offset = offset + center_weight.to(offset.dtype) * instance_grad / pixels
-
-        grad_input = None
-        if ctx.needs_input_grad[0]:
-            grad_input = grads_normalized.whole
-            for chunk in grads_normalized.chunks:
-                result = grad_input[chunk]
-                moved = _multiply_add(result, scale, _broadcast(offset[chunk]))
-                if slope is not None:
-                    moved = _add_product(moved, _normalize(input, scales, chunk), scale * slope)
-                if moved.dtype != result.dtype:
-                    result.copy_(moved)
-        gradients = (grad_input, grad_weight, grad_bias, grad_center_weight, grad_scale_weight, grad_scale_bias)
-        return (*gradients, None, None, None, None, None)
-
-
-class _Joined:
-    """A result of the input's shape that is made chunk by chunk, or at once and then not copied."""
-
-    def __init__(self, input: Tensor) -> None:
-        self.chunks = _chunks(input)
-        self.whole = torch.empty_like(input) if len(self.chunks) > 1 else input
-
-    def put(self, chunk: slice, part: Tensor, factor: Tensor | None = None) -> None:
-        """Stores ``part``, times ``factor``; may overwrite it if there is one."""
-        if len(self.chunks) == 1:
-            self.whole = part if factor is None else part.mul_(factor)
-        elif factor is None:
-            self.whole[chunk] = part
-        else:
-            torch.mul(part, factor, out=self.whole[chunk])
-
-
-def _multiply_add(values: Tensor, factors: Tensor, terms: Tensor) -> Tensor:
-    """Values * factors + terms with factors (C,), in place unless that would round to another dtype."""
-    if values.dtype != factors.dtype:
-        return torch.addcmul(terms, values, _broadcast(factors))
-    if values.is_contiguous():
-        # As in `_scale_shift`, of which this is the same without a mean to lose.
-        return values.mul_(_broadcast(factors)).add_(terms)
-    return torch.addcmul(terms, values, _broadcast(factors), out=values)
-
-
-def _add_product(terms: Tensor, values: Tensor, factors: Tensor) -> Tensor:
-    """Terms + values * factors with factors (C,), in place; may overwrite values."""
-    if values.dtype == factors.dtype and values.is_contiguous():
-        return terms.add_(values.mul_(_broadcast(factors)))
-    return terms.addcmul_(values, _broadcast(factors))
-
-
-class _Scales(NamedTuple):
-    """What normalises, x_hat = (x + shift) * scale = x * scale + offset, and the means of x_hat per instance."""
-
-    scale: Tensor  # (C,)
-    shift: Tensor  # (N, C), and so are the others
-    offset: Tensor
-    normalized_mean: Tensor
-
-
-def _scales(center_weight: Tensor | None, instance_mean: Tensor, mean: Tensor, var: Tensor, eps: float) -> _Scales:
-    scale = torch.rsqrt(var + eps)
-    shift = -mean
-    if center_weight is not None:
-        shift = torch.addcmul(shift, center_weight.to(mean.dtype), instance_mean)
-    shift = shift.expand(instance_mean.shape)
-    offset = shift * scale
-    return _Scales(scale, shift, offset, torch.addcmul(offset, instance_mean, scale))
-
-
-def _normalize(input: Tensor, scales: _Scales, chunk: slice) -> Tensor:
-    """The normalised features of a chunk, in the input's dtype and layout."""
-    return _scale_shift(input[chunk], scales.scale, scales.shift[chunk], scales.offset[chunk], input.dtype)
-
-
-def _scale_shift(input: Tensor, scale: Tensor, shift: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """(input + shift) * scale = input * scale + offset with numbers per channel or instance, rounded once to dtype."""
-    # Allocated first: the result's layout would otherwise follow the broadcast operands where N, C, H or W is 1.
-    out = torch.empty_like(input, dtype=dtype)
-    if input.dtype == scale.dtype and input.is_contiguous():
-        # In this layout torch.addcmul takes three times as long over numbers that stay the same for a whole plane. The
-        # shift comes first: what is left of a large mean after a product would be lost to its rounding.
-        return torch.add(input, _broadcast(shift), out=out).mul_(_broadcast(scale))
-    return torch.addcmul(_broadcast(offset), input, _broadcast(scale), out=out)
-
-
-def _factor(scale_weight: Tensor | None, scale_bias: Tensor | None, normalized_mean: Tensor) -> Tensor | None:
-    if scale_weight is None or scale_bias is None:
-        return None
-    dtype = normalized_mean.dtype
-    return torch.addcmul(scale_bias.to(dtype), scale_weight.to(dtype), normalized_mean).sigmoid_()
+            if slope is not None:
+                terms = torch.addcmul(terms, input[chunk], _broadcast(scale))
+            torch.addcmul(terms, grad, factor, out=out)
+    return result
 
 
 def _differentiable_backward(
-    saved: tuple[Any, ...], eps: float, needs_grad: tuple[bool, ...], grad_output: Tensor
+    saved: tuple[Any, ...],
+    gate: Tensor | bool,
+    eps: float,
+    needs_grad: tuple[bool, ...],
+    grad_output: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradient as a differentiable function (``create_graph=True``), through the reference."""
-    input, weight, bias, center_weight, scale_weight, scale_bias, _, mean, var, gate = saved
+    input, weight, bias, center_weight, scale_weight, scale_bias, _, mean, var = saved
     instance_mean, instance_var = reference.instance_moments(input)
-    if gate is not None:
+    if gate is not False:
         batch_mean, batch_var = reference.batch_statistics(instance_mean, instance_var, center_weight)
         # Where the gate is open these equal `mean` and `var`, with their dependence on the input.
-        mean = torch.where(gate > 0, batch_mean, mean)
-        var = torch.where(gate > 0, batch_var, var)
+        if isinstance(gate, Tensor):
+            batch_mean, batch_var = torch.where(gate, batch_mean, mean), torch.where(gate, batch_var, var)
+        mean, var = batch_mean, batch_var
     output = reference.calibrated_affine(
         input, instance_mean, mean, var, weight, bias, center_weight, scale_weight, scale_bias, eps
     )
@@ -342,7 +409,7 @@ def calibrated_affine(
     instance_mean: Tensor,
     mean: Tensor,
     var: Tensor,
-    gate: Tensor | None,
+    gate: Tensor | bool,
     weight: Tensor | None,
     bias: Tensor | None,
     center_weight: Tensor | None,
@@ -357,7 +424,7 @@ def calibrated_affine(
         instance_mean: (N, C), without gradient.
         mean: (C,) statistics to normalise with, without gradient.
         var: (C,) likewise.
-        gate: Boolean scalar: whether ``mean`` and ``var`` are those of this batch. None: they are not.
+        gate: Whether ``mean`` and ``var`` are those of this batch, as a boolean or a boolean scalar on the device.
         weight: (C, 1, k, k) or None; the other parameters as in :func:`functional.calibrated_affine`.
         bias: (C,) or None.
         center_weight: (C,) or None.
@@ -368,9 +435,7 @@ def calibrated_affine(
     Returns:
         (N, C, H, W) in the dtype and layout of ``input``.
     """
-    return cast(
-        Tensor,
-        _CalibratedAffine.apply(
-            input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, gate, eps
-        ),
-    )
+    parameters = (weight, bias, center_weight, scale_weight, scale_bias)
+    if not torch.is_grad_enabled():
+        return _affine(input, weight, bias, _scales(instance_mean, mean, var, *parameters[2:], eps))
+    return cast(Tensor, _CalibratedAffine.apply(input, *parameters, instance_mean, mean, var, gate, eps))

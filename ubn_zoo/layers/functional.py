@@ -110,12 +110,7 @@ def update_similarity_gate(running_similarity: Tensor, similarity: Tensor, momen
 
 
 def update_running_statistics(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    factor: Tensor,
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, unbiased_var: Tensor, factor: Tensor
 ) -> None:
     """Moves the running statistics in place, as BatchNorm does: the variance towards the unbiased one.
 
@@ -123,13 +118,11 @@ def update_running_statistics(
         running_mean: (C,) buffer.
         running_var: (C,) buffer.
         mean: (C,) batch mean.
-        var: (C,) biased batch variance.
-        count: Scalar, elements per channel (N * H * W) behind ``mean`` and ``var``.
+        unbiased_var: (C,) batch variance, the biased one times M / (M - 1) of M = N * H * W elements per channel.
         factor: Scalar weight of this batch; 0 (a closed gate) leaves the buffers exactly as they are.
     """
-    unbiased = var.detach() * (count / (count - 1))
     running_mean.lerp_(mean.detach().to(running_mean.dtype), factor.to(running_mean.dtype))
-    running_var.lerp_(unbiased.to(running_var.dtype), factor.to(running_var.dtype))
+    running_var.lerp_(unbiased_var.detach().to(running_var.dtype), factor.to(running_var.dtype))
 
 
 def update_factor(
@@ -283,7 +276,8 @@ def unified_batch_norm(
             var = torch.where(gate, var, running_var.to(var.dtype))
         count = torch.full([], input.numel() // input.shape[1], dtype=mean.dtype, device=mean.device)
         factor = update_factor(momentum, num_batches_tracked, gate, running_mean)
-        update_running_statistics(running_mean, running_var, batch_mean, batch_var, count, factor)
+        unbiased_var = batch_var * (count / (count - 1))
+        update_running_statistics(running_mean, running_var, batch_mean, unbiased_var, factor)
     return calibrated_affine(
         input, instance_mean, mean, var, weight, bias, center_weight, scale_weight, scale_bias, eps
     )

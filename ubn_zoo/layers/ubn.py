@@ -261,8 +261,10 @@ class UnifiedBatchNorm2d(nn.Module):
 
     @torch.jit.unused
     def _dispatch(self, input: Tensor) -> Tensor:
-        # Compilers and exporters take the equations and fuse them by themselves.
+        # Compilers and exporters take the equations and fuse them by themselves; so do the transforms of torch.func,
+        # which do not take the eager mode's autograd function.
         captured = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        captured = captured or torch._C._are_functorch_transforms_active()
         if captured and not (self._sync is not None and self.training and self._sync.active()):
             return without_autocast(input, self._reference)
         return without_autocast(input, self._eager)
@@ -305,7 +307,7 @@ class UnifiedBatchNorm2d(nn.Module):
                 return self._empty(input)
             instance_mean = functional.promote(input.detach()).mean((2, 3))
             mean, var = state.mean.to(instance_mean.dtype), state.var.to(instance_mean.dtype)
-            return self._affine(input, instance_mean, mean, var, None)
+            return self._affine(input, instance_mean, mean, var, False)
 
         sync = self._sync if training and self._sync is not None and self._sync.active() else None
         if input.numel() > 0 and sync is None:
@@ -321,19 +323,12 @@ class UnifiedBatchNorm2d(nn.Module):
             return self._synchronized(input, sync, gated, recomputing)
         if input.numel() == 0:
             return self._empty(input)
-        instance_mean, instance_var = autograd.moments(input)
-        centred = instance_mean
-        if self.center_weight is not None:
-            centred = (1 + self.center_weight.detach().to(instance_mean.dtype)) * instance_mean
-        mean = centred.mean(0)
-        var = instance_var + (centred - mean).square().mean(0)
-        gate = None
+        samples = self.similarity_samples if gated else None
+        instance_mean, mean, var, similarity = autograd.statistics(input, self.center_weight, samples)
+        gate: Union[Tensor, bool] = True
         if training and state is not None:
-            similarity = autograd.feature_similarity(input.detach(), self.similarity_samples) if gated else None
-            count = torch.full([], input.numel() // input.shape[1], dtype=mean.dtype, device=mean.device)
+            count = input.numel() // input.shape[1]
             mean, var, gate = self._step(state, mean, var, count, similarity, recomputing)
-        if gate is None:
-            gate = torch.ones([], dtype=torch.bool, device=input.device)
         return self._affine(input, instance_mean, mean, var, gate)
 
     def _synchronized(self, input: Tensor, sync: distributed.SyncGroup, gated: bool, recomputing: bool) -> Tensor:
@@ -366,11 +361,11 @@ class UnifiedBatchNorm2d(nn.Module):
         state: _State,
         mean: Tensor,
         var: Tensor,
-        count: Tensor,
+        count: Union[Tensor, int],
         similarity: Optional[Tensor],
         recomputing: bool,
-    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-        """Decides the gate and moves the state; returns the statistics to normalise with and the gate (None: open)."""
+    ) -> Tuple[Tensor, Tensor, Union[Tensor, bool]]:
+        """Decides the gate and moves the state; returns the statistics to normalise with and the gate."""
         if recomputing and self._records:
             recalled, first_mean, first_var = self._recall(mean)
             return torch.where(recalled, mean, first_mean), torch.where(recalled, var, first_var), recalled
@@ -395,8 +390,9 @@ class UnifiedBatchNorm2d(nn.Module):
                 )
         if not recomputing:
             factor = functional.update_factor(self.momentum, state.batches, gate, state.mean)
-            functional.update_running_statistics(state.mean, state.var, batch_mean, batch_var, count, factor)
-        return mean, var, gate
+            unbiased_var = batch_var.detach() * (count / (count - 1))
+            functional.update_running_statistics(state.mean, state.var, batch_mean, unbiased_var, factor)
+        return mean, var, True if gate is None else gate
 
     def _recall(self, batch_mean: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """The gate and the statistics of the first run of the forward that is being recomputed."""
@@ -421,7 +417,7 @@ class UnifiedBatchNorm2d(nn.Module):
         return gates, means, variances
 
     def _affine(
-        self, input: Tensor, instance_mean: Tensor, mean: Tensor, var: Tensor, gate: Optional[Tensor]
+        self, input: Tensor, instance_mean: Tensor, mean: Tensor, var: Tensor, gate: Union[Tensor, bool]
     ) -> Tensor:
         return autograd.calibrated_affine(
             input,
