@@ -18,12 +18,12 @@ from . import functional as reference
 __all__ = ["calibrated_affine", "statistics"]
 
 
-# Bytes of input that a CPU works on at a time: a share of its cache, as a chunk's intermediate results lie beside it.
-_CHUNK = 8 << 20
+# Bytes of input that each thread of a CPU works on at a time: a share of its cache, beside intermediate results.
+_CHUNK = 2 << 20
 
 
 def _chunks(input: Tensor) -> list[slice]:
-    """The samples of a batch, in runs that are small enough to stay in a CPU's cache from one operation to the next.
+    """The samples of a batch, in even runs that are small enough to stay in a CPU's cache between operations.
 
     Elementwise operations, sums and depthwise convolutions are bound by memory; so is their allocation, where a large
     result gets fresh pages from the system each time.
@@ -31,7 +31,9 @@ def _chunks(input: Tensor) -> list[slice]:
     samples = input.shape[0]
     size = samples
     if input.device.type == "cpu":
-        size = max(1, _CHUNK * samples // (input.numel() * input.element_size()))
+        fitting = _CHUNK * torch.get_num_threads() * samples // (input.numel() * input.element_size())
+        runs = -(-samples // max(1, fitting))
+        size = -(-samples // runs)
     return [slice(start, start + size) for start in range(0, samples, size)]
 
 
@@ -159,6 +161,16 @@ def _by_planes(input: Tensor, dtype: torch.dtype) -> bool:
     return input.dtype == dtype and input.is_contiguous()
 
 
+def _depthwise(input: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.conv2d(input, kernel, bias, padding=kernel.shape[2] // 2, groups=kernel.shape[0])
+
+
+def _grad_kernel(grad: Tensor, input: Tensor, kernel: Tensor) -> Tensor:
+    padding, groups = (kernel.shape[2] // 2,) * 2, kernel.shape[0]
+    settings = ((1, 1), padding, (1, 1), False, (0, 0), groups, (False, True, False))
+    return torch.ops.aten.convolution_backward(grad, input, kernel, None, *settings)[1]
+
+
 def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, scales: _Scales) -> Tensor:
     """Steps 4 to 6."""
     kernel = None if weight is None else weight.to(input.dtype)
@@ -173,7 +185,7 @@ def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, scales: _
             if shift is not None:
                 part.add_(_broadcast(shift))
         elif kernel is not None:
-            part = torch.conv2d(part, kernel, shift, padding=kernel.shape[2] // 2, groups=kernel.shape[0])
+            part = _depthwise(part, kernel, shift)
         factor = None if scales.factor is None else _broadcast(scales.factor[chunk]).to(input.dtype)
         if len(chunks) == 1:
             whole = part if factor is None else part.mul_(factor)
@@ -292,31 +304,20 @@ def _sums(
     else:
         scale, offset = scale * factor, offset * factor
     kernel = None if weight is None or weight.shape[2] == 1 else weight.to(input.dtype)
+    # A forward convolution is faster than a backward one, and the transpose of this one is such.
+    flipped = None if kernel is None else kernel.flip(2, 3)
     planes = _by_planes(input, scale.dtype)
-    chunks = _chunks(input)
     grad_weight = None
     grads, grad_sums, normalized_sums, projections = [], [], [], []
-    for chunk in chunks:
+    for chunk in _chunks(input):
         grad = grad_output[chunk]
         normalized = _scaled(input[chunk], planes, scale[chunk], shift[chunk], offset[chunk], input.dtype)
         grad_sums.append(_instance_sum(grad))
-        if kernel is not None:
-            grad, kernel_grad, _ = torch.ops.aten.convolution_backward(
-                grad,
-                normalized,
-                kernel,
-                None,
-                (1, 1),
-                (kernel.shape[2] // 2,) * 2,
-                (1, 1),
-                False,
-                (0, 0),
-                kernel.shape[0],
-                (True, weight_needs_grad, False),
-            )
-            if kernel_grad is not None:
-                kernel_grad = kernel_grad.to(scale.dtype)
+        if kernel is not None and flipped is not None:
+            if weight_needs_grad:
+                kernel_grad = _grad_kernel(grad, normalized, kernel).to(scale.dtype)
                 grad_weight = kernel_grad if grad_weight is None else grad_weight.add_(kernel_grad)
+            grad = _depthwise(grad, flipped)
             normalized_sums.append(_instance_sum(grad))
         grads.append(grad)
         projections.append(_instance_sum(normalized.mul_(grad)))
