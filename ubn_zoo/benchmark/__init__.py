@@ -1,0 +1,48 @@
+"""What UBN costs beside BatchNorm: time and memory of models and layers, how they grow, where the time goes.
+
+All that is compared takes turns in one run, so that a drifting machine drifts for all: :mod:`.turns`. What takes turns
+are whole models (:mod:`.models`), single layers (:mod:`.layers`) and layers of growing size (:mod:`.growth`);
+:mod:`.profiles` looks inside a step. Tables (:mod:`.tables`), pictures (:mod:`.pictures`) and the page
+``docs/speed.md`` (:mod:`.report`) are made of what these return.
+"""
+
+from .growth import AXES, Fit, GrowthPoint, fit, grow, grow_ranks
+from .layers import LAYER_MODES, LAYER_SHAPES, compare_layers
+from .models import MODES, compare, compare_training
+from .pictures import draw_growth, draw_ratios
+from .profiles import GROUPS, Share, profile_step
+from .report import page, report
+from .tables import read_growth, read_profile, read_timings, rows_of, table, write_table
+from .turns import KINDS, Timing, environment, peak_memory
+
+__all__ = [
+    "AXES",
+    "GROUPS",
+    "KINDS",
+    "LAYER_MODES",
+    "LAYER_SHAPES",
+    "MODES",
+    "Fit",
+    "GrowthPoint",
+    "Share",
+    "Timing",
+    "compare",
+    "compare_layers",
+    "compare_training",
+    "draw_growth",
+    "draw_ratios",
+    "environment",
+    "fit",
+    "grow",
+    "grow_ranks",
+    "page",
+    "peak_memory",
+    "profile_step",
+    "read_growth",
+    "read_profile",
+    "read_timings",
+    "report",
+    "rows_of",
+    "table",
+    "write_table",
+]

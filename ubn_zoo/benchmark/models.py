@@ -1,0 +1,206 @@
+"""Whole models in turns: a BatchNorm model and its twins, in training, in evaluation, and fused for inference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ubn_zoo import fuse
+
+from .floors import NormCosts, norm_costs
+from .turns import SETTINGS, Entry, Timing, as_if_trained, as_naive, bytes_of, check_kinds, check_steps, take_turns
+
+__all__ = ["AMP_DTYPES", "MODES", "build", "compare", "compare_training", "train_step"]
+
+MODES = ("train", "eval", "fused", "folded")
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build(model: str, kind: str) -> nn.Module:
+    """A BatchNorm model of timm, or its twin with norm layers of another kind, with random weights.
+
+    Args:
+        model: The BatchNorm model's name.
+        kind: One of :data:`KINDS`.
+    """
+    if kind == "bn":
+        return timm.create_model(model)
+    twin = timm.create_model(f"{model}_ubn", ubn_kwargs=SETTINGS[kind])
+    return as_naive(twin) if kind == "naive" else twin
+
+
+def _autocast(device: torch.device, amp: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if amp is None else torch.autocast(device.type, amp)
+
+
+def train_step(
+    model: nn.Module, images: Tensor, targets: Tensor, amp: torch.dtype | None = None
+) -> Callable[[], object]:
+    """A training step without the optimiser: forward, loss, backward; in float16 the loss is scaled.
+
+    Args:
+        model: Put into training mode.
+        images: (N, 3, H, W).
+        targets: (N,) classes.
+        amp: Autocast's dtype, None for none.
+    """
+    scaler = torch.amp.GradScaler(images.device.type, enabled=amp is torch.float16)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with _autocast(images.device, amp):
+            loss = nn.functional.cross_entropy(model(images), targets)
+        scaler.scale(loss).backward()
+
+    model.train()
+    return step
+
+
+def _eval_step(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Callable[[], object]:
+    def step() -> None:
+        with torch.inference_mode(), _autocast(images.device, amp):
+            model(images)
+
+    model.eval()
+    return step
+
+
+def _entries(
+    models: Mapping[str, tuple[str, nn.Module]],
+    images: Tensor,
+    targets: Tensor,
+    *,
+    train: bool,
+    amp: torch.dtype | None,
+    compiled: bool,
+) -> list[Entry]:
+    entries = []
+    for name, (kind, model) in models.items():
+        variants: dict[str, Any] = {name: model}
+        # Compilers take the equations of the naive twin and of UBN alike.
+        if compiled and kind != "naive":
+            suffixed = f"{name[:-1]}, compiled)" if name.endswith("(fused)") else f"{name} (compiled)"
+            variants[suffixed] = torch.compile(model, fullgraph=True, dynamic=False)
+        held = bytes_of(*model.parameters(), *model.buffers(), images, targets)
+        for variant, module in variants.items():
+            step = train_step(module, images, targets, amp) if train else _eval_step(module, images, amp)
+            entries.append(Entry(variant, kind, module, step, model.zero_grad, held))
+    return entries
+
+
+def compare(
+    model: str,
+    settings: Sequence[str] = ("ubn",),
+    *,
+    modes: Sequence[str] = ("train", "eval"),
+    batch_size: int = 8,
+    img_size: int = 224,
+    steps: int = 10,
+    device: str = "cpu",
+    channels_last: bool = True,
+    amp: str | None = None,
+    compiled: bool = False,
+    floors: bool = True,
+) -> Iterator[Timing]:
+    """Times a BatchNorm model and its twins in turns, all of them once per turn, after two turns to warm up.
+
+    Args:
+        model: timm's BatchNorm model, the baseline.
+        settings: Kinds of twins beside it: any of "ubn", "rbn", "bnet", "naive" (UBN's equations, op by op).
+        modes: Any of "train" (forward, backward), "eval" (forward under ``torch.inference_mode``), "fused" (the same
+            after ``ubn_zoo.fuse``, the twins' layers as if trained, so that what depends on the instance stays) and
+            "folded" (the same with layers as converted from BatchNorm, of which nothing stays). In the last two the
+            baseline is fused as well, and times of the model that it was fused from are beside it.
+        batch_size: Images per step, random ones.
+        img_size: Pixels per side.
+        steps: Counted turns.
+        device: Where.
+        channels_last: Memory format of models and images.
+        amp: "bfloat16" or "float16" for autocast, float16 with the scaled loss; None for float32.
+        compiled: Whether models compiled by torch.compile take turns with those that are not.
+        floors: Whether floors are measured, before the turns.
+
+    Yields:
+        A :class:`Timing` for every mode and model.
+
+    Raises:
+        ValueError: An unknown mode, setting or dtype, or no steps.
+    """
+    if not set(modes) <= set(MODES):
+        raise ValueError(f"modes: received {list(modes)}; valid: {', '.join(MODES)}")
+    if amp is not None and amp not in AMP_DTYPES:
+        raise ValueError(f"amp: received {amp!r}; valid: {', '.join(AMP_DTYPES)}, or None")
+    check_kinds(settings)
+    check_steps(steps)
+    where = torch.device(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, img_size, img_size, device=where).to(memory_format=layout)
+    classes = int(timm.models.get_pretrained_cfg_value(model, "num_classes") or 1000)
+    targets = torch.randint(classes, (batch_size,), device=where)
+    dtype = None if amp is None else AMP_DTYPES[amp]
+    for mode in modes:
+        if compiled:
+            # One mode's code is of no use to another, and torch refuses to compile one forward too many times.
+            torch.compiler.reset()
+        built = {f"{model}_{kind}" if kind != "bn" else model: (kind, build(model, kind)) for kind in ("bn", *settings)}
+        for _, module in built.values():
+            (module if mode == "folded" else as_if_trained(module)).to(where).to(memory_format=layout)
+        costs = _norm_costs(built[model][1], images, dtype, training=mode == "train") if floors else None
+        if mode in ("fused", "folded"):
+            fused = {f"{name} (fused)": (kind, fuse(module.eval())) for name, (kind, module) in built.items()}
+            (base, *twins) = fused.items()
+            built = dict([base, (model, built[model]), *twins])
+        entries = _entries(built, images, targets, train=mode == "train", amp=dtype, compiled=compiled)
+        about: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "img_size": img_size}
+        about |= {"dtype": f"amp {amp}" if amp else "float32", "channels_last": channels_last}
+        timings = take_turns(entries, steps, where, **about)
+        for timing in timings:
+            # A model that is there for comparison only, as it was before it was fused.
+            whole = mode in ("fused", "folded") and "(fused" not in timing.model
+            yield timing if costs is None else costs.of(timing, timings[0], "eval" if whole else mode)
+
+
+def _norm_costs(model: nn.Module, images: Tensor, amp: torch.dtype | None, *, training: bool) -> NormCosts:
+    def forward() -> None:
+        with _autocast(images.device, amp):
+            model.eval()(images)
+
+    return norm_costs(model, forward, images.device, training=training)
+
+
+def compare_training(
+    models: Mapping[str, nn.Module], *, batch_size: int, img_size: int, num_classes: int, steps: int = 10
+) -> Iterator[Timing]:
+    """Times training steps (forward, backward) of models that are at hand, in turns, where they are.
+
+    Args:
+        models: By name, the baseline first; all on one device.
+        batch_size: Images per step, random ones in the channels-last format.
+        img_size: Pixels per side.
+        num_classes: Outputs of the models.
+        steps: Counted turns.
+
+    Yields:
+        A :class:`Timing` for every model, its kind "bn" for the first and "ubn" for the others.
+
+    Raises:
+        ValueError: No model, or no steps.
+    """
+    if not models:
+        raise ValueError("models: received none; valid: one at least")
+    check_steps(steps)
+    where = next(next(iter(models.values())).parameters()).device
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, img_size, img_size, device=where).to(memory_format=torch.channels_last)
+    targets = torch.randint(num_classes, (batch_size,), device=where)
+    first = next(iter(models))
+    kinds = {name: ("bn" if name == first else "ubn", model) for name, model in models.items()}
+    entries = _entries(kinds, images, targets, train=True, amp=None, compiled=False)
+    about: dict[str, Any] = {"mode": "train", "batch_size": batch_size, "img_size": img_size}
+    yield from take_turns(entries, steps, where, dtype="float32", channels_last=True, **about)

@@ -1,0 +1,155 @@
+"""What UBN should cost at most beside BatchNorm, and what it was measured to cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from .turns import Timing
+
+__all__ = ["TARGETS", "Outcome", "Target", "find", "limit_of"]
+
+
+_IMG_SIZE = 224
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The most that UBN should take, as a ratio to BatchNorm.
+
+    Attributes:
+        what: What people read.
+        device: "cpu" or "cuda".
+        mode: Of :class:`Timing`.
+        model: The BatchNorm model, at 224 pixels; None for layers, whose worst shape counts.
+        batch_size: Images per step; None for the largest that was measured.
+        ratio: The target.
+        dtype: Of :class:`Timing`.
+        channels_last: Memory format.
+        memory: Whether it is of memory and not of time.
+    """
+
+    what: str
+    device: str
+    mode: str
+    model: str | None
+    batch_size: int | None
+    ratio: float
+    dtype: str = "float32"
+    channels_last: bool = True
+    memory: bool = False
+
+    def covers(self, timing: Timing) -> bool:
+        """Whether a timing, of BatchNorm or of UBN, is one that the target speaks of."""
+        setting = timing.device, timing.mode, timing.dtype, timing.channels_last
+        return (
+            setting == (self.device, self.mode, self.dtype, self.channels_last)
+            and self.batch_size in (None, timing.batch_size)
+            and (self.model is None or timing.model.partition(" ")[0] in (self.model, f"{self.model}_ubn"))
+            and (self.model is None or timing.img_size == _IMG_SIZE)
+            # The model as it was before it was fused is there for comparison.
+            and (self.mode != "fused" or "(fused" in timing.model)
+        )
+
+
+def _gpu(what: str, mode: str, ratio: float, *, memory: bool = False) -> Target:
+    return Target(
+        what=what,
+        device="cuda",
+        mode=mode,
+        model="resnet50",
+        batch_size=None,
+        ratio=ratio,
+        dtype="amp bfloat16",
+        memory=memory,
+    )
+
+
+def _cpu(what: str, mode: str, model: str, batch_size: int, ratio: float) -> Target:
+    return Target(what=what, device="cpu", mode=mode, model=model, batch_size=batch_size, ratio=ratio)
+
+
+TARGETS = (
+    _cpu("resnet50, training step, batch 8", "train", "resnet50", 8, 1.35),
+    _cpu("resnet50, training step, batch 32", "train", "resnet50", 32, 1.35),
+    _cpu("mobilenetv3_large_100, training step, batch 8", "train", "mobilenetv3_large_100", 8, 1.6),
+    _cpu("regnety_032, training step, batch 8", "train", "regnety_032", 8, 1.7),
+    _cpu("resnet50, inference, both fused, batch 1", "fused", "resnet50", 1, 1.5),
+    _cpu("resnet50, inference, both fused, batch 32", "fused", "resnet50", 32, 1.5),
+    *(
+        Target(
+            what=f"layer, training, bfloat16, batch 128, {layout}, worst of ResNet-50's shapes",
+            device="cuda",
+            mode="layer",
+            model=None,
+            batch_size=128,
+            ratio=1.25,
+            dtype="bfloat16",
+            channels_last=layout == "channels_last",
+        )
+        for layout in ("channels_last", "contiguous")
+    ),
+    _gpu("resnet50, training step, bfloat16 autocast, best of eager and compiled", "train", 1.12),
+    _gpu("resnet50, inference, bfloat16 autocast, both fused, best of eager and compiled", "fused", 1.10),
+    _gpu("resnet50, peak memory of a training step, bfloat16 autocast", "train", 1.05, memory=True),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """A target's measurement.
+
+    Attributes:
+        base: BatchNorm's timing.
+        ubn: UBN's timing, for layers of the worst shape.
+        ratio: UBN over BatchNorm, median over turns where both were the ones that ratios are of.
+        spread: Its quartiles, None where there are none.
+    """
+
+    base: Timing
+    ubn: Timing
+    ratio: float
+    spread: tuple[float | None, float | None] | None
+
+
+def find(target: Target, timings: Sequence[Timing]) -> Outcome | None:
+    """A target's measurement among timings; None where there is none.
+
+    Args:
+        target: The target.
+        timings: All that there are.
+    """
+    fitting = [timing for timing in timings if target.covers(timing)]
+    largest = max((timing.batch_size for timing in fitting), default=0)
+    fitting = [timing for timing in fitting if timing.batch_size == largest]
+    if target.model is None:
+        shapes: dict[str, list[Timing]] = {}
+        for timing in fitting:
+            shapes.setdefault(timing.model.replace(" (compiled)", "").rpartition(" ")[2], []).append(timing)
+        outcomes = [outcome for found in shapes.values() if (outcome := _best(target, found)) is not None]
+        return max(outcomes, key=lambda outcome: outcome.ratio, default=None)
+    return _best(target, fitting)
+
+
+def _best(target: Target, timings: Sequence[Timing]) -> Outcome | None:
+    def cost(timing: Timing) -> float:
+        return (timing.memory or float("inf")) if target.memory else timing.median
+
+    bases = [timing for timing in timings if timing.kind == "bn"]
+    twins = [timing for timing in timings if timing.kind == "ubn"]
+    if not bases or not twins:
+        return None
+    base, ubn = min(bases, key=cost), min(twins, key=cost)
+    if target.memory:
+        return Outcome(base, ubn, cost(ubn) / cost(base), None) if ubn.memory and base.memory else None
+    # Only ratios to the first entry, which is BatchNorm not compiled, are those of the same turns.
+    if "compiled" in base.model:
+        return Outcome(base, ubn, ubn.median / base.median, None)
+    quartiles = ubn.ratio_lower, ubn.ratio_upper
+    return Outcome(base, ubn, ubn.ratio, quartiles if None not in quartiles else None)
+
+
+def limit_of(timing: Timing) -> float | None:
+    """The target of time that a timing of UBN has, None for none."""
+    found = (target.ratio for target in TARGETS if not target.memory and target.covers(timing))
+    return next(found, None) if timing.kind == "ubn" else None
