@@ -14,6 +14,7 @@ import ubn_zoo
 from ubn_zoo import benchmark
 
 REPOSITORY = Path(__file__).parents[1]
+SETTINGS = [kind for kind in benchmark.KINDS if kind != "bn"]
 QUICK_SHAPES = [(64, 56), (512, 28), (2048, 7)]
 QUICK_AXES = {"batch": (2, 4, 8), "pixels": (7, 14, 28), "channels": (32, 64, 128)}
 
@@ -24,11 +25,13 @@ def parse() -> argparse.Namespace:
     what = parser.add_argument_group("what is measured, models by default").add_mutually_exclusive_group()
     what.add_argument("--layer", action="store_true", help="layers of ResNet-50's shapes")
     what.add_argument("--growth", action="store_true", help="a layer over batch, pixels, channels and (CPU) ranks")
-    what.add_argument("--profile", action="store_true", help="where the time of the first model's training step goes")
+    what.add_argument("--profile", action="store_true", help="where the time of a training step goes")
     what.add_argument("--quick", action="store_true", help="a little of everything, in under two minutes")
     what.add_argument("--report", action="store_true", help="nothing: write docs/speed.md from results/benchmark_*.csv")
     parser.add_argument("--models", nargs="+", default=["resnet50"], help="BatchNorm models")
-    parser.add_argument("--settings", nargs="*", default=["ubn"], choices=[k for k in benchmark.KINDS if k != "bn"])
+    parser.add_argument(
+        "--settings", nargs="*", choices=SETTINGS, help="norms beside BatchNorm: ubn in models, all of them in layers"
+    )
     parser.add_argument(
         "--modes", nargs="+", choices=(*benchmark.MODES, *benchmark.LAYER_MODES), help="train and eval, or layer"
     )
@@ -60,16 +63,18 @@ def time_models_and_layers(args: argparse.Namespace) -> list[benchmark.Timing]:
         "channels_last": not args.contiguous,
         "compiled": args.compile,
     }
+    settings = ["ubn"] if args.settings is None else args.settings
+    kinds = ["bn", *(SETTINGS if args.settings is None else args.settings)]
     runs = []
     for batch_size in args.batch_size:
         if not args.layer:
             about = {"modes": args.modes, "batch_size": batch_size, "img_size": args.img_size, "amp": args.amp}
-            runs += [benchmark.compare(model, args.settings, **about, **common) for model in args.models]
+            runs += [benchmark.compare(model, settings, **about, **common) for model in args.models]
         if layers:
             shapes = QUICK_SHAPES if args.quick else benchmark.LAYER_SHAPES
             modes = benchmark.LAYER_MODES if args.quick else args.modes
             about = {"modes": modes, "batch_size": batch_size, "dtype": getattr(torch, args.dtype)}
-            runs.append(benchmark.compare_layers(shapes, **about, **common))
+            runs.append(benchmark.compare_layers(shapes, kinds=kinds, **about, **common))
     print(
         f"{'model':40s} {'mode':10s} {'batch':>5s} {'median ms':>10s} {'quartiles':>17s} {'ratio':>6s} {'floor':>8s} "
         f"{'MB':>8s}"
@@ -106,9 +111,11 @@ def time_growth(args: argparse.Namespace) -> list[benchmark.GrowthPoint]:
 
 def profile(args: argparse.Namespace) -> list[benchmark.Share]:
     """Prints and returns a profile."""
-    shares = list(
-        benchmark.profile_step(
-            args.models[0],
+    shares = [
+        share
+        for model in args.models
+        for share in benchmark.profile_step(
+            model,
             batch_size=args.batch_size[0],
             img_size=args.img_size,
             steps=min(args.steps, 3),
@@ -116,7 +123,7 @@ def profile(args: argparse.Namespace) -> list[benchmark.Share]:
             channels_last=not args.contiguous,
             amp=args.amp,
         )
-    )
+    ]
     for share in shares:
         print(f"{share.model:24s} {benchmark.GROUPS[share.group]:40s} {share.time:9.2f} ms {100 * share.share:5.1f} %")
     return shares

@@ -472,6 +472,12 @@ def test_page_tells_met_targets_from_others(tmp_path: Path) -> None:
     ]
     assert row(page, "CPU: resnet50, training step, batch 32")[:3] == ["1.35", "1.50 (1.49 to 1.51)", "**no**"]
     assert "2026-01-01, here: [benchmark_cpu_batch32.csv]" in page
+    # Neither times of another run nor of compiled models make a CPU's ratio.
+    write([timing("resnet50", "train", 50)], tmp_path, "benchmark_a.csv")
+    write(
+        [timing("resnet50 (compiled)", "train", 50), timing("resnet50_ubn", "train", 90)], tmp_path, "benchmark_b.csv"
+    )
+    assert row(benchmark.page(tmp_path), "CPU: resnet50, training step, batch 8")[1] == "1.34 (1.33 to 1.35)"
 
 
 def test_page_takes_the_best_of_a_gpu(tmp_path: Path) -> None:
@@ -490,6 +496,13 @@ def test_page_takes_the_best_of_a_gpu(tmp_path: Path) -> None:
     memory = row(page, "GPU: resnet50, peak memory of a training step, bfloat16 autocast")
     assert memory[:4] == ["1.05", "1.10", "**no**", "800 → 880 MB"]
     assert "No GPU was there" not in page
+    # One kind of hardware needs no heading, two do.
+    assert "### GPU" not in page
+    assert "speed_models_gpu.png" in page and "speed_layers_gpu.png" in page
+    write([timing("resnet50", "train", 100), timing("resnet50_ubn", "train", 134)], tmp_path)
+    page = benchmark.page(tmp_path)
+    assert page.index("### CPU") < page.index("### GPU")
+    assert "speed_models.png" in page and "speed_models_gpu.png" in page
 
 
 def test_the_page_is_that_of_the_tables() -> None:
@@ -509,7 +522,7 @@ def test_report_writes_page_and_pictures(tmp_path: Path) -> None:
     shares = [Share("resnet50", "other", 2.5, 0.25), Share("resnet50_ubn", "depthwise", 7.5, 0.75)]
     benchmark.write_table(benchmark.rows_of(shares, **ABOUT), tmp_path / "benchmark_cpu_profile.csv")
     written = benchmark.report(tmp_path, tmp_path)
-    assert [path.name for path in written] == ["speed.md", "speed_models.png", "speed_growth.png"]
+    assert [path.name for path in written] == ["speed.md", "speed_models.png", "speed_cpu_growth.png"]
     page = written[0].read_text(encoding="utf-8")
     assert row(page, "norm: depthwise convolution") == ["", "7.50 (75 %)"]
     assert row(page, "batch | UBN")[-2:] == ["1.000", "1.00"]

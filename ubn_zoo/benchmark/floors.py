@@ -24,6 +24,7 @@ __all__ = ["WITH_CONVOLUTION", "NormCosts", "convolution_step", "copy_step", "no
 
 WITH_CONVOLUTION = ("ubn", "bnet", "naive")
 _REPEATS = 5
+_GPU_COPIES = 20
 
 
 def traffic(kind: str, mode: str) -> int:
@@ -40,10 +41,23 @@ def traffic(kind: str, mode: str) -> int:
     return 2 if kind in ("bn", "bnet") else 3
 
 
-def copy_step(features: Tensor) -> Callable[[], object]:
-    """A copy of the features: it moves twice their bytes, at the bandwidth that floors are made of."""
+def copy_step(features: Tensor) -> tuple[Callable[[], object], int]:
+    """A step that copies the features: a copy moves twice their bytes, at the bandwidth that floors are made of.
+
+    Args:
+        features: Of any shape.
+
+    Returns:
+        The step, and how many copies it makes: on a GPU several, whose launches then do not count.
+    """
     source, target = features.detach(), torch.empty_like(features)
-    return lambda: target.copy_(source)
+    copies = _GPU_COPIES if features.device.type == "cuda" else 1
+
+    def step() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    return step, copies
 
 
 def convolution_step(features: Tensor, grad: Tensor | None) -> Callable[[], object]:
@@ -140,7 +154,8 @@ def norm_costs(model: nn.Module, forward: Callable[[], object], device: torch.de
         grad = torch.randn_like(features) if training else None
         features.requires_grad_(training)
         batchnorm = layer_step(nn.BatchNorm2d(shape[1]).to(device), features, grad)
-        for index, step in enumerate((copy_step(features), convolution_step(features, grad), batchnorm)):
+        steps = copy_step(features), (convolution_step(features, grad), 1), (batchnorm, 1)
+        for index, (step, repeats) in enumerate(steps):
             found = [milliseconds(step, device) for _ in range(1 + _REPEATS)][1:]
-            sums[index] += count * statistics.median(found)
+            sums[index] += count * statistics.median(found) / repeats
     return NormCosts(*sums)

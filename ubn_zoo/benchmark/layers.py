@@ -133,11 +133,11 @@ def _entries(
 
             entries.append(Entry(name, kind, module, layer_step(module, features, given), clear, held))
     nothing, held = nn.Module(), bytes_of(features, grad)
-    convolution, copy = convolution_step(features, given), copy_step(features)
+    convolution, (copy, copies) = convolution_step(features, given), copy_step(features)
     entries.append(
         Entry(f"depthwise convolution {about}", "convolution", nothing, convolution, nothing.zero_grad, held)
     )
-    entries.append(Entry(f"copy {about}", "copy", nothing, copy, nothing.zero_grad, held))
+    entries.append(Entry(f"copy {about}", "copy", nothing, copy, nothing.zero_grad, held, copies))
     return entries
 
 

@@ -107,6 +107,9 @@ def profile_step(
                 torch.cuda.synchronize(where)
         times = dict.fromkeys(GROUPS, 0.0)
         for event in profile.events():
+            if event.device_type != torch.autograd.DeviceType.CPU:
+                # A GPU's kernels, which the operations that launched them have already.
+                continue
             own = event.self_device_time_total if where.type == "cuda" else event.self_cpu_time_total
             times[_group(event)] += own / 1000 / steps
         total = sum(times.values())

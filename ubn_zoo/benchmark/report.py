@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from .growth import GrowthPoint, fit
+from .growth import Fit, GrowthPoint, fit
 from .pictures import draw_growth, draw_ratios
 from .profiles import GROUPS, Share
 from .tables import columns, read_growth, read_profile, read_timings
@@ -14,6 +15,8 @@ from .targets import TARGETS, Target, find
 from .turns import KINDS, Timing
 
 __all__ = ["page", "report"]
+
+_Item = TypeVar("_Item")
 
 _INTRODUCTION = """\
 # Speed and memory
@@ -35,6 +38,14 @@ BatchNorm. What stands in its way in plain torch is the depthwise convolution, a
 convolutions were all that UBN's norms took: BatchNorm's time without its norms, plus the convolutions, over its time.
 """
 
+_RANKS = """\
+Ranks are processes of one machine with a thread and a batch of their own each, joined by gloo; more than there are
+cores take turns on them. UBN synchronised computes the equations as UBN naive does: sharing costs the difference
+between these two. torch's SyncBatchNorm computes on GPUs only.
+"""
+_RANKS_HEAD = ("ranks", "layer", "step (ms)", "all-reduces", "bytes given to them by a rank")
+
+_HARDWARE = {"cpu": "CPU", "cuda": "GPU"}
 _MODES = {
     "train": "training",
     "eval": "inference",
@@ -103,10 +114,9 @@ def _spread(ratio: float, lower: float | None, upper: float | None) -> str:
 # Sections
 
 
-def _target_row(target: Target, timings: Sequence[Timing]) -> list[str]:
-    outcome = find(target, timings)
-    hardware = "GPU" if target.device == "cuda" else "CPU"
-    what = f"{hardware}: {target.what}"
+def _target_row(target: Target, tables: Iterable[Sequence[Timing]]) -> list[str]:
+    outcome = next((outcome for timings in tables if (outcome := find(target, timings)) is not None), None)
+    what = f"{_HARDWARE[target.device]}: {target.what}"
     if outcome is None:
         missing = "not measured on a GPU" if target.device == "cuda" else "not measured"
         return [what, f"{target.ratio:.2f}", missing, *[""] * 6]
@@ -128,12 +138,12 @@ def _target_row(target: Target, timings: Sequence[Timing]) -> list[str]:
 
 
 def _targets(measured: _Measured) -> list[str]:
-    timings = [timing for timing, _ in measured.timings]
+    tables = _by_source(measured.timings).values()
     head = ["", "target", "measured", "met", "BatchNorm → UBN (ms)", "more by (ms)", "floor of the norms (ms)"]
-    rows = [_target_row(target, timings) for target in TARGETS]
+    rows = [_target_row(target, tables) for target in TARGETS]
     head += ["their depthwise convolutions alone (ms)", "limit of plain torch"]
     text = ["## Targets\n", _FLOORS, _grid(head, rows) + "\n"]
-    if not any(timing.device == "cuda" for timing in timings):
+    if not any(timing.device == "cuda" for timing, _ in measured.timings):
         text.append("No GPU was there to measure on: no figure of one is claimed.\n")
     return text
 
@@ -153,6 +163,24 @@ def _model_rows(timings: Iterable[Timing]) -> Iterable[list[str]]:
         ]
 
 
+def _devices(found: Sequence[tuple[Timing, _Source]]) -> Iterable[tuple[str, list[Timing]]]:
+    """Timings by device, each with a heading if there are several."""
+    devices = list(dict.fromkeys(timing.device for timing, _ in found))
+    for device in devices:
+        heading = f"### {_HARDWARE[device]}\n" if len(devices) > 1 else ""
+        yield heading, [timing for timing, _ in found if timing.device == device]
+
+
+def _picture(timings: Sequence[Timing]) -> str:
+    """Name of the picture of timings of one device."""
+    what = "layers" if timings[0].mode.startswith("layer") else "models"
+    return f"speed_{what}{'' if timings[0].device == 'cpu' else '_gpu'}.png"
+
+
+def _drawable(timings: Sequence[Timing]) -> bool:
+    return any(timing.kind in KINDS and timing.ratio != 1 for timing in timings)
+
+
 def _models(measured: _Measured) -> list[str]:
     found = [(timing, source) for timing, source in measured.timings if timing.mode in _MODES]
     text = ["## Models\n"]
@@ -165,20 +193,12 @@ def _models(measured: _Measured) -> list[str]:
         "Memory is the most that tensors take at a time: parameters, gradients and features, not the optimiser.\n"
     )
     order = list(_MODES)
-    timings = sorted((timing for timing, _ in found), key=lambda timing: (order.index(timing.mode), timing.batch_size))
-    text.append(_grid(head, _model_rows(timings)) + "\n")
-    if _drawable(timings):
-        text.append("![Step times of models over BatchNorm's](speed_models.png)\n")
+    for heading, timings in _devices(found):
+        timings.sort(key=lambda timing: (order.index(timing.mode), timing.batch_size))
+        text += [heading, _grid(head, _model_rows(timings)) + "\n"]
+        if _drawable(timings):
+            text.append(f"![Step times of models over BatchNorm's]({_picture(timings)})\n")
     return [*text, _sources(source for _, source in found) + "\n"]
-
-
-def _drawable(timings: Sequence[Timing]) -> bool:
-    return any(timing.kind in KINDS and timing.ratio != 1 for timing in timings)
-
-
-def _shape(timing: Timing) -> str:
-    name = timing.model.replace(" (compiled)", "")
-    return name.rpartition(" ")[2]
 
 
 def _layers(measured: _Measured) -> list[str]:
@@ -187,86 +207,91 @@ def _layers(measured: _Measured) -> list[str]:
     if not found:
         return [*text, "Not measured.\n"]
     text.append(
-        "Ratios to BatchNorm2d. Over the floor: how many times the least traffic's time a layer takes. Beside the\n"
+        "Ratios to BatchNorm2d. Over the floor: how many times the least traffic's time a layer takes. Over the\n"
         "convolution: how many times the time of the depthwise convolution alone a UBN layer takes.\n"
     )
-    groups: dict[tuple[str, bool, str, int], dict[str, dict[str, Timing]]] = {}
-    for timing, _ in found:
-        key = (timing.mode, timing.channels_last, timing.dtype, timing.batch_size)
-        suffix = " compiled" if "compiled" in timing.model else ""
-        groups.setdefault(key, {}).setdefault(_shape(timing), {})[timing.kind + suffix] = timing
-    for (mode, channels_last, dtype, batch_size), shapes in groups.items():
-        what = "Forward and backward" if mode == "layer" else "Inference"
-        layout = "channels_last" if channels_last else "contiguous"
-        text.append(f"{what}, {layout}, {dtype}, batch {batch_size}:\n")
-        kinds = [kind for kind in KINDS if kind != "bn"]
-        kinds += [f"{kind} compiled" for kind in ("bn", *kinds)]
-        kinds = [kind for kind in kinds if any(kind in row for row in shapes.values())]
-        head = [
-            "channels x pixels",
-            "BatchNorm2d (ms)",
-            *(KINDS[k.partition(" ")[0]] + k[k.find(" ") :] * (" " in k) for k in kinds),
-        ]
-        rows = []
-        for shape, row in shapes.items():
-            ubn = row.get("ubn")
-            cells = [f"{row[kind].ratio:.2f}" if kind in row else "" for kind in kinds]
-            over = [_over(row["bn"].floor_ratio), _over(ubn.floor_ratio if ubn else None)]
-            alone = ubn.median / ubn.convolution if ubn and ubn.convolution else None
-            rows.append([shape, _ms(row["bn"].median), *cells, *over, _over(alone)])
-        tail = ["BatchNorm2d over the floor", "UBN over the floor", "UBN over the convolution"]
-        text.append(_grid([*head, *tail], rows) + "\n")
-    if _drawable([timing for timing, _ in found]):
-        text.append("![Times of layers over BatchNorm's](speed_layers.png)\n")
+    for heading, timings in _devices(found):
+        text.append(heading)
+        groups: dict[tuple[str, bool, str, int], list[Timing]] = {}
+        for timing in timings:
+            key = (timing.mode, timing.channels_last, timing.dtype, timing.batch_size)
+            groups.setdefault(key, []).append(timing)
+        for (mode, channels_last, dtype, batch_size), group in groups.items():
+            what = "Forward and backward" if mode == "layer" else "Inference"
+            layout = "channels_last" if channels_last else "contiguous"
+            text += [f"{what}, {layout}, {dtype}, batch {batch_size}:\n", _layer_table(group)]
+        if _drawable(timings):
+            text.append(f"![Times of layers over BatchNorm's]({_picture(timings)})\n")
     return [*text, _sources(source for _, source in found) + "\n"]
+
+
+def _layer_table(timings: Sequence[Timing]) -> str:
+    """A row for each shape, a column for each kind of layer."""
+    shapes: dict[str, dict[str, Timing]] = {}
+    for timing in timings:
+        if timing.kind in KINDS:
+            suffix = " (compiled)"
+            compiled = timing.model.endswith(suffix)
+            shape = timing.model.removesuffix(suffix).rpartition(" ")[2]
+            column = KINDS[timing.kind] + suffix * compiled
+            shapes.setdefault(shape, {})[column] = timing
+    base, ubn = KINDS["bn"], KINDS["ubn"]
+    others = list(dict.fromkeys(column for row in shapes.values() for column in row if column != base))
+    head = ["channels x pixels", f"{base} (ms)", *others, f"{base} over the floor", f"{ubn} over the floor"]
+    rows = []
+    for shape, row in shapes.items():
+        cells = [shape, _ms(row[base].median)]
+        cells += [f"{row[column].ratio:.2f}" if column in row else "" for column in others]
+        twin = row.get(ubn)
+        alone = twin.median / twin.convolution if twin and twin.convolution else None
+        rows.append([*cells, _over(row[base].floor_ratio), _over(twin.floor_ratio if twin else None), _over(alone)])
+    return _grid([*head, f"{ubn} over the convolution"], rows) + "\n"
 
 
 def _over(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.1f}"
 
 
+def _by_source(found: Iterable[tuple[_Item, _Source]]) -> dict[_Source, list[_Item]]:
+    groups: dict[_Source, list[_Item]] = {}
+    for item, source in found:
+        groups.setdefault(source, []).append(item)
+    return groups
+
+
+def _growth_picture(source: _Source) -> str:
+    return source.file.replace("benchmark_", "speed_").replace(".csv", ".png")
+
+
 def _growth(measured: _Measured) -> list[str]:
     text = ["## How cost grows\n"]
     if not measured.points:
         return [*text, "Not measured.\n"]
-    points = [point for point, _ in measured.points]
     text.append(
         "A training step of one layer as one size varies. Lines are fitted by least squares: time = fixed + slope *\n"
         "size, where the size is the input's number of elements, or the number of ranks. R² is the part of the\n"
         "variance that the line explains, the exponent that of the power law time ~ size^exponent. A fixed part below\n"
         "zero means that small inputs stay in the cache and large ones do not.\n"
     )
-    head = ["varied", "layer", "fixed (ms)", "slope", "R²", "exponent"]
-    rows = []
-    for found in fit(points):
-        unit = "ms per rank" if found.axis == "ranks" else "ns per element"
-        rows.append(
-            [
-                found.axis,
-                found.layer,
-                f"{found.fixed:.3g}",
-                f"{found.slope:.3g} {unit}",
-                f"{found.r_squared:.3f}",
-                f"{found.exponent:.2f}",
-            ]
-        )
-    text += [_grid(head, rows) + "\n", "![Time of a layer by size](speed_growth.png)\n"]
-    ranks = [point for point in points if point.axis == "ranks"]
-    if ranks:
-        text.append(
-            "Ranks are processes of one machine with a thread and a batch of their own each, joined by gloo; more\n"
-            "than there are cores take turns on them. UBN synchronised computes the equations as UBN naive does:\n"
-            "sharing costs the difference between these two. torch's SyncBatchNorm computes on GPUs only.\n"
-        )
-        head = ["ranks", "layer", "step (ms)", "all-reduces", "bytes given to them by a rank"]
-        text.append(
-            _grid(
-                head,
-                ([str(p.ranks), p.layer, _ms(p.median), str(p.collectives), f"{p.collective_bytes:,}"] for p in ranks),
-            )
-            + "\n"
-        )
-    return [*text, _sources(source for _, source in measured.points) + "\n"]
+    for source, points in _by_source(measured.points).items():
+        head = ["varied", "layer", "fixed (ms)", "slope", "R²", "exponent"]
+        text += [_grid(head, map(_fit_row, fit(points))) + "\n", f"![Time of a layer]({_growth_picture(source)})\n"]
+        ranks = [point for point in points if point.axis == "ranks"]
+        if ranks:
+            text += [_RANKS, _grid(_RANKS_HEAD, map(_rank_row, ranks)) + "\n"]
+        text.append(_sources([source]) + "\n")
+    return text
+
+
+def _fit_row(found: Fit) -> list[str]:
+    unit = "ms per rank" if found.axis == "ranks" else "ns per element"
+    numbers = f"{found.fixed:.3g}", f"{found.slope:.3g} {unit}", f"{found.r_squared:.3f}", f"{found.exponent:.2f}"
+    return [found.axis, found.layer, *numbers]
+
+
+def _rank_row(point: GrowthPoint) -> list[str]:
+    numbers = _ms(point.median), str(point.collectives), f"{point.collective_bytes:,}"
+    return [str(point.ranks), point.layer, *numbers]
 
 
 def _profile(measured: _Measured) -> list[str]:
@@ -276,21 +301,18 @@ def _profile(measured: _Measured) -> list[str]:
     text.append(
         "Milliseconds of a step by torch's profiler, which slows small operations down, and their share of the step.\n"
     )
-    found: dict[str, dict[str, Share]] = {}
-    for share, _ in measured.shares:
-        found.setdefault(share.model, {})[share.group] = share
-    rows = [
-        [
-            label,
-            *(
-                f"{_ms(own[group].time)} ({100 * own[group].share:.0f} %)" if group in own else ""
-                for own in found.values()
-            ),
-        ]
-        for group, label in GROUPS.items()
-    ]
-    rows.append(["all", *(_ms(sum(share.time for share in own.values())) for own in found.values())])
-    return [*text, _grid(["", *found], rows) + "\n", _sources(source for _, source in measured.shares) + "\n"]
+    for source, shares in _by_source(measured.shares).items():
+        models: dict[str, dict[str, Share]] = {}
+        for share in shares:
+            models.setdefault(share.model, {})[share.group] = share
+        rows = [[label, *(_share(own.get(group)) for own in models.values())] for group, label in GROUPS.items()]
+        rows.append(["all", *(_ms(sum(share.time for share in own.values())) for own in models.values())])
+        text += [_grid(["", *models], rows) + "\n", _sources([source]) + "\n"]
+    return text
+
+
+def _share(share: Share | None) -> str:
+    return "" if share is None else f"{_ms(share.time)} ({100 * share.share:.0f} %)"
 
 
 def page(results: str | Path) -> str:
@@ -301,7 +323,7 @@ def page(results: str | Path) -> str:
     """
     measured = _load(Path(results))
     sections = (_targets, _models, _layers, _profile, _growth)
-    return "\n".join([_INTRODUCTION, *(part for section in sections for part in section(measured))])
+    return "\n".join([_INTRODUCTION, *(part for section in sections for part in section(measured) if part)])
 
 
 def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
@@ -320,13 +342,13 @@ def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
     measured, folder = _load(Path(results)), Path(docs)
     written = [folder / "speed.md"]
     written[0].write_text(page(results), encoding="utf-8")
-    timings = [timing for timing, _ in measured.timings]
-    for name, title, layers in (("models", "Models", False), ("layers", "Layers of ResNet-50's shapes", True)):
-        mine = [timing for timing in timings if timing.mode.startswith("layer") == layers]
-        if _drawable(mine):
-            written.append(folder / f"speed_{name}.png")
-            draw_ratios(mine, written[-1], f"{title}: median and quartiles of ratios")
-    if measured.points:
-        written.append(folder / "speed_growth.png")
-        draw_growth([point for point, _ in measured.points], written[-1], "Time of a layer: points, and fitted lines")
+    for title, layers in (("Models", False), ("Layers of ResNet-50's shapes", True)):
+        mine = [(timing, source) for timing, source in measured.timings if timing.mode.startswith("layer") == layers]
+        for _, timings in _devices(mine):
+            if _drawable(timings):
+                written.append(folder / _picture(timings))
+                draw_ratios(timings, written[-1], f"{title} on a {_HARDWARE[timings[0].device]}: median and quartiles")
+    for source, points in _by_source(measured.points).items():
+        written.append(folder / _growth_picture(source))
+        draw_growth(points, written[-1], "Time of a layer: points, and fitted lines")
     return tuple(written)

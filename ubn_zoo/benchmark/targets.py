@@ -49,6 +49,8 @@ class Target:
             and (self.model is None or timing.img_size == _IMG_SIZE)
             # The model as it was before it was fused is there for comparison.
             and (self.mode != "fused" or "(fused" in timing.model)
+            # Targets of CPUs are those of eager mode.
+            and (self.device == "cuda" or "compiled" not in timing.model)
         )
 
 
@@ -117,7 +119,7 @@ def find(target: Target, timings: Sequence[Timing]) -> Outcome | None:
 
     Args:
         target: The target.
-        timings: All that there are.
+        timings: Of one table: times of different runs make no ratio.
     """
     fitting = [timing for timing in timings if target.covers(timing)]
     largest = max((timing.batch_size for timing in fitting), default=0)

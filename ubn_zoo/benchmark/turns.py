@@ -53,6 +53,7 @@ class Entry:
         step: What is timed.
         clear: Frees what an earlier step has left, such as gradients.
         held: Bytes that are there before a step: parameters, buffers, inputs.
+        repeats: How often a step does the same; its time is divided by that.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Entry:
     step: Callable[[], object]
     clear: Callable[[], object]
     held: int
+    repeats: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +205,7 @@ def take_turns(entries: Sequence[Entry], steps: int, device: torch.device, **abo
     times: dict[str, list[float]] = {entry.name: [] for entry in entries}
     for turn in range(_WARM_UP + steps):
         for entry in entries:
-            elapsed = milliseconds(entry.step, device)
+            elapsed = milliseconds(entry.step, device) / entry.repeats
             if turn >= _WARM_UP:
                 times[entry.name].append(elapsed)
     peaks = {}
