@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -206,7 +207,7 @@ def test_floors_of_layers(layers: list[Timing]) -> None:
         assert timing.floor_ratio == pytest.approx(timing.median / (4 * copy.median))
     for timing in (ubn, bnet, naive):
         assert timing.convolution == convolution.median
-        assert timing.limit == pytest.approx(convolution.median / base.median)
+        assert timing.limit == pytest.approx(1 + convolution.median / base.median)
     assert base.convolution is None and rbn.convolution is None
     found = {timing.kind: timing.floor for timing in layers[14:19]}
     copy = layers[20]
@@ -549,6 +550,55 @@ def test_script(tmp_path: Path) -> None:
     assert about["command"].startswith(f"python scripts/benchmark.py --models {MODEL} --batch-size 1 2")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", about["date"])
     assert "torch" in about["environment"] and "ubn-zoo" in about["environment"]
+
+
+@pytest.fixture
+def script() -> Any:
+    path = REPOSITORY / "scripts" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark_script", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_script_grows(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "AXES", {"channels": (4, 8)})
+    monkeypatch.setattr(benchmark, "RANKS", (1,))
+    arguments = ["--growth", "--steps", "1", "--device", "cpu", "--csv", str(tmp_path / "g.csv")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    script.main()
+    assert re.search(r"channels +UBN naive +.*ns per element", capsys.readouterr().out)
+    points, _ = benchmark.read_growth(tmp_path / "g.csv")
+    assert {(point.axis, point.channels) for point in points} == {("channels", 4), ("channels", 8), ("ranks", 128)}
+
+
+def test_quick_run_touches_everything(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib, of the extra ubn-zoo[quickstart]")
+    called: dict[str, dict[str, Any]] = {}
+
+    def stand_in(name: str, measured: list[Any]) -> None:
+        def call(*_: object, **settings: Any) -> list[Any]:
+            called[name] = settings
+            return measured
+
+        monkeypatch.setattr(benchmark, name, call)
+
+    stand_in("compare", [timing("resnet50_ubn", "train", 134)])
+    stand_in("compare_layers", [timing("UBN 8x7x7", "layer", 134)])
+    stand_in("grow", [point("batch", batch_size=size, median=size) for size in (1, 2)])
+    stand_in("grow_ranks", [point("ranks", ranks=size, median=size) for size in (1, 2)])
+    stand_in("profile_step", [Share("resnet50", "other", 2.5, 1)])
+    files = ["--csv", str(tmp_path / "q.csv"), "--plot", str(tmp_path / "q.png")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--device", "cpu", *files])
+    script.main()
+    assert set(called) == {"compare", "compare_layers", "grow", "grow_ranks", "profile_step"}
+    assert called["compare"]["modes"] == list(benchmark.MODES)
+    assert called["compare_layers"]["modes"] == benchmark.LAYER_MODES
+    written = {"q.csv", "q_growth.csv", "q_profile.csv", "q.png", "q_growth.png"}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
 def test_script_profiles(tmp_path: Path) -> None:

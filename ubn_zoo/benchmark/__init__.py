@@ -6,7 +6,7 @@ are whole models (:mod:`.models`), single layers (:mod:`.layers`) and layers of 
 ``docs/speed.md`` (:mod:`.report`) are made of what these return.
 """
 
-from .growth import AXES, Fit, GrowthPoint, fit, grow, grow_ranks
+from .growth import AXES, RANKS, Fit, GrowthPoint, fit, grow, grow_ranks
 from .layers import LAYER_MODES, LAYER_SHAPES, compare_layers
 from .models import MODES, compare, compare_training
 from .pictures import draw_growth, draw_ratios
@@ -22,6 +22,7 @@ __all__ = [
     "LAYER_MODES",
     "LAYER_SHAPES",
     "MODES",
+    "RANKS",
     "Fit",
     "GrowthPoint",
     "Share",

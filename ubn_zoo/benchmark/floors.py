@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers import UnifiedBatchNorm2d
 from ..layers.autograd import _chunks
-from .turns import Timing, layer_step, milliseconds
+from .turns import Timing, milliseconds
 
 __all__ = ["WITH_CONVOLUTION", "NormCosts", "convolution_step", "copy_step", "norm_costs", "traffic"]
 
@@ -102,12 +102,10 @@ class NormCosts:
     Attributes:
         copy: A copy of each one's input.
         convolution: Their depthwise convolutions, in training with backward.
-        batchnorm: BatchNorm2d in their place, likewise.
     """
 
     copy: float
     convolution: float
-    batchnorm: float
 
     def of(self, timing: Timing, base: Timing, mode: str) -> Timing:
         """Fills in a timing's floor, convolutions and limit.
@@ -120,9 +118,7 @@ class NormCosts:
         floor = self.copy * traffic(timing.kind, mode) / 2
         if timing.kind not in WITH_CONVOLUTION or mode == "folded":
             return dataclasses.replace(timing, floor=floor)
-        # A fused base has no norms any more.
-        without_norms = base.median - (0.0 if base.mode == "fused" else self.batchnorm)
-        limit = (without_norms + self.convolution) / base.median
+        limit = (base.median + self.convolution) / base.median
         return dataclasses.replace(timing, floor=floor, convolution=self.convolution, limit=limit)
 
 
@@ -147,14 +143,12 @@ def norm_costs(model: nn.Module, forward: Callable[[], object], device: torch.de
         forward()
     for hook in hooks:
         hook.remove()
-    sums = [0.0, 0.0, 0.0]
+    sums = [0.0, 0.0]
     for (shape, dtype, contiguous), count in inputs.items():
         layout = torch.contiguous_format if contiguous else torch.channels_last
         features = torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout)
         grad = torch.randn_like(features) if training else None
-        features.requires_grad_(training)
-        batchnorm = layer_step(nn.BatchNorm2d(shape[1]).to(device), features, grad)
-        steps = copy_step(features), (convolution_step(features, grad), 1), (batchnorm, 1)
+        steps = copy_step(features), (convolution_step(features, grad), 1)
         for index, (step, repeats) in enumerate(steps):
             found = [milliseconds(step, device) for _ in range(1 + _REPEATS)][1:]
             sums[index] += count * statistics.median(found) / repeats

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,14 +76,14 @@ class GrowthPoint:
 class Fit:
     """Least squares over the points of one layer on one axis: time = fixed + slope * size, and time ~ size**exponent.
 
-    The size is the number of elements, for ranks their number.
+    The size is the number of elements, for ranks their number. What is least are the squares of relative errors.
 
     Attributes:
         axis: What varies.
         layer: Name.
         fixed: Milliseconds at no size.
         slope: Nanoseconds per element, for ranks milliseconds per rank.
-        r_squared: Part of the variance of times that the line explains.
+        r_squared: Part of the variance of times, in which a time weighs by its inverse square, that the line explains.
         exponent: Of the power law, a line through the logarithms.
     """
 
@@ -117,12 +118,25 @@ def fit(points: Sequence[GrowthPoint]) -> list[Fit]:
         sizes, times = [float(size_of(point)) for point in found], [point.median for point in found]
         if len(set(sizes)) < 2:
             continue
-        line = statistics.linear_regression(sizes, times)
+        fixed, slope, explained = _line(sizes, times)
         power = statistics.linear_regression([math.log(size) for size in sizes], [math.log(time) for time in times])
-        explained = statistics.correlation(sizes, times) ** 2 if len(set(times)) > 1 else 1.0
-        slope = line.slope if axis == "ranks" else 1e6 * line.slope
-        fits.append(Fit(axis, layer, line.intercept, slope, explained, power.slope))
+        fits.append(Fit(axis, layer, fixed, slope if axis == "ranks" else 1e6 * slope, explained, power.slope))
     return fits
+
+
+def _line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
+    """Fixed part and slope with the least squares of errors relative to the times, and their R squared.
+
+    The largest times, which are many times the smallest, would otherwise decide alone.
+    """
+    rows = torch.tensor([[1 / time, size / time] for size, time in zip(sizes, times, strict=True)], dtype=torch.float64)
+    fixed, slope = torch.linalg.lstsq(rows, torch.ones(len(rows), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    weights = [1 / time**2 for time in times]
+    mean = sum(map(operator.mul, weights, times)) / sum(weights)
+    lines = [fixed + slope * size for size in sizes]
+    missed = sum(weight * (line - time) ** 2 for weight, line, time in zip(weights, lines, times, strict=True))
+    total = sum(weight * (mean - time) ** 2 for weight, time in zip(weights, times, strict=True))
+    return fixed, slope, 1 - missed / total if total else 1.0
 
 
 def grow(

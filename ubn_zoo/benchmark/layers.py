@@ -146,7 +146,7 @@ def _with_floors(timings: Sequence[Timing]) -> Iterator[Timing]:
     for timing in timings[:-2]:
         floor = copy.median * traffic(timing.kind, timing.mode) / 2
         if timing.kind in WITH_CONVOLUTION:
-            limit = convolution.median / base.median
+            limit = (base.median + convolution.median) / base.median
             yield dataclasses.replace(timing, floor=floor, convolution=convolution.median, limit=limit)
         else:
             yield dataclasses.replace(timing, floor=floor)

@@ -219,13 +219,15 @@ def draw_growth(points: Sequence[GrowthPoint], path: str | Path, title: str = ""
                 continue
             line = _line(fits[name, layer], found)
             axes.plot(list(line), list(line.values()), linestyle=style.dashes, color=style.colour, linewidth=1)
+        # The points decide what is shown, not where a line may lead.
+        axes.set_ylim(0.7 * min(point.lower for point in mine), 1.4 * max(point.upper for point in mine))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = sorted({_shown(point) for point in mine})
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(_SIZES[name], fontsize=9)

@@ -34,8 +34,8 @@ run. BatchNorm and UBN in training both have to move 8 times the layer's input: 
 once, backward reads input and gradient twice each and writes once. In inference BatchNorm and BNET move it twice, UBN
 and RBN three times, and a fused BatchNorm is gone altogether. So by its bytes UBN in training need not take longer than
 BatchNorm. What stands in its way in plain torch is the depthwise convolution, an operation of its own: its time
-*alone*, in training with its backward, is beside the floor. The *limit* of plain torch is the ratio if those
-convolutions were all that UBN's norms took: BatchNorm's time without its norms, plus the convolutions, over its time.
+*alone*, in training with its backward, is beside the floor. The *limit* of plain torch is the ratio if UBN
+took BatchNorm's time and these convolutions on top, and the gate and the calibrations cost nothing.
 """
 
 _RANKS = """\
@@ -157,7 +157,9 @@ def _model_rows(timings: Iterable[Timing]) -> Iterable[list[str]]:
             f"{_MODES[timing.mode]}{setting}",
             str(timing.batch_size),
             f"{_ms(timing.median)} ({_ms(timing.lower)} to {_ms(timing.upper)})",
-            "1" if timing.ratio == 1 else _spread(timing.ratio, timing.ratio_lower, timing.ratio_upper),
+            "1"
+            if timing.kind == "bn" and timing.ratio == 1
+            else _spread(timing.ratio, timing.ratio_lower, timing.ratio_upper),
             "" if timing.memory is None else f"{timing.memory:.0f}",
             "" if timing.memory_ratio is None else f"{timing.memory_ratio:.2f}",
         ]
@@ -268,10 +270,10 @@ def _growth(measured: _Measured) -> list[str]:
     if not measured.points:
         return [*text, "Not measured.\n"]
     text.append(
-        "A training step of one layer as one size varies. Lines are fitted by least squares: time = fixed + slope *\n"
-        "size, where the size is the input's number of elements, or the number of ranks. R² is the part of the\n"
-        "variance that the line explains, the exponent that of the power law time ~ size^exponent. A fixed part below\n"
-        "zero means that small inputs stay in the cache and large ones do not.\n"
+        "A training step of one layer as one size varies. Lines are fitted by least squares of relative errors:\n"
+        "time = fixed + slope * size, where the size is the input's number of elements, or the number of ranks. R² is\n"
+        "the part of the variance that the line explains, the exponent that of the power law time ~ size^exponent. A\n"
+        "fixed part below zero means that small inputs stay in the cache and large ones do not.\n"
     )
     for source, points in _by_source(measured.points).items():
         head = ["varied", "layer", "fixed (ms)", "slope", "R²", "exponent"]

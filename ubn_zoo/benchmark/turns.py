@@ -94,8 +94,8 @@ class Timing:
             of this layer, or of all those of a model together. None where it was not measured.
         convolution: Milliseconds of the norm layers' depthwise convolutions alone, forward and in training backward:
             what an implementation in plain torch cannot do without. None where it was not measured.
-        limit: The least `ratio` that leaves time for these convolutions and for nothing else of the norm layers: the
-            first entry's time without its norms, plus the convolutions, over its time. None where it was not measured.
+        limit: The `ratio` if UBN's norms took BatchNorm's time and that of these convolutions and nothing more: the
+            first entry's time plus the convolutions, over its time. None where it was not measured.
     """
 
     model: str
