@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_comparison", "draw_run", "draw_scores", "draw_similarity_comparison"]
+__all__ = [
+    "STYLES",
+    "Style",
+    "draw_comparison",
+    "draw_run",
+    "draw_scores",
+    "draw_similarity_comparison",
+    "new_figure",
+    "save",
+]
 
 _DPI = 120
 _MARKED_EPOCHS = 40  # with more, markers would hide the line
@@ -31,7 +40,9 @@ _NAMED_LAYERS = 80  # with more, every second, third ... is named
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Style:
+class Style:
+    """How a group of points and lines looks."""
+
     colour: str
     marker: str
     dashes: Any
@@ -39,21 +50,26 @@ class _Style:
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, with grey in the place of its yellow: that is too pale
 # for lines on white. Markers and dashes tell groups apart in black and white.
-_STYLES = (
-    _Style("#0072B2", "o", "-"),
-    _Style("#D55E00", "s", (0, (6, 2))),
-    _Style("#009E73", "^", (0, (1, 1.2))),
-    _Style("#CC79A7", "D", (0, (5, 1.5, 1, 1.5))),
-    _Style("#E69F00", "v", (0, (3, 1))),
-    _Style("#56B4E9", "P", (0, (8, 1.5, 1, 1.5, 1, 1.5))),
-    _Style("#000000", "X", (0, (10, 2))),
-    _Style("#7F7F7F", "*", (0, (2, 2))),
+STYLES = (
+    Style("#0072B2", "o", "-"),
+    Style("#D55E00", "s", (0, (6, 2))),
+    Style("#009E73", "^", (0, (1, 1.2))),
+    Style("#CC79A7", "D", (0, (5, 1.5, 1, 1.5))),
+    Style("#E69F00", "v", (0, (3, 1))),
+    Style("#56B4E9", "P", (0, (8, 1.5, 1, 1.5, 1, 1.5))),
+    Style("#000000", "X", (0, (10, 2))),
+    Style("#7F7F7F", "*", (0, (2, 2))),
 )
-_TRAIN, _TEST, _AVERAGED = _STYLES[4], _STYLES[0], _STYLES[1]
+_TRAIN, _TEST, _AVERAGED = STYLES[4], STYLES[0], STYLES[1]
 _OPEN, _CLOSED = "#FFE4B5", "#0B3C5D"
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, which needs no display.
+
+    Raises:
+        ImportError: matplotlib, of the extra ``ubn-zoo[quickstart]``, is missing.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -63,7 +79,8 @@ def _new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes a PNG, whole or not at all; returns its path."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.part")
     try:
@@ -88,7 +105,7 @@ def _whole_epochs(axes: Axes, epochs: Iterable[int]) -> None:
         axes.set_xlim(found[0] - 0.7, found[0] + 0.7)
 
 
-def _line(axes: Axes, x: Sequence[float], y: Sequence[float], style: _Style, label: str) -> None:
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, label: str) -> None:
     axes.plot(
         x,
         y,
@@ -140,7 +157,7 @@ def draw_run(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def _draw_loss_accuracy(rows: Sequence[EpochMetrics], name: str, path: Path) -> Path:
-    figure = _new_figure(9, 3.8)
+    figure = new_figure(9, 3.8)
     figure.suptitle(name, fontsize=11)
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row.epoch for row in rows]
@@ -158,11 +175,11 @@ def _draw_loss_accuracy(rows: Sequence[EpochMetrics], name: str, path: Path) -> 
         _whole_epochs(axes, epochs)
     handles, labels = loss.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_learning_rate(rows: Sequence[EpochMetrics], name: str, path: Path) -> Path:
-    figure = _new_figure(5.5, 3.2)
+    figure = new_figure(5.5, 3.2)
     axes = figure.subplots()
     epochs = [row.epoch for row in rows]
     _line(axes, epochs, [row.lr for row in rows], _TEST, "learning rate")
@@ -170,7 +187,7 @@ def _draw_learning_rate(rows: Sequence[EpochMetrics], name: str, path: Path) -> 
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     _whole_epochs(axes, epochs)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _edges(epochs: Sequence[int]) -> list[float]:
@@ -204,7 +221,7 @@ def _draw_similarity(rows: Sequence[LayerSimilarity], name: str, path: Path) -> 
 
     gated = any(row.gate is not None for row in rows)
     height = min(10.0, max(3.4, 1.6 + (0.22 if len(layers) <= 24 else 0.135) * len(layers)))
-    figure = _new_figure(8.8 if gated else 5.6, height)
+    figure = new_figure(8.8 if gated else 5.6, height)
     figure.suptitle(name, fontsize=11)
     left, *others = figure.subplots(1, 2 if gated else 1, sharey=True, squeeze=False)[0]
     values = grid(lambda row: row.similarity)
@@ -238,20 +255,20 @@ def _draw_similarity(rows: Sequence[LayerSimilarity], name: str, path: Path) -> 
     for axes in (left, *others):
         _whole_epochs(axes, epochs)
         axes.set_xlim(_edges(epochs)[0], _edges(epochs)[-1])
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _styles(groups: Mapping[str, Sequence[Any]], what: str) -> dict[str, _Style]:
-    if not 0 < len(groups) <= len(_STYLES):
-        raise ValueError(f"received {len(groups)} groups to compare; valid: 1 to {len(_STYLES)}, draw several pictures")
+def _styles(groups: Mapping[str, Sequence[Any]], what: str) -> dict[str, Style]:
+    if not 0 < len(groups) <= len(STYLES):
+        raise ValueError(f"received {len(groups)} groups to compare; valid: 1 to {len(STYLES)}, draw several pictures")
     for label, members in groups.items():
         if not members:
             raise ValueError(f"{label!r}: received no {what}; valid: at least one")
-    return dict(zip(groups, _STYLES, strict=False))
+    return dict(zip(groups, STYLES, strict=False))
 
 
 def _draw_range(
-    axes: Axes, values: Mapping[float, Sequence[float]], style: _Style, label: str, shift: float = 0.0
+    axes: Axes, values: Mapping[float, Sequence[float]], style: Style, label: str, shift: float = 0.0
 ) -> None:
     """Mean and range of several values per x: a line with a band, or for a single x a point with a bar."""
     xs = sorted(values)
@@ -316,7 +333,7 @@ def draw_comparison(
     for label, runs in groups.items():
         if not all(runs):
             raise ValueError(f"{label!r}: received a run without rows; valid: at least one epoch, train for one")
-    figure = _new_figure(10, 4.4)
+    figure = new_figure(10, 4.4)
     figure.suptitle(title, fontsize=11)
     accuracy, loss = figure.subplots(1, 2)
     epochs = sorted({row.epoch for runs in groups.values() for run in runs for row in run})
@@ -343,7 +360,7 @@ def draw_comparison(
             axes.set_xlabel("training time (s)")
             axes.set_xlim(left=0)
     _outside_legend(figure, accuracy)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_similarity_comparison(
@@ -362,7 +379,7 @@ def draw_similarity_comparison(
     """
     styles = _styles(groups, "rows of feature similarity")
     over_time = any(len({row.epoch for row in rows}) > 1 for rows in groups.values())
-    figure = _new_figure(10.5 if over_time else 6.5, 4.4)
+    figure = new_figure(10.5 if over_time else 6.5, 4.4)
     from matplotlib.ticker import MaxNLocator
 
     figure.suptitle(title, fontsize=11)
@@ -395,7 +412,7 @@ def draw_similarity_comparison(
         _finish(by_epoch, "Mean over layers", "feature similarity of held-out images")
         _whole_epochs(by_epoch, (row.epoch for rows in groups.values() for row in rows))
     _outside_legend(figure, by_depth)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_scores(
@@ -418,7 +435,7 @@ def draw_scores(
     for label, scores in groups.items():
         if not scores:
             raise ValueError(f"{label!r}: received no scores; valid: at least one")
-    figure = _new_figure(6.5, 1.2 + 0.38 * len(groups))
+    figure = new_figure(6.5, 1.2 + 0.38 * len(groups))
     axes = figure.subplots()
     for index, scores in enumerate(groups.values()):
         spread = statistics.stdev(scores) if len(scores) > 1 else None
@@ -433,4 +450,4 @@ def draw_scores(
     axes.set_title(title, fontsize=11)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)

@@ -48,7 +48,7 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout
 def chunks_of(samples: int, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     share = samples * x[0].numel() * x.element_size() / torch.get_num_threads()
     monkeypatch.setattr(autograd, "_CHUNK", math.ceil(share))
-    sizes = [len(range(*chunk.indices(x.shape[0]))) for chunk in autograd._chunks(x)]
+    sizes = [len(range(*chunk.indices(x.shape[0]))) for chunk in autograd.chunks(x)]
     assert max(sizes) <= samples
     assert sum(sizes) == x.shape[0]
     assert len(sizes) == -(-x.shape[0] // samples)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import UnifiedBatchNorm2d
-from ..layers.autograd import _chunks
+from ..layers.autograd import chunks, depthwise, depthwise_kernel_grad
 from .turns import Timing, milliseconds
 
 __all__ = ["WITH_CONVOLUTION", "NormCosts", "convolution_step", "copy_step", "norm_costs", "traffic"]
@@ -61,7 +61,7 @@ def copy_step(features: Tensor) -> tuple[Callable[[], object], int]:
 
 
 def convolution_step(features: Tensor, grad: Tensor | None) -> Callable[[], object]:
-    """The depthwise 3x3 convolution of a UBN layer alone, on a CPU in the layer's own chunks, its results dropped.
+    """The depthwise 3x3 convolutions of a UBN layer alone, as the layer computes them, their results dropped.
 
     Args:
         features: (N, C, H, W).
@@ -72,25 +72,16 @@ def convolution_step(features: Tensor, grad: Tensor | None) -> Callable[[], obje
     kernel = torch.randn(channels, 1, 3, 3, device=features.device, dtype=features.dtype)
     bias = torch.zeros(channels, device=features.device, dtype=features.dtype)
 
+    flipped = kernel.flip(2, 3)
+
     @torch.no_grad()
     def step() -> None:
-        for chunk in _chunks(features):
-            torch.conv2d(features[chunk], kernel, bias, padding=1, groups=channels)
+        for chunk in chunks(features):
+            depthwise(features[chunk], kernel, bias)
         if grad is not None:
-            for chunk in _chunks(features):
-                torch.ops.aten.convolution_backward(
-                    grad[chunk],
-                    features[chunk],
-                    kernel,
-                    [channels],
-                    (1, 1),
-                    (1, 1),
-                    (1, 1),
-                    False,
-                    (0, 0),
-                    channels,
-                    (True, True, True),
-                )
+            for chunk in chunks(features):
+                depthwise_kernel_grad(grad[chunk], features[chunk], kernel)
+                depthwise(grad[chunk], flipped)
 
     return step
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..plots import _STYLES, _new_figure, _save, _Style
+from ..plots import STYLES, Style, new_figure, save
 from .growth import SYNCHRONISED, Fit, GrowthPoint, fit, size_of
 from .targets import limit_of
 from .turns import KINDS, Timing
@@ -21,13 +21,13 @@ __all__ = ["draw_growth", "draw_ratios"]
 
 # One colour and marker per kind of layer in every picture.
 _KIND_STYLES = {
-    "bn": _STYLES[7],
-    "ubn": _STYLES[0],
-    "rbn": _STYLES[2],
-    "bnet": _STYLES[4],
-    "naive": _STYLES[1],
+    "bn": STYLES[7],
+    "ubn": STYLES[0],
+    "rbn": STYLES[2],
+    "bnet": STYLES[4],
+    "naive": STYLES[1],
 }
-_LAYER_STYLES = {KINDS[kind]: style for kind, style in _KIND_STYLES.items()} | {SYNCHRONISED: _STYLES[3]}
+_LAYER_STYLES = {KINDS[kind]: style for kind, style in _KIND_STYLES.items()} | {SYNCHRONISED: STYLES[3]}
 _TARGET = "#B00020"
 _LINE_POINTS = 40
 _FINE_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.2, 2.4)
@@ -129,7 +129,7 @@ def _ratio_panel(axes: Axes, rows: Sequence[Sequence[Timing]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _style_legend(figure: Figure, styles: dict[str, _Style], target: bool, *, lines: bool = False) -> None:
+def _style_legend(figure: Figure, styles: dict[str, Style], target: bool, *, lines: bool = False) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -168,7 +168,7 @@ def draw_ratios(timings: Sequence[Timing], path: str | Path, title: str = "") ->
     lines = math.ceil(len(panels) / columns)
     counts = [len(rows) for rows in panels.values()]
     heights = [0.9 + 0.36 * max(counts[start : start + columns]) for start in range(0, len(counts), columns)]
-    figure = _new_figure(5.8 * columns, 0.8 + sum(heights))
+    figure = new_figure(5.8 * columns, 0.8 + sum(heights))
     grid = figure.subplots(lines, columns, squeeze=False, height_ratios=heights).flat
     layouts = len({channels_last for _, channels_last in panels}) > 1
     for axes, ((mode, channels_last), rows) in zip(grid, panels.items(), strict=False):
@@ -186,7 +186,7 @@ def draw_ratios(timings: Sequence[Timing], path: str | Path, title: str = "") ->
     if title:
         # At this size a letter takes about 0.09 inches.
         figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() / 0.09)), fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_growth(points: Sequence[GrowthPoint], path: str | Path, title: str = "") -> None:
@@ -207,7 +207,7 @@ def draw_growth(points: Sequence[GrowthPoint], path: str | Path, title: str = ""
 
     names = list(dict.fromkeys(point.axis for point in points))
     fits = {(found.axis, found.layer): found for found in fit(points)}
-    figure = _new_figure(3.6 * len(names) + 0.6, 4.2)
+    figure = new_figure(3.6 * len(names) + 0.6, 4.2)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         mine = [point for point in points if point.axis == name]
         for layer in dict.fromkeys(point.layer for point in mine):
@@ -241,7 +241,7 @@ def draw_growth(points: Sequence[GrowthPoint], path: str | Path, title: str = ""
     if title:
         # At this size a letter takes about 0.09 inches.
         figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() / 0.09)), fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _shown(point: GrowthPoint) -> int:

@@ -72,12 +72,16 @@ def _cpu(what: str, mode: str, model: str, batch_size: int, ratio: float) -> Tar
 
 
 TARGETS = (
-    _cpu("resnet50, training step, batch 8", "train", "resnet50", 8, 1.35),
-    _cpu("resnet50, training step, batch 32", "train", "resnet50", 32, 1.35),
-    _cpu("mobilenetv3_large_100, training step, batch 8", "train", "mobilenetv3_large_100", 8, 1.6),
-    _cpu("regnety_032, training step, batch 8", "train", "regnety_032", 8, 1.7),
-    _cpu("resnet50, inference, both fused, batch 1", "fused", "resnet50", 1, 1.5),
-    _cpu("resnet50, inference, both fused, batch 32", "fused", "resnet50", 32, 1.5),
+    *(
+        _cpu(f"{model}, training step, batch {batch}", "train", model, batch, ratio)
+        for model, ratio in (("resnet50", 1.35), ("mobilenetv3_large_100", 1.6), ("regnety_032", 1.6))
+        for batch in (8, 32)
+    ),
+    *(
+        _cpu(f"{model}, inference, both fused, batch {batch}", "fused", model, batch, ratio)
+        for model, ratio in (("resnet50", 1.5), ("mobilenetv3_large_100", 1.7), ("regnety_032", 1.7))
+        for batch in (1, 32)
+    ),
     *(
         Target(
             what=f"layer, training, bfloat16, batch 128, {layout}, worst of ResNet-50's shapes",

@@ -15,18 +15,24 @@ from torch import Tensor
 
 from . import functional as reference
 
-__all__ = ["calibrated_affine", "statistics"]
+__all__ = ["calibrated_affine", "chunks", "depthwise", "depthwise_kernel_grad", "statistics"]
 
 
 # Bytes of input that each thread of a CPU works on at a time: a share of its cache, beside intermediate results.
 _CHUNK = 2 << 20
 
 
-def _chunks(input: Tensor) -> list[slice]:
+def chunks(input: Tensor) -> list[slice]:
     """The samples of a batch, in even runs that are small enough to stay in a CPU's cache between operations.
 
     Elementwise operations, sums and depthwise convolutions are bound by memory; so is their allocation, where a large
     result gets fresh pages from the system each time.
+
+    Args:
+        input: (N, C, H, W), not empty.
+
+    Returns:
+        Slices of the first dimension; on other devices one of them all.
     """
     samples = input.shape[0]
     size = samples
@@ -55,7 +61,7 @@ def statistics(
     compared = min(input.shape[0], samples or 0)
     channels_last = input.stride(1) < input.stride(3)
     means, deviations, norms, total = [], [], [], None
-    for chunk in _chunks(input):
+    for chunk in chunks(input):
         values = reference.promote(input[chunk])
         mean, squares = _moments(values)
         means.append(mean)
@@ -161,11 +167,13 @@ def _by_planes(input: Tensor, dtype: torch.dtype) -> bool:
     return input.dtype == dtype and input.is_contiguous()
 
 
-def _depthwise(input: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+def depthwise(input: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Depthwise convolution of (N, C, H, W) by (C, 1, k, k) with zero padding (k - 1) / 2."""
     return torch.conv2d(input, kernel, bias, padding=kernel.shape[2] // 2, groups=kernel.shape[0])
 
 
-def _grad_kernel(grad: Tensor, input: Tensor, kernel: Tensor) -> Tensor:
+def depthwise_kernel_grad(grad: Tensor, input: Tensor, kernel: Tensor) -> Tensor:
+    """The kernel's gradient for a gradient of :func:`depthwise`'s output."""
     padding, groups = (kernel.shape[2] // 2,) * 2, kernel.shape[0]
     settings = ((1, 1), padding, (1, 1), False, (0, 0), groups, (False, True, False))
     return torch.ops.aten.convolution_backward(grad, input, kernel, None, *settings)[1]
@@ -176,18 +184,18 @@ def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, scales: _
     kernel = None if weight is None else weight.to(input.dtype)
     shift = None if bias is None else bias.to(input.dtype)
     planes = _by_planes(input, scales.scale.dtype)
-    chunks = _chunks(input)
-    whole = torch.empty_like(input) if len(chunks) > 1 else input
-    for chunk in chunks:
+    parts = chunks(input)
+    whole = torch.empty_like(input) if len(parts) > 1 else input
+    for chunk in parts:
         part = _scaled(input[chunk], planes, scales.scale, scales.shift[chunk], scales.offset[chunk], input.dtype)
         if kernel is not None and kernel.shape[2] == 1:
             part.mul_(kernel[:, 0])
             if shift is not None:
                 part.add_(_broadcast(shift))
         elif kernel is not None:
-            part = _depthwise(part, kernel, shift)
+            part = depthwise(part, kernel, shift)
         factor = None if scales.factor is None else _broadcast(scales.factor[chunk]).to(input.dtype)
-        if len(chunks) == 1:
+        if len(parts) == 1:
             whole = part if factor is None else part.mul_(factor)
         elif factor is None:
             whole[chunk] = part
@@ -309,15 +317,15 @@ def _sums(
     planes = _by_planes(input, scale.dtype)
     grad_weight = None
     grads, grad_sums, normalized_sums, projections = [], [], [], []
-    for chunk in _chunks(input):
+    for chunk in chunks(input):
         grad = grad_output[chunk]
         normalized = _scaled(input[chunk], planes, scale[chunk], shift[chunk], offset[chunk], input.dtype)
         grad_sums.append(_instance_sum(grad))
         if kernel is not None and flipped is not None:
             if weight_needs_grad:
-                kernel_grad = _grad_kernel(grad, normalized, kernel).to(scale.dtype)
+                kernel_grad = depthwise_kernel_grad(grad, normalized, kernel).to(scale.dtype)
                 grad_weight = kernel_grad if grad_weight is None else grad_weight.add_(kernel_grad)
-            grad = _depthwise(grad, flipped)
+            grad = depthwise(grad, flipped)
             normalized_sums.append(_instance_sum(grad))
         grads.append(grad)
         projections.append(_instance_sum(normalized.mul_(grad)))
@@ -365,7 +373,7 @@ def _grad_input(
         scale = scales.scale * slope
         if not planes:
             offset = torch.addcmul(offset, slope, scales.offset)
-    for chunk in _chunks(input):
+    for chunk in chunks(input):
         out, grad, factor = result[chunk], grads.pop(0), _broadcast(factors[chunk])
         terms = None if offset is None else _broadcast(offset[chunk])
         if terms is None:
