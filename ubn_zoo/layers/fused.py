@@ -1,0 +1,343 @@
+"""The layer's steps as operators over the Triton kernels of :mod:`.kernels`, for eager mode and compilers alike.
+
+The operators live in the namespace ``ubn_zoo`` of ``torch.ops``. Each has a fake implementation, so that graphs with
+them can be traced, and `calibrated_affine` is differentiable. What moves buffers is an operator of its own, `finalise`.
+Triton is imported when the first of them runs: without it, without a GPU that it supports, or with the environment
+variable ``UBN_ZOO_TRITON=0`` the layer never calls them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import autograd
+
+__all__ = ["calibrated_affine", "dense", "finalise", "instance_means", "statistics", "usable"]
+
+# Types of devices whose tensors go through the kernels. Tests add "cpu", where Triton's interpreter runs them.
+DEVICES = {"cuda"}
+KERNEL_SIZES = (1, 3, 5)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Below it Triton does not promise to work.
+_CAPABILITY = (7, 5)
+
+
+@functools.cache
+def _is_supported(kind: str, index: int | None) -> bool:
+    if os.environ.get("UBN_ZOO_TRITON", "1") == "0" or importlib.util.find_spec("triton") is None:
+        return False
+    if kind != "cuda":
+        return True
+    # Triton works on AMD's devices too, but these kernels have not been tried there.
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= _CAPABILITY
+
+
+@torch.compiler.assume_constant_result
+def _is_enabled(kind: str, index: int | None) -> bool:
+    return kind in DEVICES and _is_supported(kind, index)
+
+
+def usable(input: Tensor, kernel_size: int) -> bool:
+    """Whether the kernels can take the place of the plain operations.
+
+    They stay out of exported, traced and scripted programs, which have to run without this package.
+
+    Args:
+        input: (N, C, H, W).
+        kernel_size: Taps per side of the depthwise affine.
+    """
+    return (
+        _is_enabled(input.device.type, input.device.index)
+        and kernel_size in KERNEL_SIZES
+        and input.dtype in _DTYPES
+        and input.numel() > 0
+        # Offsets within a sample are 32 bits wide.
+        and input.shape[1] * input.shape[2] * input.shape[3] < 2**31
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _memory_format(input: Tensor) -> torch.memory_format:
+    """The layout of a dense tensor, or the one that is nearest to a tensor's strides."""
+    if input.is_contiguous():
+        return torch.contiguous_format
+    if input.is_contiguous(memory_format=torch.channels_last) or input.stride(1) < min(input.stride()[2:]):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def dense(input: Tensor) -> Tensor:
+    """``input`` without gaps in memory, channels first or last: itself if it is so already."""
+    return input.contiguous(memory_format=_memory_format(input))
+
+
+def _contiguous(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _launch(name: str, device: torch.device, *arguments: Any) -> Any:
+    """Calls a launcher on the device of its tensors, which Triton does not look at."""
+    from . import kernels
+
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    try:
+        with torch.cuda.device(device) if elsewhere else nullcontext():
+            return getattr(kernels, name)(*arguments)
+    except Exception as error:
+        if not type(error).__module__.startswith("triton"):
+            raise
+        raise RuntimeError(
+            f"Triton could not build or start the layer's kernels ({name}) for {device}: {error}. "
+            "Set the environment variable UBN_ZOO_TRITON=0 to compute the layer without them."
+        ) from error
+
+
+_library = torch.library.Library("ubn_zoo", "DEF")
+_PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? center_weight, Tensor? scale_weight, Tensor? scale_bias"
+_AFFINE = f"Tensor input, {_PARAMETERS}, Tensor instance_mean, Tensor mean, Tensor var, Tensor? gate, float eps"
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as an operator's implementation, on GPUs and on CPUs under Triton's interpreter."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CUDA", "CPU"):
+            _library.impl(name, function, key)
+        return function
+
+    return register
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"ubn_zoo::{name}", lib=_library)
+
+
+@_operator("instance_means(Tensor input) -> Tensor")
+def _instance_means(input: Tensor) -> Tensor:
+    return cast(Tensor, _launch("instance_means", input.device, dense(input)))
+
+
+@_fake("instance_means")
+def _(input: Tensor) -> Tensor:
+    return input.new_empty(input.shape[:2], dtype=_statistics_dtype(input))
+
+
+@_operator(
+    "statistics(Tensor input, Tensor? center_weight, int samples) "
+    "-> (Tensor instance_mean, Tensor mean, Tensor var, Tensor similarity)"
+)
+def _statistics(input: Tensor, center_weight: Tensor | None, samples: int) -> tuple[Tensor, ...]:
+    center = None if center_weight is None else center_weight.contiguous()
+    *found, similarity = _launch("statistics", input.device, dense(input), center, samples)
+    return *found, found[0].new_empty(0) if similarity is None else similarity
+
+
+# Partial sums of the similarity, as many as the kernels have slots; there is no asking them before triton is imported.
+_SIMILARITY_SLOTS = 512
+
+
+@_fake("statistics")
+def _(input: Tensor, center_weight: Tensor | None, samples: int) -> tuple[Tensor, ...]:
+    shapes = (input.shape[:2], input.shape[1:2], input.shape[1:2], (_SIMILARITY_SLOTS if samples else 0,))
+    return tuple(input.new_empty(shape, dtype=_statistics_dtype(input)) for shape in shapes)
+
+
+@_operator(
+    "finalise(Tensor mean, Tensor var, Tensor? similarity, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor(c!) running_similarity, Tensor? batches, float momentum, SymInt count, float similarity_momentum, "
+    "float threshold, bool moving) -> (Tensor mean, Tensor var, Tensor gate)"
+)
+def _finalise(mean: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return cast("tuple[Tensor, ...]", _launch("finalise", mean.device, mean, *arguments))
+
+
+@_fake("finalise")
+def _(mean: Tensor, var: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(mean), torch.empty_like(var), mean.new_empty([], dtype=torch.bool)
+
+
+@_operator(f"calibrated_affine({_AFFINE}) -> Tensor")
+def _calibrated_affine(input: Tensor, *arguments: Any) -> Tensor:
+    *parameters, instance_mean, mean, var, _, eps = arguments
+    vectors = _contiguous((instance_mean, mean, var, *parameters))
+    return cast(Tensor, _launch("affine", input.device, dense(input), *vectors, eps))
+
+
+@_fake("calibrated_affine")
+def _(input: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(dense(input))
+
+
+@_operator(
+    f"calibrated_affine_backward(Tensor grad_output, {_AFFINE}, bool needs_input, bool needs_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _calibrated_affine_backward(grad_output: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *parameters, instance_mean, mean, var, gate, eps, needs_input, needs_weight = arguments
+    input = dense(input)
+    grad_output = grad_output.contiguous(memory_format=_memory_format(input))
+    instance_mean, mean, var, *parameters = _contiguous((instance_mean, mean, var, *parameters))
+    gradients = _launch(
+        "affine_backward",
+        input.device,
+        grad_output,
+        input,
+        instance_mean,
+        mean,
+        var,
+        gate,
+        *parameters,
+        eps,
+        needs_input,
+        needs_weight,
+    )
+    return tuple(mean.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@_fake("calibrated_affine_backward")
+def _(grad_output: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *parameters, _, mean, _, _, _, needs_input, needs_weight = arguments
+    wanted = [dense(input) if needs_input else None, *parameters]
+    if not needs_weight:
+        wanted[1] = None
+    return tuple(mean.new_empty(0) if tensor is None else torch.empty_like(tensor.contiguous()) for tensor in wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.eps = eps
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    if torch.is_grad_enabled():
+        # `create_graph=True`: the gradient has to be differentiable itself.
+        gradients = autograd._differentiable_backward(saved, ctx.eps, needed[:6], grad_output)
+    else:
+        found = torch.ops.ubn_zoo.calibrated_affine_backward(grad_output, *saved, ctx.eps, needed[0], needed[1])
+        gradients = tuple(
+            gradient if wanted else None for gradient, wanted in zip(found, needed[:6], strict=True)
+        )
+    return (*gradients, None, None, None, None, None)
+
+
+torch.library.register_autograd(
+    "ubn_zoo::calibrated_affine", _backward, setup_context=_setup_context, lib=_library
+)
+
+
+def instance_means(input: Tensor) -> Tensor:
+    """Means (N, C) of an input over H and W, without gradient."""
+    return cast(Tensor, torch.ops.ubn_zoo.instance_means(input.detach()))
+
+
+def statistics(
+    input: Tensor, center_weight: Tensor | None, samples: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Statistics of a batch in one reading of it, all without gradient.
+
+    Args:
+        input: (N, C, H, W), not empty.
+        center_weight: (C,) or None.
+        samples: How many leading samples are compared; None for no similarity.
+
+    Returns:
+        Instance means (N, C), mean and biased variance (C,) of the centred features as
+        :func:`functional.batch_statistics` has them, and partial sums of the similarity, for :func:`finalise`: their
+        sum is that of :func:`functional.feature_similarity`.
+    """
+    center = None if center_weight is None else center_weight.detach()
+    instance_mean, mean, var, similarity = torch.ops.ubn_zoo.statistics(input.detach(), center, samples or 0)
+    return instance_mean, mean, var, None if samples is None else similarity
+
+
+def finalise(
+    mean: Tensor,
+    var: Tensor,
+    similarity: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    running_similarity: Tensor,
+    batches: Tensor,
+    momentum: float | None,
+    count: int,
+    similarity_momentum: float,
+    threshold: float | None,
+    moving: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decides the gate, moves the running state in place and selects the statistics to normalise with.
+
+    Args:
+        mean: (C,) of the batch.
+        var: (C,) biased.
+        similarity: What :func:`statistics` returned; None for a gate that is open always.
+        running_mean: (C,) buffer.
+        running_var: (C,) buffer.
+        running_similarity: Scalar buffer in float32.
+        batches: Scalar buffer, training steps seen, this one included.
+        momentum: Weight of the batch in the running statistics; None for 1 / ``batches``.
+        count: Elements per channel, N * H * W.
+        similarity_momentum: Weight of the batch in ``running_similarity``.
+        threshold: The gate is open above it.
+        moving: False to decide by the state as it is and leave it so.
+
+    Returns:
+        Mean (C,), variance (C,) and gate, a boolean scalar on the device.
+    """
+    if threshold is None:
+        similarity = None
+    return cast(
+        "tuple[Tensor, Tensor, Tensor]",
+        torch.ops.ubn_zoo.finalise(
+            mean,
+            var,
+            similarity,
+            running_mean,
+            running_var,
+            running_similarity,
+            batches if momentum is None else None,
+            0.0 if momentum is None else momentum,
+            count,
+            similarity_momentum,
+            0.0 if threshold is None else threshold,
+            moving,
+        ),
+    )
+
+
+def calibrated_affine(
+    input: Tensor,
+    instance_mean: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    center_weight: Tensor | None,
+    scale_weight: Tensor | None,
+    scale_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """:func:`autograd.calibrated_affine`, of the same arguments."""
+    return cast(
+        Tensor,
+        torch.ops.ubn_zoo.calibrated_affine(
+            input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, gate, eps
+        ),
+    )
