@@ -7,6 +7,8 @@ is a local server, which answers "no such repository" unless a test puts one the
 from __future__ import annotations
 
 import atexit
+import importlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -39,6 +41,24 @@ for _name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TO
     os.environ.pop(_name, None)
 # Tests may run in several processes; models this small gain nothing from more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _interpret_triton() -> None:
+    """Lets Triton's functions run on the CPU where there is no GPU.
+
+    Triton decides that when it is imported, which timm does. Afterwards nothing is to see the setting but the tests of
+    our kernels, which decide for themselves in the same way.
+    """
+    import torch
+
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.language")
+
+
+_interpret_triton()
 
 
 @pytest.fixture

@@ -140,6 +140,7 @@ def assert_state(layer: nn.Module, expected: reference.State, dtype: torch.dtype
         torch.tensor(expected.feature_similarity, dtype=torch.float64),
         rtol=SIMILARITY.rtol,
         atol=SIMILARITY.atol,
+        check_device=False,
         msg=lambda text: f"feature_similarity: {text}",
     )
 

@@ -32,7 +32,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorder:
@@ -45,7 +45,7 @@ class Recorder:
         assert all(0 < size < 2**31 for size in grid)
 
         def launch(*args: Any, **kwargs: Any) -> None:
-            options = {name: kwargs.pop(name) for name in _OPTIONS}
+            options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
             bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
             self.launches.append((self.name, self.kernel, {**bound, **options}))
 
@@ -90,7 +90,7 @@ def launches_of(
 
 def compiled(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
     """A launch compiled as Triton's own launcher would."""
-    options = {name: arguments[name] for name in _OPTIONS}
+    options = {name: arguments[name] for name in _OPTIONS if name in arguments}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]

@@ -88,6 +88,11 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def _absent(input: Tensor) -> Tensor:
+    """Stands for a result that there is none of: operators return tensors always."""
+    return input.new_empty(0, dtype=_statistics_dtype(input))
+
+
 def _launch(name: str, device: torch.device, *arguments: Any) -> Any:
     """Calls a launcher on the device of its tensors, which Triton does not look at."""
     from . import kernels
@@ -143,7 +148,7 @@ def _(input: Tensor) -> Tensor:
 def _statistics(input: Tensor, center_weight: Tensor | None, samples: int) -> tuple[Tensor, ...]:
     center = None if center_weight is None else center_weight.contiguous()
     *found, similarity = _launch("statistics", input.device, dense(input), center, samples)
-    return *found, found[0].new_empty(0) if similarity is None else similarity
+    return *found, _absent(input) if similarity is None else similarity
 
 
 # Partial sums of the similarity, as many as the kernels have slots; there is no asking them before triton is imported.
@@ -205,16 +210,16 @@ def _calibrated_affine_backward(grad_output: Tensor, input: Tensor, *arguments: 
         needs_input,
         needs_weight,
     )
-    return tuple(mean.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return tuple(_absent(input) if gradient is None else gradient for gradient in gradients)
 
 
 @_fake("calibrated_affine_backward")
 def _(grad_output: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *parameters, _, mean, _, _, _, needs_input, needs_weight = arguments
-    wanted = [dense(input) if needs_input else None, *parameters]
+    *parameters, _, _, _, _, _, needs_input, needs_weight = arguments
+    wanted = [dense(input) if needs_input else None, *_contiguous(tuple(parameters))]
     if not needs_weight:
         wanted[1] = None
-    return tuple(mean.new_empty(0) if tensor is None else torch.empty_like(tensor.contiguous()) for tensor in wanted)
+    return tuple(_absent(input) if tensor is None else torch.empty_like(tensor) for tensor in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -231,15 +236,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients = autograd._differentiable_backward(saved, ctx.eps, needed[:6], grad_output)
     else:
         found = torch.ops.ubn_zoo.calibrated_affine_backward(grad_output, *saved, ctx.eps, needed[0], needed[1])
-        gradients = tuple(
-            gradient if wanted else None for gradient, wanted in zip(found, needed[:6], strict=True)
-        )
+        gradients = tuple(gradient if wanted else None for gradient, wanted in zip(found, needed[:6], strict=True))
     return (*gradients, None, None, None, None, None)
 
 
-torch.library.register_autograd(
-    "ubn_zoo::calibrated_affine", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("ubn_zoo::calibrated_affine", _backward, setup_context=_setup_context, lib=_library)
 
 
 def instance_means(input: Tensor) -> Tensor:

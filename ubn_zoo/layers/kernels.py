@@ -20,10 +20,14 @@ comes as VECTOR, by which loads are widened.
 This module imports triton; whoever may have to do without imports it late.
 """
 
+# Triton compiles the kernels from their source, by rules of its own: tuples grow in loops unrolled, and parameters are
+# of what types the arguments are.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment", no-warn-unreachable
+
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import triton
@@ -56,10 +60,10 @@ def _program(tiles, channel_blocks, CHANNELS_LAST: tl.constexpr):
 @triton.jit
 def _strides(channels, pixels, W, CHANNELS_LAST: tl.constexpr):
     """Strides of channels, rows and columns."""
+    channel_stride, row_stride, column_stride = pixels, W, 1
     if CHANNELS_LAST:
-        return 1, W * channels, channels
-    else:
-        return pixels, W, 1
+        channel_stride, row_stride, column_stride = 1, W * channels, channels
+    return channel_stride, row_stride, column_stride
 
 
 @triton.jit
@@ -287,9 +291,7 @@ def _finalise_kernel(
 
 
 @triton.jit
-def _normalisation(
-    sample, c, C, instance_mean, mean, var, center_weight, EPS: tl.constexpr, DTYPE: tl.constexpr
-):
+def _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS: tl.constexpr, DTYPE: tl.constexpr):
     """Scale and shift of x_hat = scale (x + shift), and the instance mean, of channels `c`."""
     present = c < C
     average = tl.load(instance_mean + sample * C.to(tl.int64) + c, mask=present, other=0.0)
@@ -323,28 +325,45 @@ def _taps(weight, c, C, KERNEL: tl.constexpr, FLIPPED: tl.constexpr, DTYPE: tl.c
 
 
 @triton.jit
-def _column_masks(c, w, channels, W, KERNEL: tl.constexpr):
-    """Where the horizontal neighbours of columns `w` lie inside, one mask per tap."""
-    masks = ()
+def _columns(c, w, channels, W, KERNEL: tl.constexpr):
+    """Columns of the horizontal neighbours of columns `w`, one tile per tap.
+
+    They are unsigned, so that those outside to the left are huge, and so are those of channels and columns that are
+    only there to fill a block: one comparison with W, or with 0 for a row outside, makes the mask.
+    """
+    columns = ()
+    valid = (c[:, None] < channels) & (w[None, :] < W)
     for j in tl.static_range(KERNEL):
-        neighbour = w + (j - KERNEL // 2)
-        inside = (neighbour >= 0) & (neighbour < W) & (w < W)
-        masks = masks + ((c[:, None] < channels) & inside[None, :],)
-    return masks
+        columns = columns + (tl.where(valid, w[None, :] + (j - KERNEL // 2), -1).to(tl.uint32),)
+    return columns
 
 
 @triton.jit
-def _load_rows(
-    source, first, H, row_stride, column_stride, masks, ROWS: tl.constexpr, KERNEL: tl.constexpr
-):
+def _width(W, valid):
+    """W where a row counts, 0 where it does not."""
+    return tl.where(valid, W, 0).to(tl.uint32)
+
+
+@triton.jit
+def _load_rows(source, first, H, W, row_stride, column_stride, columns, ROWS: tl.constexpr, KERNEL: tl.constexpr):
     """ROWS rows, each once per horizontal tap; rows from H on are zeros."""
     rows = ()
     for t in tl.static_range(ROWS):
         row = source + (first + t) * row_stride
+        width = _width(W, first + t < H)
         for j in tl.static_range(KERNEL):
-            mask = masks[j] & (first + t < H)
+            mask = columns[j] < width
             rows = rows + (tl.load(row + (j - KERNEL // 2) * column_stride, mask=mask, other=0.0),)
     return rows
+
+
+@triton.jit
+def _shifts(columns, W, shift, KERNEL: tl.constexpr):
+    """The shift of every horizontal neighbour: the padding is of x_hat, not of the input, so 0 outside."""
+    shifts = ()
+    for j in tl.static_range(KERNEL):
+        shifts = shifts + (tl.where(columns[j] < _width(W, True), shift[:, None], 0.0),)
+    return shifts
 
 
 @triton.jit(do_not_specialize=["C", "H", "W", "channel_blocks", "column_blocks", "strips", "strip_rows"])
@@ -392,23 +411,19 @@ def _affine_kernel(
         factor = _factor(c, C, (average + shift) * scale, scale_weight, scale_bias, DTYPE)
         gain, offset = factor * gain, factor * offset
     taps = _taps(weight, c, C, KERNEL, False, DTYPE)
-    masks = _column_masks(c, w, channels, W, KERNEL)
-    shifts = ()
-    for j in tl.static_range(KERNEL):
-        # Zero where the neighbour is outside: the padding is of x_hat, not of the input.
-        shifts = shifts + (tl.where(masks[j], shift[:, None], 0.0),)
+    columns = _columns(c, w, channels, W, KERNEL)
+    shifts = _shifts(columns, W, shift, KERNEL)
 
     base = sample * (channels.to(tl.int64) * H * W)
     offsets = c[:, None] * channel_stride + w[None, :] * column_stride
     source, target = input + base + offsets, output + base + offsets
-    inside = (c[:, None] < channels) & (w[None, :] < W)
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
     # Rows that wait for the taps below them, the uppermost first.
     unfinished = ()
     for _ in tl.static_range(KERNEL - 1):
         unfinished = unfinished + (zero,)
     for first in tl.range(tl.maximum(top - HALF, 0), bottom + HALF, ROWS):
-        rows = _load_rows(source, first, H, row_stride, column_stride, masks, ROWS, KERNEL)
+        rows = _load_rows(source, first, H, W, row_stride, column_stride, columns, ROWS, KERNEL)
         for t in tl.static_range(ROWS):
             valid = (first + t < H).to(DTYPE)
             sums = unfinished + (zero,)
@@ -420,7 +435,7 @@ def _affine_kernel(
                 sums = added
             h = first + t - HALF
             result = sums[0] * gain[:, None] + offset[:, None]
-            store = inside & (h >= top) & (h < bottom)
+            store = columns[HALF] < _width(W, (h >= top) & (h < bottom))
             tl.store(target + h * row_stride, result.to(output.dtype.element_ty), mask=store)
             unfinished = ()
             for i in tl.static_range(1, KERNEL):
@@ -435,7 +450,7 @@ def _affine_kernel(
 def _sums_kernel(
     grad_output,
     input,
-    sums,  # (3, strips, N, C): with dy the gradient, sums of dy (K * x_hat), of dy (K * 1) and of dy
+    sums,  # (3, strips, N, C): with f dy the scaled gradient, sums of f dy (K * x_hat), of f dy (K * 1) and of f dy
     kernel_sums,  # (groups * strips, KERNEL * KERNEL, C): sums over a group of samples; None if not asked for
     instance_mean,
     mean,
@@ -470,27 +485,23 @@ def _sums_kernel(
     bottom = tl.minimum(top + strip_rows, H)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
-    kernel_totals = ()
+    products = ()
     for _ in tl.static_range(KERNEL * KERNEL):
-        kernel_totals = kernel_totals + (tl.zeros([BLOCK_C], DTYPE),)
+        products = products + (zero,)
+    before = zero
 
     for sample in tl.range(index * group, tl.minimum(index * group + group, N)):
         scale, shift, average = _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
-        factor = tl.full([BLOCK_C], 1.0, DTYPE)
+        # The gradient is multiplied by the calibration factor first of all.
+        factor = 1.0
         if scale_weight is not None:
-            factor = _factor(c, C, (average + shift) * scale, scale_weight, scale_bias, DTYPE)
+            factor = _factor(c, C, (average + shift) * scale, scale_weight, scale_bias, DTYPE)[:, None]
         base = sample * (channels.to(tl.int64) * H * W)
-        products = ()
-        for _ in tl.static_range(KERNEL * KERNEL):
-            products = products + (zero,)
         of_ones, of_all = zero, zero
         for column in tl.range(0, column_blocks):
             w = column * BLOCK_W + tl.arange(0, BLOCK_W)
-            masks = _column_masks(c, w, channels, W, KERNEL)
-            inside = (c[:, None] < channels) & (w[None, :] < W)
-            shifts = ()
-            for j in tl.static_range(KERNEL):
-                shifts = shifts + (tl.where(masks[j], shift[:, None], 0.0),)
+            columns = _columns(c, w, channels, W, KERNEL)
+            shifts = _shifts(columns, W, shift, KERNEL)
             offsets = c[:, None] * channel_stride + w[None, :] * column_stride
             source, grads = input + base + offsets, grad_output + base + offsets
             start = tl.maximum(top - HALF, 0)
@@ -498,61 +509,58 @@ def _sums_kernel(
             window = ()
             for t in tl.static_range(2 * HALF):
                 h = start - HALF + t
-                mask = inside & (h >= top) & (h < bottom)
-                window = window + (tl.load(grads + h * row_stride, mask=mask, other=0.0).to(DTYPE),)
+                mask = columns[HALF] < _width(W, (h >= top) & (h < bottom))
+                window = window + (tl.load(grads + h * row_stride, mask=mask, other=0.0).to(DTYPE) * factor,)
             # Sums down the columns of the gradient, per vertical tap, without what meets no input row.
-            columns = ()
+            strip_sums = ()
             for _ in tl.static_range(KERNEL):
-                columns = columns + (zero,)
+                strip_sums = strip_sums + (zero,)
             for first in tl.range(start, bottom + HALF, ROWS):
-                rows = _load_rows(source, first, H, row_stride, column_stride, masks, ROWS, KERNEL)
+                rows = _load_rows(source, first, H, W, row_stride, column_stride, columns, ROWS, KERNEL)
                 gradients = ()
                 for t in tl.static_range(ROWS):
                     h = first + t + HALF
-                    mask = inside & (h >= top) & (h < bottom)
+                    mask = columns[HALF] < _width(W, (h >= top) & (h < bottom))
                     gradients = gradients + (tl.load(grads + h * row_stride, mask=mask, other=0.0),)
                 for t in tl.static_range(ROWS):
                     valid = (first + t < H).to(DTYPE)
-                    meeting = window + (gradients[t].to(DTYPE),)
+                    meeting = window + (gradients[t].to(DTYPE) * factor,)
                     centred = ()
                     for j in tl.static_range(KERNEL):
                         centred = centred + (rows[t * KERNEL + j].to(DTYPE) + shifts[j] * valid,)
                     added, longer = (), ()
                     for i in tl.static_range(KERNEL):
                         # Tap i joins an output row to the input row i - HALF below it.
-                        longer = longer + (columns[i] + meeting[KERNEL - 1 - i] * valid,)
+                        longer = longer + (strip_sums[i] + meeting[KERNEL - 1 - i] * valid,)
                         for j in tl.static_range(KERNEL):
                             added = added + (products[i * KERNEL + j] + meeting[KERNEL - 1 - i] * centred[j],)
-                    products, columns = added, longer
+                    products, strip_sums = added, longer
                     window = ()
                     for i in tl.static_range(1, KERNEL):
                         window = window + (meeting[i],)
-            of_all += columns[HALF]
+            of_all += strip_sums[HALF]
             taps = _taps(weight, c, C, KERNEL, False, DTYPE)
             for i in tl.static_range(KERNEL):
                 for j in tl.static_range(KERNEL):
-                    of_ones += tl.where(masks[j], taps[i * KERNEL + j] * columns[i], 0.0)
+                    of_ones += tl.where(columns[j] < _width(W, True), taps[i * KERNEL + j] * strip_sums[i], 0.0)
 
+        # The products go on over the samples; this one's is what it has added.
         taps = _taps(weight, c, C, KERNEL, False, DTYPE)
-        of_normalised = zero
-        totals = ()
+        so_far = zero
         for t in tl.static_range(KERNEL * KERNEL):
-            of_normalised += taps[t] * products[t]
-            if kernel_sums is not None:
-                totals = totals + (kernel_totals[t] + factor * scale * tl.sum(products[t], 1),)
-            else:
-                totals = totals + (kernel_totals[t],)
-        kernel_totals = totals
+            so_far += taps[t] * products[t]
         place = (strip * N + sample) * C.to(tl.int64) + c
         size = strips.to(tl.int64) * N * C
-        tl.store(sums + place, scale * tl.sum(of_normalised, 1), mask=c < C)
+        tl.store(sums + place, scale * tl.sum(so_far - before, 1), mask=c < C)
         tl.store(sums + size + place, tl.sum(of_ones, 1), mask=c < C)
         tl.store(sums + 2 * size + place, tl.sum(of_all, 1), mask=c < C)
+        before = so_far
 
     if kernel_sums is not None:
         place = (index * strips + strip).to(tl.int64) * (KERNEL * KERNEL)
+        scale = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0).to(DTYPE) + EPS)
         for t in tl.static_range(KERNEL * KERNEL):
-            tl.store(kernel_sums + (place + t) * C + c, kernel_totals[t], mask=c < C)
+            tl.store(kernel_sums + (place + t) * C + c, scale * tl.sum(products[t], 1), mask=c < C)
 
 
 @triton.jit
@@ -572,8 +580,8 @@ def _instance_sums(sums, n, c, valid, N, C, strips):
 
 
 @triton.jit
-def _through_mean(c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE: tl.constexpr):
-    """Calibration factor and the gradient with respect to its logit, per instance."""
+def _through_factor(c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE: tl.constexpr):
+    """The gradient with respect to the logit of the calibration factor, per instance, and the logit's slope."""
     present = c < C
     slope = tl.load(scale_weight + c, mask=present, other=0.0).to(DTYPE)[None, :]
     logit = slope * n_mean + tl.load(scale_bias + c, mask=present, other=0.0).to(DTYPE)[None, :]
@@ -581,7 +589,7 @@ def _through_mean(c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale
     output = of_normalised
     if bias is not None:
         output += tl.load(bias + c, mask=present, other=0.0).to(DTYPE)[None, :] * of_all
-    return factor, output * factor * (1.0 - factor), slope
+    return output * (1.0 - factor), slope
 
 
 @triton.jit(do_not_specialize=["N", "C", "pixels", "strips", "parts"])
@@ -638,18 +646,14 @@ def _parameters_kernel(
         centre += average
         n_mean = (average + (center * average - centre_of_norm)) * scale
         if scale_weight is not None:
-            factor, logit, slope = _through_mean(
-                c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE
-            )
+            logit, slope = _through_factor(c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE)
             logit_total += logit
             moment_total += logit * n_mean
-            bias_total += factor * of_all
-            sum_total += factor * of_ones + slope * logit
-            product_total += factor * of_normalised + slope * logit * n_mean
-        else:
-            bias_total += of_all
-            sum_total += of_ones
-            product_total += of_normalised
+            of_ones += slope * logit
+            of_normalised += slope * logit * n_mean
+        bias_total += of_all
+        sum_total += of_ones
+        product_total += of_normalised
     # Means over the batch of what normalisation takes off, where its statistics are the batch's own.
     mean_total = opened * tl.sum(sum_total, 0)[None, :] / count
     product_mean = opened * tl.sum(product_total, 0)[None, :] / count
@@ -671,10 +675,8 @@ def _parameters_kernel(
         n_mean = (average + (center * average - centre_of_norm)) * scale
         instance_grad, offset = of_ones, zero
         if scale_weight is not None:
-            factor, logit, slope = _through_mean(
-                c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE
-            )
-            instance_grad = factor * of_ones + slope * logit
+            logit, slope = _through_factor(c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE)
+            instance_grad += slope * logit
             offset = slope * logit / pixels
         instance_grad = scale * (instance_grad - pixels * (mean_total + product_mean * n_mean))
         offset = scale * (offset - mean_total) + center * instance_grad / pixels
@@ -685,9 +687,7 @@ def _parameters_kernel(
         instance_total += tl.where(valid, instance_grad, 0.0)
     if grad_center_weight is not None:
         total = tl.sum(center_total, 0)[None, :] + (1.0 - opened) * centre * tl.sum(instance_total, 0)[None, :]
-        tl.store(
-            grad_center_weight + c[None, :], total.to(grad_center_weight.dtype.element_ty), mask=present[None, :]
-        )
+        tl.store(grad_center_weight + c[None, :], total.to(grad_center_weight.dtype.element_ty), mask=present[None, :])
 
     if grad_weight is not None:
         for t in tl.static_range(KERNEL * KERNEL):
@@ -747,24 +747,23 @@ def _input_gradient_kernel(
     if slopes is not None:
         slope = tl.load(slopes + c, mask=c < C, other=0.0)
     taps = _taps(weight, c, C, KERNEL, True, DTYPE)
-    masks = _column_masks(c, w, channels, W, KERNEL)
+    columns = _columns(c, w, channels, W, KERNEL)
 
     base = sample * (channels.to(tl.int64) * H * W)
     positions = c[:, None] * channel_stride + w[None, :] * column_stride
     source, target = grad_output + base + positions, grad_input + base + positions
     values = input + base + positions
-    inside = (c[:, None] < channels) & (w[None, :] < W)
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
     unfinished = ()
     for _ in tl.static_range(KERNEL - 1):
         unfinished = unfinished + (zero,)
     for first in tl.range(tl.maximum(top - HALF, 0), bottom + HALF, ROWS):
-        rows = _load_rows(source, first, H, row_stride, column_stride, masks, ROWS, KERNEL)
+        rows = _load_rows(source, first, H, W, row_stride, column_stride, columns, ROWS, KERNEL)
         features = ()
         for t in tl.static_range(ROWS):
             if slopes is not None:
                 h = first + t - HALF
-                mask = inside & (h >= top) & (h < bottom)
+                mask = columns[HALF] < _width(W, (h >= top) & (h < bottom))
                 features = features + (tl.load(values + h * row_stride, mask=mask, other=0.0),)
         for t in tl.static_range(ROWS):
             sums = unfinished + (zero,)
@@ -778,7 +777,7 @@ def _input_gradient_kernel(
             result = sums[0] * gain[:, None] + offset[:, None]
             if slopes is not None:
                 result += slope[:, None] * (features[t].to(DTYPE) + shift[:, None])
-            store = inside & (h >= top) & (h < bottom)
+            store = columns[HALF] < _width(W, (h >= top) & (h < bottom))
             tl.store(target + h * row_stride, result.to(grad_input.dtype.element_ty), mask=store)
             unfinished = ()
             for i in tl.static_range(1, KERNEL):
@@ -796,6 +795,7 @@ class Blocks(NamedTuple):
     span: int  # positions, or rows, of a part
     rows: int = 1  # rows that are loaded together
     group: int = 1  # samples of one program that sums over them
+    registers: Optional[int] = None  # at most, per thread
 
     def channel_blocks(self, channels: int) -> int:
         """Tiles to cover so many channels."""
@@ -830,44 +830,59 @@ def statistics_blocks(shape: Tuple[int, int, int, int], channels_last: bool) -> 
     return Blocks(block_channels, block, vector, warps, triton.cdiv(pixels, span), span)
 
 
-def tap_blocks(shape: Tuple[int, int, int, int], channels_last: bool, kernel: int, columns_inside: bool) -> Blocks:
-    """Tiles of one row by channels, 4 values for each of 128 threads, 2 with 25 taps: they and the taps fill registers.
+def tap_blocks(shape: Tuple[int, int, int, int], channels_last: bool, kernel: int, purpose: str) -> Blocks:
+    """Tiles of one row by channels for the kernels over taps, 128 threads each.
 
-    With channels last a tile has 64 channels, one line of the cache in half precision, and as many columns as fit.
-    Otherwise its columns are the power of two that covers a row at the least cost, where a tile of b columns costs
-    b + 8: what is loaded beside it and at the ends of its lines. Loads are not widened then: the taps to the left
-    and right are not aligned.
+    With channels last a tile has at least 64 channels, one line of the cache in half precision, if there are as many,
+    and otherwise at most 64 columns. Its columns are the power of two that covers a row at the least cost, where a tile
+    of b columns costs b + 8: what is loaded beside it and at the ends of its lines. Loads along columns are not
+    widened: the taps to the left and right are not aligned.
+
+    Values per thread, and rows that are loaded together, are as many as registers allow: with channels last loads are
+    as wide as a thread has values; otherwise each value has an address, and two of them leave room for more threads.
 
     Args:
         shape: (N, C, H, W).
         channels_last: The layout.
         kernel: Taps per side.
-        columns_inside: Whether a program goes over all columns of its rows and over a group of samples, as those that
-            sum up do.
+        purpose: "output", "sums" or "gradient": for which kernel. Programs that sum up go over all columns of their
+            rows and over a group of samples.
     """
     samples, channels, height, width = shape
-    size = 512 if kernel <= 3 else 256
+    summing = purpose == "sums"
+    values = 4 if channels_last else 2
+    rows_together = 2 if summing or (purpose == "gradient" and not channels_last) else 4
+    if kernel > 3:
+        values, rows_together = (1 if summing else values // 2), rows_together // 2
+    widest = 64
     if channels_last:
-        block_channels = min(64, triton.next_power_of_2(channels))
-        block = min(size // block_channels, triton.next_power_of_2(width))
-    else:
-        widths = [b for b in (64, 32, 16, 8, 4, 2, 1) if b < 2 * width]
-        block = min(widths, key=lambda b: triton.cdiv(width, b) * (b + 8))
-        block_channels = min(size // block, triton.next_power_of_2(channels))
-    warps = max(1, min(4, block_channels * block // 128))
+        widest = 128 * values // min(64, triton.next_power_of_2(channels))
+    widths = [b for b in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if b <= widest and b < 2 * width]
+    block = min(widths, key=lambda b: triton.cdiv(width, b) * (b + 8))
+    block_channels = min(128 * values // block, triton.next_power_of_2(channels))
+    warps = max(1, min(4, block_channels * block // (32 * values)))
     programs = samples * triton.cdiv(channels, block_channels)
-    if not columns_inside:
+    if not summing:
         programs *= triton.cdiv(width, block)
     # Strips of at least 8 rows: each reads the rows next to it as well.
     strips = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(height, 8))
     rows = triton.cdiv(height, strips)
-    vector = math.gcd(channels, 8) if channels_last else 1
     group = 1
-    if columns_inside:
-        # The sums of taps over small maps are of the maps' own size unless they go over some samples.
+    if summing:
+        # The sums of taps over small maps would be of the maps' own size if they did not go over some samples.
         group = max(1, min(programs // PROGRAMS, 512 // (height * width), samples))
-    together = 4 if kernel <= 3 else 2
-    return Blocks(block_channels, block, vector, warps, triton.cdiv(height, rows), rows, together, group)
+    return Blocks(
+        channels=block_channels,
+        positions=block,
+        vector=math.gcd(channels, 8) if channels_last else 1,
+        warps=warps,
+        pieces=triton.cdiv(height, rows),
+        span=rows,
+        rows=rows_together,
+        group=group,
+        # Three or four programs of 128 threads on a multiprocessor; left alone, the compiler takes registers for two.
+        registers=(168 if channels_last else 128) if summing and kernel <= 3 else None,
+    )
 
 
 def _dtype(input: Tensor) -> Tuple[Any, torch.dtype]:
@@ -1061,6 +1076,24 @@ def finalise(
     return mean_used, var_used, gate
 
 
+def _settings(blocks: Blocks, kernel: int, channels_last: bool, dtype: Any, eps: float) -> Dict[str, Any]:
+    """What the kernels over taps are compiled for."""
+    return {
+        "EPS": eps,
+        "KERNEL": kernel,
+        "CHANNELS_LAST": channels_last,
+        "VECTOR": blocks.vector,
+        "BLOCK_C": blocks.channels,
+        "BLOCK_W": blocks.positions,
+        "ROWS": blocks.rows,
+        "DTYPE": dtype,
+        "num_warps": blocks.warps,
+        "num_stages": 1,
+        # Values in double precision take two registers.
+        "maxnreg": None if dtype == tl.float64 else blocks.registers,
+    }
+
+
 def _kernel_size(weight: Optional[Tensor]) -> int:
     return 1 if weight is None else weight.shape[2]
 
@@ -1081,7 +1114,7 @@ def affine(
     samples, channels, height, width = input.shape
     last = _is_channels_last(input)
     kernel = _kernel_size(weight)
-    blocks = tap_blocks((samples, channels, height, width), last, kernel, columns_inside=False)
+    blocks = tap_blocks((samples, channels, height, width), last, kernel, "output")
     channel_blocks, column_blocks = blocks.channel_blocks(channels), blocks.column_blocks(width)
     output = torch.empty_like(input)
     _affine_kernel[(samples * channel_blocks * column_blocks * blocks.pieces,)](
@@ -1102,16 +1135,7 @@ def affine(
         column_blocks,
         blocks.pieces,
         blocks.span,
-        EPS=eps,
-        KERNEL=kernel,
-        CHANNELS_LAST=last,
-        VECTOR=blocks.vector,
-        BLOCK_C=blocks.channels,
-        BLOCK_W=blocks.positions,
-        ROWS=blocks.rows,
-        DTYPE=_dtype(input)[0],
-        num_warps=blocks.warps,
-        num_stages=1,
+        **_settings(blocks, kernel, last, _dtype(input)[0], eps),
     )
     return output
 
@@ -1157,7 +1181,7 @@ def affine_backward(
     dtype, torch_dtype = _dtype(input)
     last = _is_channels_last(input)
     kernel = _kernel_size(weight)
-    blocks = tap_blocks((samples, channels, height, width), last, kernel, columns_inside=True)
+    blocks = tap_blocks((samples, channels, height, width), last, kernel, "sums")
     channel_blocks, column_blocks = blocks.channel_blocks(channels), blocks.column_blocks(width)
     groups = triton.cdiv(samples, blocks.group)
     parts = groups * blocks.pieces
@@ -1165,18 +1189,6 @@ def affine_backward(
     kernel_sums = None
     if weight is not None and needs_weight:
         kernel_sums = input.new_empty((parts, kernel * kernel, channels), dtype=torch_dtype)
-    shared = {
-        "EPS": eps,
-        "KERNEL": kernel,
-        "CHANNELS_LAST": last,
-        "VECTOR": blocks.vector,
-        "BLOCK_C": blocks.channels,
-        "BLOCK_W": blocks.positions,
-        "ROWS": blocks.rows,
-        "DTYPE": dtype,
-        "num_warps": blocks.warps,
-        "num_stages": 1,
-    }
     _sums_kernel[(groups * channel_blocks * blocks.pieces,)](
         grad_output,
         input,
@@ -1198,7 +1210,7 @@ def affine_backward(
         blocks.pieces,
         blocks.span,
         blocks.group,
-        **shared,
+        **_settings(blocks, kernel, last, dtype, eps),
     )
 
     grads = [None if parameter is None else torch.empty_like(parameter) for parameter in (weight, bias, center_weight)]
@@ -1240,8 +1252,8 @@ def affine_backward(
         return None, *grads
 
     grad_input = torch.empty_like(input)
-    blocks = tap_blocks((samples, channels, height, width), last, kernel, columns_inside=False)
-    shared["BLOCK_C"], shared["BLOCK_W"], shared["num_warps"] = blocks.channels, blocks.positions, blocks.warps
+    blocks = tap_blocks((samples, channels, height, width), last, kernel, "gradient")
+    channel_blocks, column_blocks = blocks.channel_blocks(channels), blocks.column_blocks(width)
     _input_gradient_kernel[(samples * channel_blocks * column_blocks * blocks.pieces,)](
         grad_output,
         input,
@@ -1262,6 +1274,6 @@ def affine_backward(
         column_blocks,
         blocks.pieces,
         blocks.span,
-        **shared,
+        **_settings(blocks, kernel, last, dtype, eps),
     )
     return grad_input, *grads

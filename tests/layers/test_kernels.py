@@ -1,0 +1,617 @@
+"""The Triton kernels: in Triton's interpreter on the CPU, or natively where there is a GPU.
+
+Everything is compared with the float64 reference. What an interpreter cannot tell, whether the kernels compile and
+what they take of a GPU, is found by compiling them for GPUs that need not be there.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ubn_zoo
+from ubn_zoo.layers import functional, fused
+
+from . import reference
+from .common import (
+    OPEN,
+    PARAMETERS,
+    SHUT,
+    assert_state,
+    assert_step,
+    gradients,
+    make_layer,
+    random_input,
+    snapshot,
+    step,
+)
+from .test_checkpointing import poise
+from .tolerances import OUTPUT, STATISTICS, assert_gradient
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+NATIVE = torch.cuda.is_available()
+DEVICE = "cuda" if NATIVE else "cpu"
+if not NATIVE:
+    # Whether a function is interpreted is decided where it is defined; Triton's own are, see `conftest.py`.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        from triton.runtime.interpreter import InterpretedFunction
+
+        from ubn_zoo.layers import kernels
+    if not isinstance(kernels.tl.sum, InterpretedFunction):
+        pytest.skip("triton was imported without its interpreter before", allow_module_level=True)
+else:
+    from ubn_zoo.layers import kernels
+
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+FORMATS = [torch.contiguous_format, torch.channels_last]
+REPOSITORY = Path(__file__).parents[2]
+
+both_formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["first", "last"])
+both_gates = pytest.mark.parametrize("gate", [OPEN, SHUT], ids=["open", "shut"])
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Sends the tensors of these tests through the kernels; lists the launchers that were called."""
+    called: list[str] = []
+    launch = fused._launch
+
+    def recorded(name: str, *arguments: Any) -> Any:
+        called.append(name)
+        return launch(name, *arguments)
+
+    if not NATIVE:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(fused, "DEVICES", {"cpu"})
+    monkeypatch.setattr(fused, "_launch", recorded)
+    yield called
+
+
+def on_device(
+    layer: nn.Module, x: Tensor, grad_y: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> tuple[nn.Module, Tensor, Tensor]:
+    tensors = (t.to(DEVICE).contiguous(memory_format=memory_format) for t in (x, grad_y))
+    return layer.to(DEVICE), *tensors
+
+
+TRAINING = ["finalise", "affine", "affine_backward"]
+
+
+class TestAgainstReference:
+    @pytest.mark.parametrize("mode", ["open", "shut", "evaluation"])
+    @pytest.mark.parametrize(
+        ("dtype", "kernel_size"), [(F64, 1), (F64, 3), (F64, 5), (F32, 3), (F16, 3), (BF16, 3)], ids=str
+    )
+    @both_formats
+    def test_whole_layer(
+        self, memory_format: torch.memory_format, dtype: torch.dtype, kernel_size: int, mode: str, launches: list[str]
+    ) -> None:
+        gate = SHUT if mode == "shut" else OPEN
+        layer = make_layer(3, gate=gate, kernel_size=kernel_size, dtype=dtype).train(mode != "evaluation")
+        layer, x, grad_y = on_device(layer, *random_input((3, 3, 6, 5), dtype=dtype), memory_format)
+        assert_step(layer, x, grad_y)
+        expected = ["instance_means", *TRAINING[1:]] if mode == "evaluation" else ["statistics", *TRAINING]
+        assert launches == expected
+        y, grad_x = step(layer, x, grad_y)
+        for tensor in (y, grad_x):
+            assert tensor.dtype == dtype
+            assert tensor.is_contiguous(memory_format=memory_format)
+
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            (2, 3, 1, 1),
+            (1, 3, 1, 7),
+            (2, 1, 7, 1),
+            (2, 2, 1, 2),
+            (3, 2, 5, 3),
+            (1, 130, 3, 3),
+            (2, 33, 3, 5),
+            (17, 3, 4, 3),
+            (1, 1, 75, 3),
+            (1, 2, 3, 150),
+        ],
+        ids=str,
+    )
+    @both_formats
+    def test_sizes(self, memory_format: torch.memory_format, shape: tuple[int, ...]) -> None:
+        layer, x, grad_y = on_device(make_layer(shape[1]), *random_input(shape, dtype=F32), memory_format)
+        assert_step(layer, x, grad_y)
+
+    @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 2, 2, 3), (1, 2, 4, 9)], ids=str)
+    @both_formats
+    def test_sizes_below_those_of_the_kernel(self, memory_format: torch.memory_format, shape: tuple[int, ...]) -> None:
+        layer = make_layer(shape[1], kernel_size=5)
+        assert_step(*on_device(layer, *random_input(shape, dtype=F32), memory_format))
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"affine": False},
+            {"depthwise_affine": False},
+            {"center_calibration": False},
+            {"scale_calibration": False},
+            {"threshold": None},
+            {"momentum": None},
+            {"momentum": 0.0, "similarity_momentum": 1.0, "similarity_samples": 2},
+            {"track_running_stats": False},
+            {"affine": False, "center_calibration": False, "scale_calibration": False, "threshold": None},
+        ],
+        ids=str,
+    )
+    def test_settings(self, settings: dict, training: bool) -> None:
+        layer = make_layer(3, dtype=F64, **settings).train(training)
+        for seed in range(2 if "momentum" in settings and training else 1):
+            assert_step(*on_device(layer, *random_input((4, 3, 3, 4), seed)))
+
+    def test_no_bias(self) -> None:
+        layer = make_layer(3, dtype=F64)
+        layer.bias = None
+        assert_step(*on_device(layer, *random_input((4, 3, 3, 4))))
+
+    @both_gates
+    def test_frozen(self, gate: float) -> None:
+        layer, x, grad_y = on_device(make_layer(3, gate=gate), *random_input((3, 3, 4, 5), dtype=F32))
+        ubn_zoo.freeze_ubn(layer)
+        before = snapshot(layer)
+        layer.requires_grad_(True)
+        expected = reference.run(x, grad_y, reference.parameters_of(layer), reference.state_of(layer), training=False)
+        y, grad_x = step(layer, x, grad_y)
+        torch.testing.assert_close(y.double(), expected.y, **OUTPUT[F32].kwargs())
+        assert_gradient(grad_x, expected.grad_x, F32, "x")
+        assert all(torch.equal(value, before[name]) for name, value in snapshot(layer).items())
+
+    @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+    def test_low_precision_input_to_float32_parameters(self, dtype: torch.dtype) -> None:
+        layer, x, grad_y = on_device(make_layer(3), *random_input((3, 3, 4, 5), dtype=dtype))
+        assert_step(layer, x, grad_y)
+        assert layer(x).dtype == dtype
+
+    def test_gate_flips_between_steps(self) -> None:
+        layer = make_layer(3, gate=0.4, similarity_momentum=0.6, dtype=F64)
+        sides = set()
+        for seed in range(4):
+            x, grad_y = random_input((4, 3, 3, 3), seed, shared=2.0 * (seed % 2))
+            sides.add(assert_step(*on_device(layer, x - 0.3, grad_y)).gate)
+        assert sides == {True, False}
+
+    def test_parts_of_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A map so large that statistics, sums and rows are split, and small maps that are summed up in groups."""
+        x, grad_y = random_input((2, 2, 40, 70), dtype=F32)
+        for last in (False, True):
+            assert kernels.statistics_blocks(x.shape, last).pieces > 1
+            blocks = kernels.tap_blocks(x.shape, last, 3, "output")
+            assert blocks.pieces > 1
+            assert blocks.column_blocks(70) > 1
+            assert_step(*on_device(make_layer(2), x, grad_y, FORMATS[last]))
+        monkeypatch.setattr(kernels, "PROGRAMS", 1)
+        assert kernels.tap_blocks((9, 3, 3, 4), False, 3, "sums").group > 1
+        assert_step(*on_device(make_layer(3), *random_input((9, 3, 3, 4), dtype=F32)))
+
+
+class TestLargeMean:
+    @both_formats
+    def test_output_is_as_good_as_batchnorms(self, memory_format: torch.memory_format) -> None:
+        x = torch.randn(4, 2, 12, 12, generator=torch.Generator().manual_seed(0)) + 1e4
+        x = x.to(DEVICE).contiguous(memory_format=memory_format)
+        exact = nn.BatchNorm2d(2, dtype=F64, device=DEVICE)(x.double())
+        norms = ubn_zoo.UnifiedBatchNorm2d(2, device=DEVICE), nn.BatchNorm2d(2, device=DEVICE)
+        ours, theirs = ((norm(x).double() - exact).abs().max().item() for norm in norms)
+        assert ours <= 4 * theirs + 1e-5
+
+    @both_gates
+    @both_formats
+    def test_random_parameters(self, memory_format: torch.memory_format, gate: float) -> None:
+        """The plain operations' tolerances, see `test_precision.py`."""
+        layer = make_layer(2, gate=gate)
+        with torch.no_grad():
+            layer.center_weight.mul_(1e-3)
+            layer.running_mean.add_(1e4)
+        x = torch.randn(8, 2, 9, 9, generator=torch.Generator().manual_seed(0)) + 1e4
+        grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        layer, x, grad_y = on_device(layer, x, grad_y, memory_format)
+        expected = reference.run_like(layer, x, grad_y)
+        y, grad_x = step(layer, x, grad_y)
+        torch.testing.assert_close(y.double(), expected.y, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(grad_x.double(), expected.grad_x, rtol=1e-3, atol=1e-2)
+        for name, value in expected.grads.items():
+            slack = 2e-3 * float(value.abs().max()) + 5e-2
+            if name == "center_weight":
+                slack = 1.0 if expected.gate else 5e-3 * float(value.abs().max())
+            torch.testing.assert_close(
+                getattr(layer, name).grad.double(), value, rtol=0, atol=slack, msg=lambda t, n=name: f"{n}: {t}"
+            )
+        torch.testing.assert_close(layer.running_mean.double(), expected.state.running_mean, rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer.running_var.double(), expected.state.running_var, rtol=1e-4, atol=0)
+
+
+class TestStatistics:
+    @both_formats
+    def test_equal_the_equations(self, memory_format: torch.memory_format) -> None:
+        x = random_input((18, 3, 5, 4))[0].to(DEVICE).contiguous(memory_format=memory_format)
+        x[3] = 0
+        center = torch.tensor([0.5, -1.0, 0.1], dtype=F64, device=DEVICE)
+        instance_mean, mean, var, similarity = fused.statistics(x, center, 16)
+        expected_mean, instance_var = functional.instance_moments(x)
+        expected = functional.batch_statistics(expected_mean, instance_var, center)
+        for found, value in ((instance_mean, expected_mean), (mean, expected[0]), (var, expected[1])):
+            torch.testing.assert_close(found, value, **STATISTICS[F64].kwargs())
+        torch.testing.assert_close(similarity.sum(), functional.feature_similarity(x, 16), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(fused.instance_means(x), expected_mean, **STATISTICS[F64].kwargs())
+        again = fused.statistics(x, center, 16)
+        assert all(torch.equal(*pair) for pair in zip(again, (instance_mean, mean, var, similarity), strict=True))
+
+    def test_without_similarity(self) -> None:
+        x = random_input((3, 2, 3, 3))[0].to(DEVICE)
+        assert fused.statistics(x, None, None)[3] is None
+        assert fused.statistics(x[:1], None, 16)[3].sum().item() == pytest.approx(1)
+        assert fused.statistics(torch.zeros_like(x), None, 16)[3].sum().item() == 0
+
+    def test_deciding_without_moving(self) -> None:
+        """A forward that is recomputed takes the gate as the state has it."""
+        mean, var = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
+        running = [torch.full((2,), 5.0, device=DEVICE) for _ in range(2)] + [torch.tensor(0.1, device=DEVICE)]
+        before = [tensor.clone() for tensor in running]
+        similarity = torch.full((512,), 1 / 512, device=DEVICE)
+        batches = torch.tensor(3, device=DEVICE)
+        arguments = (mean, var, similarity, *running, batches, 0.1, 8, 0.9, 0.15)
+        used, _, gate = fused.finalise(*arguments, moving=False)
+        assert not gate
+        assert torch.equal(used, running[0])
+        assert all(torch.equal(*pair) for pair in zip(running, before, strict=True))
+        used, _, gate = fused.finalise(*arguments)
+        assert gate
+        assert torch.equal(used, mean)
+        assert running[2].item() == pytest.approx(0.91)
+
+
+class TestLayouts:
+    @pytest.mark.parametrize(
+        "view",
+        [
+            pytest.param(lambda t: t[:, :, ::2, 1:], id="strided"),
+            pytest.param(lambda t: t.contiguous(memory_format=torch.channels_last)[:, 1:4], id="channels of more"),
+            pytest.param(lambda t: t.permute(1, 0, 3, 2)[:, :3], id="permuted"),
+            pytest.param(lambda t: t[:, :3, :1, :1].expand(-1, -1, 5, 4), id="expanded"),
+        ],
+    )
+    def test_inputs_that_are_views(self, view: Any) -> None:
+        x = view(random_input((4, 4, 7, 5))[0].to(DEVICE))
+        grad_y = random_input(tuple(x.shape), seed=1)[1].to(DEVICE)
+        assert_step(make_layer(x.shape[1], dtype=F64).to(DEVICE), x, grad_y)
+
+    @both_formats
+    def test_gradient_of_the_other_layout(self, memory_format: torch.memory_format) -> None:
+        layer, x, grad_y = on_device(make_layer(3, dtype=F64), *random_input((3, 3, 4, 5)), memory_format)
+        grad_y = grad_y.contiguous(memory_format=FORMATS[1 - FORMATS.index(memory_format)])
+        assert_step(layer, x, grad_y)
+        assert step(layer, x, grad_y)[1].is_contiguous(memory_format=memory_format)
+
+    def test_expanded_gradient(self) -> None:
+        layer, x, _ = on_device(make_layer(3, dtype=F64), *random_input((3, 3, 4, 5)))
+        expected = reference.run_like(layer, x, torch.ones_like(x))
+        x.requires_grad_()
+        layer(x).sum().backward()
+        assert_gradient(x.grad, expected.grad_x, F64, "x")
+        assert_gradient(layer.weight.grad, expected.grads["weight"], F64, "weight")
+
+
+class TestAutograd:
+    def test_only_what_is_asked_for(self) -> None:
+        layer, x, grad_y = on_device(make_layer(3, dtype=F64), *random_input((3, 3, 4, 5)))
+        expected = reference.run_like(layer, x, grad_y)
+        for name in PARAMETERS:
+            twin = copy.deepcopy(layer).requires_grad_(False)
+            getattr(twin, name).requires_grad_(True)
+            twin(x).backward(grad_y)
+            assert gradients(twin).keys() == {name}
+            assert_gradient(getattr(twin, name).grad, expected.grads[name], F64, name)
+        twin = copy.deepcopy(layer).requires_grad_(False)
+        _, grad_x = step(twin, x, grad_y)
+        assert_gradient(grad_x, expected.grad_x, F64, "x")
+        assert not layer(x.requires_grad_(False)).isnan().any()
+
+    @both_gates
+    def test_gradient_of_a_gradient(self, gate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer, x, grad_y = on_device(make_layer(2, gate=gate, dtype=F64), *random_input((2, 2, 3, 3)))
+        found = []
+        for devices in ({DEVICE}, set()):
+            monkeypatch.setattr(fused, "DEVICES", devices)
+            twin, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
+            (grad_x,) = torch.autograd.grad(twin(leaf), leaf, grad_y, create_graph=True)
+            grad_x.square().sum().backward()
+            found.append({"x": leaf.grad, **gradients(twin)})
+        assert found[0].keys() == found[1].keys()
+        for name, value in found[1].items():
+            torch.testing.assert_close(found[0][name], value, **OUTPUT[F64].kwargs(), msg=name)
+
+    @pytest.mark.parametrize("threshold", [0.9, -0.9], ids=["falling", "rising"])
+    @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+    def test_checkpointing(self, reentrant: bool, threshold: float) -> None:
+        x, grad_y = random_input((4, 3, 4, 3))
+        layer = make_layer(3, threshold=threshold, similarity_momentum=0.5, dtype=F64)
+        poise(layer, x)
+        layer, x, grad_y = on_device(layer, x, grad_y)
+        expected = reference.run_like(layer, x, grad_y)
+        x.requires_grad_()
+        checkpoint(layer, x, use_reentrant=reentrant).backward(grad_y)
+        assert_gradient(x.grad, expected.grad_x, F64, "x")
+        assert_state(layer, expected.state, F64)
+
+    @pytest.mark.parametrize("input_dtype", [F32, BF16], ids=str)
+    def test_autocast(self, input_dtype: torch.dtype) -> None:
+        layer, x, grad_y = on_device(make_layer(3), *random_input((3, 3, 4, 5), dtype=input_dtype))
+        expected = reference.run_like(layer, x, grad_y)
+        x.requires_grad_()
+        with torch.autocast(DEVICE, dtype=BF16):
+            y = layer(x)
+        y.backward(grad_y)
+        assert y.dtype == x.grad.dtype == input_dtype
+        torch.testing.assert_close(y.detach().double(), expected.y, **OUTPUT[input_dtype].kwargs())
+        assert_gradient(x.grad, expected.grad_x, input_dtype, "x")
+        assert layer.weight.grad.dtype == F32
+
+
+class TestOperators:
+    @staticmethod
+    def arguments(memory_format: torch.memory_format, **settings: Any) -> tuple[Any, ...]:
+        layer, x, _ = on_device(make_layer(3, **settings), *random_input((2, 3, 3, 4), dtype=F32), memory_format)
+        instance_mean, mean, var, _ = fused.statistics(x, layer.center_weight, None)
+        parameters = [getattr(layer, name) for name in PARAMETERS]
+        gate = torch.tensor(True, device=DEVICE)
+        return (x.requires_grad_(), *parameters, instance_mean, mean, var, gate, 1e-5)
+
+    @pytest.mark.parametrize("settings", [{}, {"affine": False, "scale_calibration": False}], ids=str)
+    @both_formats
+    def test_affine(self, memory_format: torch.memory_format, settings: dict) -> None:
+        torch.library.opcheck(torch.ops.ubn_zoo.calibrated_affine, self.arguments(memory_format, **settings))
+
+    @both_formats
+    def test_backward(self, memory_format: torch.memory_format) -> None:
+        *tensors, eps = (t.detach() if isinstance(t, Tensor) else t for t in self.arguments(memory_format))
+        for needs in ((True, True), (False, False)):
+            arguments = (torch.ones_like(tensors[0]), *tensors, eps, *needs)
+            torch.library.opcheck(torch.ops.ubn_zoo.calibrated_affine_backward, arguments)
+
+    @both_formats
+    def test_statistics(self, memory_format: torch.memory_format) -> None:
+        x = random_input((3, 2, 3, 4), dtype=BF16)[0].to(DEVICE).contiguous(memory_format=memory_format)
+        torch.library.opcheck(torch.ops.ubn_zoo.instance_means, (x,))
+        for center, samples in ((None, 0), (torch.ones(2, device=DEVICE), 16)):
+            torch.library.opcheck(torch.ops.ubn_zoo.statistics, (x, center, samples))
+
+    def test_finalise(self) -> None:
+        def vector(*size: int) -> Tensor:
+            return torch.rand(size, device=DEVICE)
+
+        for similarity, batches in ((None, None), (vector(512), torch.tensor(3, device=DEVICE))):
+            running = (vector(3), vector(3), vector())
+            arguments = (vector(3), vector(3), similarity, *running, batches, 0.1, 8, 0.1, 0.15, True)
+            torch.library.opcheck(torch.ops.ubn_zoo.finalise, arguments)
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh_compiler(self) -> Iterator[None]:
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @staticmethod
+    def compare(model: nn.Module, launches: list[str], steps: int = 2, **options: Any) -> None:
+        """Outputs, gradients and state of compiled and eager steps."""
+        twin = copy.deepcopy(model)
+        compiled = torch.compile(model, fullgraph=True, **options)
+        for seed in range(steps):
+            x = random_input((3, 3, 4, 5), seed, F32)[0].to(DEVICE)
+            leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+            launches.clear()
+            outputs = [compiled(leaves[0])]
+            assert "affine" in launches
+            outputs.append(twin(leaves[1]))
+            torch.testing.assert_close(*outputs, **OUTPUT[F32].kwargs())
+            for m, y in zip((model, twin), outputs, strict=True):
+                m.zero_grad()
+                y.sin().sum().backward()
+            torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-4)
+            expected = gradients(twin)
+            for name, value in gradients(model).items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+            state = snapshot(twin)
+            for name, value in snapshot(model).items():
+                torch.testing.assert_close(value, state[name], rtol=1e-5, atol=1e-6, msg=name)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("settings", [{}, {"momentum": None}, {"threshold": None}], ids=str)
+    def test_in_one_graph(self, settings: dict, training: bool, launches: list[str]) -> None:
+        model = nn.Sequential(make_layer(3, **settings)).train(training).to(DEVICE)
+        self.compare(model, launches, backend="aot_eager")
+
+    def test_batches_of_changing_size(self) -> None:
+        layer = make_layer(3).to(DEVICE)
+        twin = copy.deepcopy(layer)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+        for batch in (3, 18):
+            x = random_input((batch, 3, 3, 4), batch, F32)[0].to(DEVICE)
+            torch.testing.assert_close(compiled(x), twin(x), **OUTPUT[F32].kwargs())
+        for name, value in snapshot(twin).items():
+            torch.testing.assert_close(snapshot(layer)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(
+        not NATIVE and shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+    )
+    def test_inductor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        model = nn.Sequential(make_layer(3, gate=0.5, similarity_momentum=0.6)).to(DEVICE)
+        self.compare(model, launches, backend="inductor")
+
+    @pytest.mark.skipif(not NATIVE, reason="needs a GPU")
+    def test_cuda_graph(self) -> None:
+        layer = make_layer(3).to(DEVICE)
+        x, grad_y = (t.to(DEVICE) for t in random_input((4, 3, 5, 6), dtype=F32))
+        x.requires_grad_()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                layer(x).backward(grad_y)
+        torch.cuda.synchronize()
+        twin = copy.deepcopy(layer)
+        graph = torch.cuda.CUDAGraph()
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        with torch.cuda.graph(graph):
+            y = layer(x)
+            y.backward(grad_y)
+        graph.replay()
+        expected = twin(x)
+        torch.testing.assert_close(y, expected, **OUTPUT[F32].kwargs())
+        for name, value in snapshot(twin).items():
+            torch.testing.assert_close(snapshot(layer)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class TestDispatch:
+    def test_exported_programs_hold_plain_operations(self, launches: list[str]) -> None:
+        layer = make_layer(3).to(DEVICE)
+        x = torch.randn(2, 3, 4, 5, device=DEVICE)
+        for model in (layer, copy.deepcopy(layer).eval()):
+            assert "ubn_zoo" not in str(torch.export.export(model, (x,)).graph)
+        assert not launches
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+    def test_traced_programs_hold_plain_operations(self, launches: list[str]) -> None:
+        layer = make_layer(3).eval().to(DEVICE)
+        traced = torch.jit.trace(layer, torch.randn(2, 3, 4, 5, device=DEVICE), check_trace=False)
+        assert "ubn_zoo::" not in str(traced.inlined_graph)
+        assert not launches
+
+    @pytest.mark.parametrize("setting", ["UBN_ZOO_TRITON", "triton"])
+    def test_plain_operations_without_triton(
+        self, setting: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]
+    ) -> None:
+        fused._is_supported.cache_clear()
+        with monkeypatch.context() as patch:
+            if setting == "triton":
+                patch.setattr(importlib.util, "find_spec", lambda name: None)
+            else:
+                patch.setenv(setting, "0")
+            assert_step(*on_device(make_layer(3), *random_input((3, 3, 4, 5), dtype=F32)))
+        fused._is_supported.cache_clear()
+        assert not launches
+
+    def test_what_the_kernels_can_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fused, "DEVICES", {"meta"})
+        monkeypatch.setattr(fused, "_is_supported", lambda kind, index: True)
+
+        def usable(*shape: int, dtype: torch.dtype = F32, kernel_size: int = 3) -> bool:
+            return fused.usable(torch.empty(shape, dtype=dtype, device="meta"), kernel_size)
+
+        assert usable(2, 3, 4, 5)
+        assert all(usable(2, 3, 4, 5, dtype=dtype) for dtype in (F16, BF16, F64))
+        assert not usable(2, 3, 4, 5, dtype=torch.complex64)
+        assert all(usable(2, 3, 4, 5, kernel_size=size) for size in (1, 3, 5))
+        assert not usable(2, 3, 4, 5, kernel_size=7)
+        assert not usable(0, 3, 4, 5)
+        # 32-bit offsets within a sample, whatever the batch.
+        assert usable(64, 2**11, 2**10, 2**9)
+        assert not usable(1, 2**11, 2**10, 2**10)
+
+    @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (9, 0)])
+    def test_device_capability(self, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        fused._is_supported.cache_clear()
+        assert fused._is_supported("cuda", 0) == (capability >= (7, 5) and torch.version.hip is None)
+        fused._is_supported.cache_clear()
+
+    def test_failure_says_how_to_do_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.errors import OutOfResources
+
+        def fail(*arguments: Any) -> None:
+            raise OutOfResources(300, 200, "shared memory")
+
+        monkeypatch.setattr(kernels, "affine", fail)
+        layer, x, _ = on_device(make_layer(3), *random_input((2, 3, 4, 4), dtype=F32))
+        with pytest.raises(RuntimeError, match=r"shared memory.*UBN_ZOO_TRITON=0"):
+            layer(x)
+
+    def test_nothing_waits_for_the_device(self) -> None:
+        for module in (fused, kernels):
+            source = Path(module.__file__).read_text(encoding="utf-8")
+            assert not any(word in source for word in (".item()", ".cpu()", "bool(", "synchronize"))
+
+    def test_slots_of_the_fake_operator(self) -> None:
+        assert fused._SIMILARITY_SLOTS == kernels.SIMILARITY_SLOTS
+
+
+# Of ResNet-50 at batch 128, and sizes that nothing is divisible by.
+RESNET = [[128, 64, 112, 112], [128, 256, 56, 56], [128, 512, 28, 28], [128, 1024, 14, 14], [128, 2048, 7, 7]]
+ODD = [[3, 33, 13, 57], [1, 3, 1, 1]]
+
+
+def compile_for(capability: int, cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Compiles all kernels in a process without the interpreter; returns what each takes."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(REPOSITORY)}
+    script = str(Path(__file__).with_name("compile_kernels.py"))
+    command = [sys.executable, script, str(capability), *map(json.dumps, cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_fits(found: list[dict[str, Any]], cases: int) -> None:
+    # A similarity is for more than one sample.
+    assert 8 * cases <= len(found) <= 9 * cases
+    for result in found:
+        # 64 KiB is what any GPU has to give that Triton supports.
+        assert result["shared"] <= 65536, result
+        if result["case"]["dtype"] != "float64":
+            assert result["spilled"] == 0, result
+
+
+class TestNativeCompilation:
+    @pytest.mark.slow
+    def test_hopper(self, tmp_path: Path) -> None:
+        layouts = [(shape, last) for shape in (RESNET[1], RESNET[4]) for last in (False, True)]
+        cases = [{"shape": shape, "dtype": "bfloat16", "kernel": 3, "last": last} for shape, last in layouts]
+        assert_fits(compile_for(90, cases, tmp_path), len(cases))
+
+    @pytest.mark.slow
+    def test_ampere(self, tmp_path: Path) -> None:
+        cases = [
+            {"shape": ODD[0], "dtype": "float16", "kernel": 5, "last": True},
+            {"shape": RESNET[0], "dtype": "float32", "kernel": 3, "last": False},
+            {"shape": ODD[1], "dtype": "float32", "kernel": 1, "last": False, "parameters": False, "closed": True},
+            {"shape": RESNET[2], "dtype": "float64", "kernel": 3, "last": True},
+        ]
+        assert_fits(compile_for(80, cases, tmp_path), len(cases))
+
+    @pytest.mark.exhaustive
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("kernel", [1, 3, 5])
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("capability", [80, 90])
+    def test_everything(self, capability: int, dtype: str, kernel: int, last: bool, tmp_path: Path) -> None:
+        cases = [
+            {"shape": shape, "dtype": dtype, "kernel": kernel, "last": last, "parameters": full, "closed": not full}
+            for shape in RESNET + ODD
+            for full in (True, False)
+        ]
+        assert_fits(compile_for(capability, cases, tmp_path), len(cases))
