@@ -136,6 +136,7 @@ def main() -> None:
                         "kernel": name,
                         "registers": registers,
                         "spilled": spilled,
+                        "loads": sorted(set(re.findall(r"ld\.global\S*?\.((?:v\d\.)?b\d+)", result.asm["ptx"]))),
                         "shared": result.metadata.shared,
                         "warps": result.metadata.num_warps,
                         "block": [arguments.get(key) for key in ("BLOCK_C", "BLOCK_P", "BLOCK_W", "ROWS", "VECTOR")],

@@ -26,23 +26,25 @@ __all__ = ["calibrated_affine", "dense", "finalise", "instance_means", "statisti
 DEVICES = {"cuda"}
 KERNEL_SIZES = (1, 3, 5)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Below it Triton does not promise to work.
-_CAPABILITY = (7, 5)
+# Offsets within a sample are 32 bits wide, and the kernels step over the end by less than the difference.
+_LIMIT = 2**31 - 2**22
 
 
 @functools.cache
-def _is_supported(kind: str, index: int | None) -> bool:
+def _is_supported(kind: str, index: int | None, dtype: torch.dtype) -> bool:
     if os.environ.get("UBN_ZOO_TRITON", "1") == "0" or importlib.util.find_spec("triton") is None:
         return False
     if kind != "cuda":
         return True
-    # Triton works on AMD's devices too, but these kernels have not been tried there.
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= _CAPABILITY
+    # Triton promises no earlier devices, and bfloat16 came later. It works on AMD's too, where these kernels have not
+    # been tried.
+    least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= least
 
 
 @torch.compiler.assume_constant_result
-def _is_enabled(kind: str, index: int | None) -> bool:
-    return kind in DEVICES and _is_supported(kind, index)
+def _is_enabled(kind: str, index: int | None, dtype: torch.dtype) -> bool:
+    return kind in DEVICES and dtype in _DTYPES and _is_supported(kind, index, dtype)
 
 
 def usable(input: Tensor, kernel_size: int) -> bool:
@@ -55,14 +57,12 @@ def usable(input: Tensor, kernel_size: int) -> bool:
         kernel_size: Taps per side of the depthwise affine.
     """
     return (
-        _is_enabled(input.device.type, input.device.index)
-        and kernel_size in KERNEL_SIZES
-        and input.dtype in _DTYPES
-        and input.numel() > 0
-        # Offsets within a sample are 32 bits wide.
-        and input.shape[1] * input.shape[2] * input.shape[3] < 2**31
+        _is_enabled(input.device.type, input.device.index, input.dtype)
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
+        and kernel_size in KERNEL_SIZES
+        and input.numel() > 0
+        and input.shape[1] * input.shape[2] * input.shape[3] < _LIMIT
     )
 
 
@@ -167,7 +167,12 @@ def _(input: Tensor, center_weight: Tensor | None, samples: int) -> tuple[Tensor
     "float threshold, bool moving) -> (Tensor mean, Tensor var, Tensor gate)"
 )
 def _finalise(mean: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return cast("tuple[Tensor, ...]", _launch("finalise", mean.device, mean, *arguments))
+    found = _launch("finalise", mean.device, mean, *arguments)
+    for buffer in arguments[2:5]:
+        # So that autograd sees that they moved, should a backward pass still need them as they were.
+        if arguments[-1] and not buffer.is_inference():
+            torch.autograd.graph.increment_version(buffer)
+    return cast("tuple[Tensor, ...]", found)
 
 
 @_fake("finalise")

@@ -105,7 +105,8 @@ def _moments_kernel(
     channel_stride, _, position_stride = _strides(channels, positions, 1, CHANNELS_LAST)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_P)
-    start = split * span
+    # A span is a multiple of the block: saying so again lets the compiler widen loads.
+    start = split * span // BLOCK_P * BLOCK_P
     end = tl.minimum(start + span, pixels)
     source = input + sample.to(tl.int64) * channels * positions + c[:, None] * channel_stride
     mean = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
@@ -113,15 +114,15 @@ def _moments_kernel(
     number = 0.0
     for first in tl.range(start, end, BLOCK_P, loop_unroll_factor=4):
         p = first + lane
-        # Spans are multiples of every vector width: only the image's end cuts a block short.
         valid = (c[:, None] < channels) & (p[None, :] < positions)
         values = tl.load(source + p[None, :] * position_stride, mask=valid, other=0.0).to(DTYPE)
         number += 1.0
         # Every lane has its own mean and deviations, which are merged in the end.
-        deviation = tl.where(valid, values - mean, 0.0)
+        values = tl.where(valid, values, mean)
+        deviation = values - mean
         mean += deviation * (1.0 / number)
         if squares is not None:
-            m2 += deviation * tl.where(valid, values - mean, 0.0)
+            m2 += deviation * (values - mean)
     count = tl.maximum((end - start - lane + BLOCK_P - 1) // BLOCK_P, 0).to(DTYPE)
     count = tl.broadcast_to(count[None, :], (BLOCK_C, BLOCK_P))
     mean_of_all, m2_of_all, total = _merged(mean, m2, count, 1)
@@ -168,7 +169,7 @@ def _combine_kernel(
         sample_mean = tl.load(means + source, mask=valid, other=0.0)
         sample_m2 = tl.load(squares + source, mask=valid, other=0.0)
         seen = tl.minimum(span, pixels)
-        for split in tl.range(1, splits):
+        for split in tl.range(1, splits, loop_unroll_factor=2):
             source += N.to(tl.int64) * C
             size = tl.minimum(span, pixels - split * span)
             share = size.to(DTYPE) / (seen + size).to(DTYPE)
@@ -205,14 +206,17 @@ def _similarity_kernel(
     blocks,
     VECTOR: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     i = tl.arange(0, BLOCK_S)
     squared = tl.zeros([BLOCK_S], DTYPE)
-    for block in tl.range(0, blocks):
-        squared += tl.load(norms + i * blocks + block, mask=i < samples, other=0.0)
+    for first in tl.range(0, blocks, BLOCK_N):
+        block = first + tl.arange(0, BLOCK_N)
+        mask = (i[:, None] < samples) & (block[None, :] < blocks)
+        squared += tl.sum(tl.load(norms + i[:, None] * blocks + block[None, :], mask=mask, other=0.0), 1)
     # A sample of zero norm has cosine 0 with all others.
     inverse = tl.where(squared > 0, 1.0 / tl.sqrt(tl.where(squared > 0, squared, 1.0)), 0.0)
     size = numel // VECTOR * VECTOR
@@ -690,14 +694,20 @@ def _parameters_kernel(
         tl.store(grad_center_weight + c[None, :], total.to(grad_center_weight.dtype.element_ty), mask=present[None, :])
 
     if grad_weight is not None:
+        taps = ()
+        for _ in tl.static_range(KERNEL * KERNEL):
+            taps = taps + (zero,)
+        for first in tl.range(0, parts, BLOCK_N):
+            part = first + lane
+            place = part[:, None].to(tl.int64) * (KERNEL * KERNEL) * C + c[None, :]
+            mask = (part[:, None] < parts) & present[None, :]
+            added = ()
+            for t in tl.static_range(KERNEL * KERNEL):
+                added = added + (taps[t] + tl.load(kernel_sums + place + t * C, mask=mask, other=0.0),)
+            taps = added
         for t in tl.static_range(KERNEL * KERNEL):
-            tap = zero
-            for first in tl.range(0, parts, BLOCK_N):
-                part = first + lane
-                place = (part[:, None].to(tl.int64) * (KERNEL * KERNEL) + t) * C + c[None, :]
-                tap += tl.load(kernel_sums + place, mask=(part[:, None] < parts) & present[None, :], other=0.0)
             target = grad_weight + c * (KERNEL * KERNEL) + t
-            tl.store(target, tl.sum(tap, 0).to(grad_weight.dtype.element_ty), mask=present)
+            tl.store(target, tl.sum(taps[t], 0).to(grad_weight.dtype.element_ty), mask=present)
 
 
 @triton.jit(do_not_specialize=["C", "H", "W", "channel_blocks", "column_blocks", "strips", "strip_rows"])
@@ -870,7 +880,7 @@ def tap_blocks(shape: Tuple[int, int, int, int], channels_last: bool, kernel: in
     group = 1
     if summing:
         # The sums of taps over small maps would be of the maps' own size if they did not go over some samples.
-        group = max(1, min(programs // PROGRAMS, 512 // (height * width), samples))
+        group = max(1, min(2 * programs // PROGRAMS, 512 // (height * width), samples))
     return Blocks(
         channels=block_channels,
         positions=block,
@@ -980,7 +990,7 @@ def statistics(
         BLOCK_C=block_channels,
         BLOCK_N=block_samples,
         DTYPE=dtype,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
     )
     if samples == 0:
@@ -1000,6 +1010,7 @@ def statistics(
         channel_blocks,
         VECTOR=math.gcd(numel, 8),
         BLOCK_S=triton.next_power_of_2(compared),
+        BLOCK_N=min(64, triton.next_power_of_2(channel_blocks)),
         BLOCK=SIMILARITY_BLOCK,
         SLOTS=SIMILARITY_SLOTS,
         DTYPE=dtype,
@@ -1012,9 +1023,11 @@ def statistics(
 def parameter_blocks(samples: int, channels: int) -> Tuple[int, int]:
     """Channels and samples of a tile of the kernels over (N, C).
 
-    16 channels are half a line of the cache, and make programs enough; a tile has 4 values for each of 128 threads.
+    8 channels in float32 are the least that memory hands out, and make programs enough of few channels; samples are as
+    many as a common batch has: these kernels wait for one load after another, the fewer the better. 4 values for each
+    of 256 threads.
     """
-    return min(16, triton.next_power_of_2(channels)), min(32, triton.next_power_of_2(samples))
+    return min(8, triton.next_power_of_2(channels)), min(128, triton.next_power_of_2(samples))
 
 
 def finalise(
@@ -1245,7 +1258,7 @@ def affine_backward(
         BLOCK_C=block_channels,
         BLOCK_N=block_samples,
         DTYPE=dtype,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
     )
     if not needs_input:
