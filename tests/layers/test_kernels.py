@@ -463,6 +463,25 @@ class TestCompile:
         for name, value in snapshot(twin).items():
             torch.testing.assert_close(snapshot(layer)[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
+    def test_checkpointing(self, launches: list[str]) -> None:
+        """A compiler that is told to run the layer again in backward."""
+
+        class Checkpointed(nn.Sequential):
+            def forward(self, input: Tensor) -> Tensor:
+                return checkpoint(self[0], input.sin(), use_reentrant=False)
+
+        model = Checkpointed(make_layer(3, gate=0.5)).to(DEVICE)
+        twin = nn.Sequential(copy.deepcopy(model[0]))
+        x = random_input((3, 3, 4, 5), dtype=F32)[0].to(DEVICE)
+        leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y = torch.compile(model, fullgraph=True, backend="aot_eager")(leaves[0])
+        y.sum().backward()
+        assert launches[-1] == "affine_backward"
+        twin(leaves[1].sin()).sum().backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-4)
+        for name, value in snapshot(twin).items():
+            torch.testing.assert_close(snapshot(model)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
     @pytest.mark.slow
     @pytest.mark.skipif(
         not NATIVE and shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"

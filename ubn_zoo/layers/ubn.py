@@ -314,7 +314,8 @@ class UnifiedBatchNorm2d(nn.Module):
             self._check_values(input)
         recomputing = training and _in_backward()
         if training:
-            distributed.equalize_ddp_buffers()
+            if sync is not None or not torch.compiler.is_compiling():
+                distributed.equalize_ddp_buffers()
             if state is not None and not recomputing:
                 state.batches.add_(1)
         recalling = recomputing and len(self._records) > 0
