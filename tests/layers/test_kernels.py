@@ -196,14 +196,16 @@ class TestAgainstReference:
         """A map so large that statistics, sums and rows are split, and small maps that are summed up in groups."""
         x, grad_y = random_input((2, 2, 40, 70), dtype=F32)
         for last in (False, True):
-            assert kernels.statistics_blocks(x.shape, last).pieces > 1
-            blocks = kernels.tap_blocks(x.shape, last, 3, "output")
+            assert kernels.statistics_blocks(tuple(x.shape), last).pieces > 1
+            blocks = kernels.tap_blocks(tuple(x.shape), last, 3, "output")
             assert blocks.pieces > 1
             assert blocks.column_blocks(70) > 1
             assert_step(*on_device(make_layer(2), x, grad_y, FORMATS[last]))
         monkeypatch.setattr(kernels, "PROGRAMS", 1)
+        kernels.tap_blocks.cache_clear()
         assert kernels.tap_blocks((9, 3, 3, 4), False, 3, "sums").group > 1
         assert_step(*on_device(make_layer(3), *random_input((9, 3, 3, 4), dtype=F32)))
+        kernels.tap_blocks.cache_clear()
 
 
 class TestLargeMean:

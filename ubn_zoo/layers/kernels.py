@@ -26,6 +26,7 @@ This module imports triton; whoever may have to do without imports it late.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
@@ -816,6 +817,8 @@ class Blocks(NamedTuple):
         return triton.cdiv(columns, self.positions)
 
 
+# A launch is due in some microseconds, and a network comes back to the same shapes.
+@functools.lru_cache(maxsize=4096)
 def statistics_blocks(shape: Tuple[int, int, int, int], channels_last: bool) -> Blocks:
     """Tiles of 1024 values, 8 for each of 128 threads: one load of 16 bytes in half precision.
 
@@ -834,12 +837,13 @@ def statistics_blocks(shape: Tuple[int, int, int, int], channels_last: bool) -> 
     warps = max(1, min(4, block_channels * block // 256))
     programs = samples * triton.cdiv(channels, block_channels)
     tiles = triton.cdiv(pixels, block)
-    wanted = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(tiles, 4))
+    wanted = min(max(1, PROGRAMS // programs), triton.cdiv(tiles, 4))
     span = triton.cdiv(tiles, wanted) * block
     vector = math.gcd(channels if channels_last else pixels, 8)
     return Blocks(block_channels, block, vector, warps, triton.cdiv(pixels, span), span)
 
 
+@functools.lru_cache(maxsize=4096)
 def tap_blocks(shape: Tuple[int, int, int, int], channels_last: bool, kernel: int, purpose: str) -> Blocks:
     """Tiles of one row by channels for the kernels over taps, 128 threads each.
 
@@ -875,7 +879,7 @@ def tap_blocks(shape: Tuple[int, int, int, int], channels_last: bool, kernel: in
     if not summing:
         programs *= triton.cdiv(width, block)
     # Strips of at least 8 rows: each reads the rows next to it as well.
-    strips = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(height, 8))
+    strips = min(max(1, PROGRAMS // programs), triton.cdiv(height, 8))
     rows = triton.cdiv(height, strips)
     group = 1
     if summing:
