@@ -15,7 +15,16 @@ from torch import Tensor
 
 from . import functional as reference
 
-__all__ = ["calibrated_affine", "chunks", "depthwise", "depthwise_kernel_grad", "statistics"]
+__all__ = [
+    "calibrated_affine",
+    "chunks",
+    "depthwise",
+    "depthwise_kernel_grad",
+    "differentiable_backward",
+    "finalise",
+    "instance_means",
+    "statistics",
+]
 
 
 # Bytes of input that each thread of a CPU works on at a time: a share of its cache, beside intermediate results.
@@ -41,6 +50,11 @@ def chunks(input: Tensor) -> list[slice]:
         runs = -(-samples // max(1, fitting))
         size = -(-samples // runs)
     return [slice(start, start + size) for start in range(0, samples, size)]
+
+
+def instance_means(input: Tensor) -> Tensor:
+    """Means (N, C) over H and W, in float32 at least and without gradient."""
+    return reference.promote(input.detach()).mean((2, 3))
 
 
 @torch.no_grad()
@@ -106,6 +120,55 @@ def _add_units(total: Tensor | None, values: Tensor, norms: Tensor) -> Tensor:
     # A zero vector divided by one stays zero: no cosine with anything.
     weights = torch.where(norms > 0, norms, 1.0).reciprocal_()
     return torch.mv(vectors, weights) if total is None else total.addmv_(vectors, weights)
+
+
+def finalise(
+    mean: Tensor,
+    var: Tensor,
+    similarity: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    running_similarity: Tensor,
+    batches: Tensor,
+    momentum: float | None,
+    count: Tensor | int,
+    similarity_momentum: float,
+    threshold: float | None,
+    moving: bool,
+) -> tuple[Tensor, Tensor, Tensor | bool]:
+    """Decides the gate, moves the running state in place and selects the statistics to normalise with.
+
+    Gradients flow to the batch's statistics where they have any: those of several ranks do.
+
+    Args:
+        mean: (C,) of the batch, centred.
+        var: (C,) biased.
+        similarity: Of the batch's samples, from :func:`statistics`; None for a gate that is always open.
+        running_mean: (C,) buffer.
+        running_var: (C,) buffer.
+        running_similarity: Scalar buffer.
+        batches: Scalar buffer, training steps seen, this one included.
+        momentum: Weight of the batch in the running statistics; None for 1 / ``batches``.
+        count: Elements per channel, N * H * W.
+        similarity_momentum: Weight of the batch in ``running_similarity``.
+        threshold: The gate is open above it; None for always.
+        moving: False to decide by the state as it is and leave it so.
+
+    Returns:
+        Mean (C,), variance (C,), and the gate: a boolean scalar on the device, or True.
+    """
+    gate: Tensor | None = None
+    batch_mean, batch_var = mean, var
+    if similarity is not None and threshold is not None:
+        weight = similarity_momentum if moving else 0.0
+        gate = reference.update_similarity_gate(running_similarity, similarity, weight, threshold)
+        mean = torch.where(gate, mean, running_mean.to(mean.dtype))
+        var = torch.where(gate, var, running_var.to(var.dtype))
+    if moving:
+        factor = reference.update_factor(momentum, batches, gate, running_mean)
+        unbiased_var = batch_var.detach() * (count / (count - 1))
+        reference.update_running_statistics(running_mean, running_var, batch_mean, unbiased_var, factor)
+    return mean, var, True if gate is None else gate
 
 
 def _instance_sum(input: Tensor) -> Tensor:
@@ -248,7 +311,7 @@ class _CalibratedAffine(torch.autograd.Function):
         saved = cast("tuple[Any, ...]", ctx.saved_tensors)
         gate = saved[9] if ctx.gate is None else ctx.gate
         if torch.is_grad_enabled():
-            return _differentiable_backward(saved[:9], gate, ctx.eps, ctx.needs_input_grad, grad_output)
+            return differentiable_backward(saved[:9], gate, ctx.eps, ctx.needs_input_grad, grad_output)
         input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean = saved[:7]
         scales = _Scales(*saved[10:])
         pixels = input.shape[2] * input.shape[3]
@@ -389,7 +452,7 @@ def _grad_input(
     return result
 
 
-def _differentiable_backward(
+def differentiable_backward(
     saved: tuple[Any, ...],
     gate: Tensor | bool,
     eps: float,

@@ -238,7 +238,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     if torch.is_grad_enabled():
         # `create_graph=True`: the gradient has to be differentiable itself.
-        gradients = autograd._differentiable_backward(saved, ctx.eps, needed[:6], grad_output)
+        *tensors, gate = saved
+        gate = False if gate is None else gate
+        gradients = autograd.differentiable_backward(tuple(tensors), gate, ctx.eps, needed[:6], grad_output)
     else:
         found = torch.ops.ubn_zoo.calibrated_affine_backward(grad_output, *saved, ctx.eps, needed[0], needed[1])
         gradients = tuple(gradient if wanted else None for gradient, wanted in zip(found, needed[:6], strict=True))
@@ -287,25 +289,7 @@ def finalise(
     threshold: float | None,
     moving: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decides the gate, moves the running state in place and selects the statistics to normalise with.
-
-    Args:
-        mean: (C,) of the batch.
-        var: (C,) biased.
-        similarity: What :func:`statistics` returned; None for a gate that is open always.
-        running_mean: (C,) buffer.
-        running_var: (C,) buffer.
-        running_similarity: Scalar buffer in float32.
-        batches: Scalar buffer, training steps seen, this one included.
-        momentum: Weight of the batch in the running statistics; None for 1 / ``batches``.
-        count: Elements per channel, N * H * W.
-        similarity_momentum: Weight of the batch in ``running_similarity``.
-        threshold: The gate is open above it.
-        moving: False to decide by the state as it is and leave it so.
-
-    Returns:
-        Mean (C,), variance (C,) and gate, a boolean scalar on the device.
-    """
+    """:func:`autograd.finalise`, of the same arguments; ``similarity`` is what :func:`statistics` returned."""
     if threshold is None:
         similarity = None
     return cast(
@@ -332,7 +316,7 @@ def calibrated_affine(
     instance_mean: Tensor,
     mean: Tensor,
     var: Tensor,
-    gate: Tensor | None,
+    gate: Tensor | bool,
     weight: Tensor | None,
     bias: Tensor | None,
     center_weight: Tensor | None,
@@ -341,9 +325,12 @@ def calibrated_affine(
     eps: float,
 ) -> Tensor:
     """:func:`autograd.calibrated_affine`, of the same arguments."""
+    opened = gate if isinstance(gate, Tensor) else None
+    if gate is True:
+        opened = torch.ones([], dtype=torch.bool, device=input.device)
     return cast(
         Tensor,
         torch.ops.ubn_zoo.calibrated_affine(
-            input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, gate, eps
+            input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, opened, eps
         ),
     )

@@ -2,13 +2,14 @@
 
 import math
 from collections import deque
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
 from timm.layers import create_act_layer, register_notrace_module
 from torch import Tensor, nn
 
-from . import autograd, distributed, functional
+from . import autograd, distributed, functional, fused
 from .state import CALIBRATIONS, affine_gain, identity_kernel, upgrade_layer_state
 
 __all__ = ["UnifiedBatchNorm2d", "UnifiedBatchNormAct2d"]
@@ -261,10 +262,11 @@ class UnifiedBatchNorm2d(nn.Module):
 
     @torch.jit.unused
     def _dispatch(self, input: Tensor) -> Tensor:
-        # Compilers and exporters take the equations and fuse them by themselves; so do the transforms of torch.func,
-        # which do not take the eager mode's autograd function.
+        # Compilers and exporters take the equations and fuse them by themselves where there are no kernels for it; so
+        # do the transforms of torch.func, which do not take the eager mode's autograd function.
         captured = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        captured = captured or torch._C._are_functorch_transforms_active()
+        captured = captured and not fused.usable(input, self.kernel_size)
+        captured = captured or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
         if captured and not (self._sync is not None and self.training and self._sync.active()):
             return without_autocast(input, self._reference)
         return without_autocast(input, self._eager)
@@ -302,12 +304,13 @@ class UnifiedBatchNorm2d(nn.Module):
     def _eager(self, input: Tensor) -> Tensor:
         state = self._state()
         training = self.training and not self.frozen
+        path = fused if fused.usable(input, self.kernel_size) else autograd
         if not training and state is not None:
             if input.numel() == 0:
                 return self._empty(input)
-            instance_mean = functional.promote(input.detach()).mean((2, 3))
+            instance_mean = path.instance_means(input)
             mean, var = state.mean.to(instance_mean.dtype), state.var.to(instance_mean.dtype)
-            return self._affine(input, instance_mean, mean, var, False)
+            return self._affine(path, input, instance_mean, mean, var, False)
 
         sync = self._sync if training and self._sync is not None and self._sync.active() else None
         if input.numel() > 0 and sync is None:
@@ -325,12 +328,12 @@ class UnifiedBatchNorm2d(nn.Module):
         if input.numel() == 0:
             return self._empty(input)
         samples = self.similarity_samples if gated else None
-        instance_mean, mean, var, similarity = autograd.statistics(input, self.center_weight, samples)
+        instance_mean, mean, var, similarity = path.statistics(input, self.center_weight, samples)
         gate: Union[Tensor, bool] = True
         if training and state is not None:
             count = input.numel() // input.shape[1]
-            mean, var, gate = self._step(state, mean, var, count, similarity, recomputing)
-        return self._affine(input, instance_mean, mean, var, gate)
+            mean, var, gate = self._step(path, state, mean, var, count, similarity, recomputing)
+        return self._affine(path, input, instance_mean, mean, var, gate)
 
     def _synchronized(self, input: Tensor, sync: distributed.SyncGroup, gated: bool, recomputing: bool) -> Tensor:
         instance_mean, instance_var = functional.instance_moments(input)
@@ -343,7 +346,7 @@ class UnifiedBatchNorm2d(nn.Module):
             similarity = None
             if gated:
                 similarity = distributed.feature_similarity(input.detach(), self.similarity_samples, samples, sync)
-            mean, var, _ = self._step(state, mean, var, count, similarity, recomputing)
+            mean, var, _ = self._step(autograd, state, mean, var, count, similarity, recomputing)
         return functional.calibrated_affine(
             input,
             instance_mean,
@@ -359,6 +362,7 @@ class UnifiedBatchNorm2d(nn.Module):
 
     def _step(
         self,
+        path: ModuleType,
         state: _State,
         mean: Tensor,
         var: Tensor,
@@ -370,30 +374,34 @@ class UnifiedBatchNorm2d(nn.Module):
         if recomputing and self._records:
             recalled, first_mean, first_var = self._recall(mean)
             return torch.where(recalled, mean, first_mean), torch.where(recalled, var, first_var), recalled
-        gate: Optional[Tensor] = None
-        batch_mean, batch_var = mean, var
-        if similarity is not None and self.threshold is not None:
-            # A recomputation without a record moves nothing either.
-            momentum = 0.0 if recomputing else self.similarity_momentum
-            gate = functional.update_similarity_gate(state.similarity, similarity, momentum, self.threshold)
-            mean = torch.where(gate, mean, state.mean.to(mean.dtype))
-            var = torch.where(gate, var, state.var.to(var.dtype))
-            if _may_be_recomputed():
-                self._records.appendleft(
-                    _StepRecord(
-                        batch_mean.detach(),
-                        gate,
-                        mean.detach(),
-                        var.detach(),
-                        torch.autograd._get_sequence_nr(),
-                        torch.is_grad_enabled(),
-                    )
+        batch_mean = mean
+        # A recomputation without a record moves nothing either.
+        mean, var, gate = path.finalise(
+            mean,
+            var,
+            similarity,
+            state.mean,
+            state.var,
+            state.similarity,
+            state.batches,
+            self.momentum,
+            count,
+            self.similarity_momentum,
+            self.threshold,
+            not recomputing,
+        )
+        if similarity is not None and self.threshold is not None and _may_be_recomputed():
+            self._records.appendleft(
+                _StepRecord(
+                    batch_mean.detach(),
+                    gate,
+                    mean.detach(),
+                    var.detach(),
+                    torch.autograd._get_sequence_nr(),
+                    torch.is_grad_enabled(),
                 )
-        if not recomputing:
-            factor = functional.update_factor(self.momentum, state.batches, gate, state.mean)
-            unbiased_var = batch_var.detach() * (count / (count - 1))
-            functional.update_running_statistics(state.mean, state.var, batch_mean, unbiased_var, factor)
-        return mean, var, True if gate is None else gate
+            )
+        return mean, var, gate
 
     def _recall(self, batch_mean: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """The gate and the statistics of the first run of the forward that is being recomputed."""
@@ -418,9 +426,15 @@ class UnifiedBatchNorm2d(nn.Module):
         return gates, means, variances
 
     def _affine(
-        self, input: Tensor, instance_mean: Tensor, mean: Tensor, var: Tensor, gate: Union[Tensor, bool]
+        self,
+        path: ModuleType,
+        input: Tensor,
+        instance_mean: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        gate: Union[Tensor, bool],
     ) -> Tensor:
-        return autograd.calibrated_affine(
+        output: Tensor = path.calibrated_affine(
             input,
             instance_mean,
             mean,
@@ -433,6 +447,7 @@ class UnifiedBatchNorm2d(nn.Module):
             self.scale_bias,
             self.eps,
         )
+        return output
 
     def _empty(self, input: Tensor) -> Tensor:
         # Nothing to normalise; the parameters stay in the graph, with zero gradients, as DistributedDataParallel needs.
