@@ -28,7 +28,7 @@ __all__ = [
 
 
 # Bytes of input that each thread of a CPU works on at a time: a share of its cache, beside intermediate results.
-_CHUNK = 2 << 20
+_CHUNK = 4 << 20
 
 
 def chunks(input: Tensor) -> list[slice]:
