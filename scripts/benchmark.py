@@ -142,6 +142,8 @@ def main() -> None:
         "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "environment": f"{benchmark.environment(torch.device(args.device))}, ubn-zoo {ubn_zoo.__version__}",
     }
+    if (args.layer or args.growth) and benchmark.keep_memory():
+        about["environment"] += ", freed memory kept"
     print(about["environment"])
     tables, pictures = {}, {}
     if args.quick or not (args.growth or args.profile):

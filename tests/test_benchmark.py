@@ -607,3 +607,22 @@ def test_script_profiles(tmp_path: Path) -> None:
     assert "norm: depthwise convolution" in run(*arguments, "--device", "cpu", "--csv", str(tmp_path / "p.csv"))
     shares, _ = benchmark.read_profile(tmp_path / "p.csv")
     assert {share.model for share in shares} == {MODEL, f"{MODEL}_ubn"}
+
+
+def test_memory_is_kept() -> None:
+    """In a process of its own: it holds for the rest of it. A freed tensor's pages are there for the next one."""
+    program = """
+import resource, torch
+from ubn_zoo import benchmark
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh = [faults() for _ in range(3)][-1]
+if benchmark.keep_memory():
+    kept = [faults() for _ in range(3)][-1]
+    assert fresh > 1000 > 10 * kept, (fresh, kept)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=120)

@@ -13,7 +13,7 @@ from .pictures import draw_growth, draw_ratios
 from .profiles import GROUPS, Share, profile_step
 from .report import page, report
 from .tables import read_growth, read_profile, read_timings, rows_of, table, write_table
-from .turns import KINDS, Timing, environment, peak_memory
+from .turns import KINDS, Timing, environment, keep_memory, peak_memory
 
 __all__ = [
     "AXES",
@@ -36,6 +36,7 @@ __all__ = [
     "fit",
     "grow",
     "grow_ranks",
+    "keep_memory",
     "page",
     "peak_memory",
     "profile_step",

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..layers import convert_sync_ubn
 from .layers import compare_layers, make_layer
-from .turns import KINDS, check_steps, layer_step, milliseconds
+from .turns import KINDS, check_steps, keep_memory, layer_step, milliseconds
 
 __all__ = ["AXES", "BASE", "RANKS", "SYNCHRONISED", "Fit", "GrowthPoint", "fit", "grow", "grow_ranks"]
 
@@ -247,6 +247,7 @@ def grow_ranks(
 def _time_rank(rank: int, count: int, base: Mapping[str, int], steps: int, channels_last: bool, folder: str) -> None:
     """One rank's part: writes its times, and the collectives of one more step of each layer."""
     torch.set_num_threads(1)
+    keep_memory()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     torch.manual_seed(rank)
     shape = (base["batch"], base["channels"], base["pixels"], base["pixels"])

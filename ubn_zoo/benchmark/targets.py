@@ -27,6 +27,7 @@ class Target:
         dtype: Of :class:`Timing`.
         channels_last: Memory format.
         memory: Whether it is of memory and not of time.
+        fused_base: In the mode "fused", whether BatchNorm's model is fused as well, or as it is.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Target:
     dtype: str = "float32"
     channels_last: bool = True
     memory: bool = False
+    fused_base: bool = True
 
     def covers(self, timing: Timing) -> bool:
         """Whether a timing, of BatchNorm or of UBN, is one that the target speaks of."""
@@ -47,8 +49,7 @@ class Target:
             and self.batch_size in (None, timing.batch_size)
             and (self.model is None or timing.model.partition(" ")[0] in (self.model, f"{self.model}_ubn"))
             and (self.model is None or timing.img_size == _IMG_SIZE)
-            # The model as it was before it was fused is there for comparison.
-            and (self.mode != "fused" or "(fused" in timing.model)
+            and (self.mode != "fused" or ("(fused" in timing.model) == (timing.kind != "bn" or self.fused_base))
             # Targets of CPUs are those of eager mode.
             and (self.device == "cuda" or "compiled" not in timing.model)
         )
@@ -68,7 +69,7 @@ def _gpu(what: str, mode: str, ratio: float, *, memory: bool = False) -> Target:
 
 
 def _cpu(what: str, mode: str, model: str, batch_size: int, ratio: float) -> Target:
-    return Target(what=what, device="cpu", mode=mode, model=model, batch_size=batch_size, ratio=ratio)
+    return Target(what=what, device="cpu", mode=mode, model=model, batch_size=batch_size, ratio=ratio, fused_base=False)
 
 
 TARGETS = (
@@ -78,7 +79,7 @@ TARGETS = (
         for batch in (8, 32)
     ),
     *(
-        _cpu(f"{model}, inference, both fused, batch {batch}", "fused", model, batch, ratio)
+        _cpu(f"{model}, inference, UBN fused, batch {batch}", "fused", model, batch, ratio)
         for model, ratio in (("resnet50", 1.5), ("mobilenetv3_large_100", 1.7), ("regnety_032", 1.7))
         for batch in (1, 32)
     ),
@@ -148,8 +149,8 @@ def _best(target: Target, timings: Sequence[Timing]) -> Outcome | None:
     base, ubn = min(bases, key=cost), min(twins, key=cost)
     if target.memory:
         return Outcome(base, ubn, cost(ubn) / cost(base), None) if ubn.memory and base.memory else None
-    # Only ratios to the first entry, which is BatchNorm not compiled, are those of the same turns.
-    if "compiled" in base.model:
+    # Only ratios to the first entry, BatchNorm not compiled and fused where anything is, are those of the same turns.
+    if "compiled" in base.model or (target.mode == "fused" and not target.fused_base):
         return Outcome(base, ubn, ubn.median / base.median, None)
     quartiles = ubn.ratio_lower, ubn.ratio_upper
     return Outcome(base, ubn, ubn.ratio, quartiles if None not in quartiles else None)
@@ -157,5 +158,8 @@ def _best(target: Target, timings: Sequence[Timing]) -> Outcome | None:
 
 def limit_of(timing: Timing) -> float | None:
     """The target of time that a timing of UBN has, None for none."""
-    found = (target.ratio for target in TARGETS if not target.memory and target.covers(timing))
-    return next(found, None) if timing.kind == "ubn" else None
+    if timing.kind != "ubn":
+        return None
+    # Ratios of fused models are to BatchNorm's fused one.
+    found = (target for target in TARGETS if not target.memory and target.covers(timing))
+    return next((target.ratio for target in found if timing.mode != "fused" or target.fused_base), None)

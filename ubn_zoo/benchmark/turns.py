@@ -5,6 +5,7 @@ Two turns warm up and are not counted; whatever is compiled is compiled in them.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import platform
 import statistics
@@ -25,6 +26,7 @@ __all__ = [
     "as_if_trained",
     "as_naive",
     "environment",
+    "keep_memory",
     "milliseconds",
     "peak_memory",
     "take_turns",
@@ -125,6 +127,21 @@ class Timing:
     def floor_ratio(self) -> float | None:
         """A layer's time over its floor; None for models, whose floor is of their norms only."""
         return self.median / self.floor if self.floor and self.mode.startswith("layer") else None
+
+
+def keep_memory() -> bool:
+    """Tells the C library to keep what is freed, for the rest of the process; returns whether it does (glibc alone).
+
+    A single large layer is otherwise timed by the fresh pages that the system gives and takes: they fall to whichever
+    layer comes after one that left a gap, and cost more than its arithmetic. A model's steps find their memory from
+    the step before.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
 def environment(device: torch.device) -> str:
