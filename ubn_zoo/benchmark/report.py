@@ -218,8 +218,8 @@ def _layers(measured: _Measured) -> list[str]:
         return [*text, "Not measured.\n"]
     text.append(
         "Ratios to BatchNorm2d. Over the floor: how many times the least traffic's time a layer takes. Over the\n"
-        "convolution: how many times the time of the depthwise convolution alone a UBN layer takes. The C library keeps\n"
-        "what is freed between steps, where it is said so: fresh pages from the system would cost more than arithmetic.\n"
+        "convolution: how many times the time of the depthwise convolution alone a UBN layer takes. Where it is said,\n"
+        "the C library keeps what is freed between steps: fresh pages would cost more than the arithmetic.\n"
     )
     for heading, timings in _devices(found):
         text.append(heading)
