@@ -39,7 +39,7 @@ took BatchNorm's time and these convolutions on top, and the gate and the calibr
 
 On a CPU inference after `ubn_zoo.fuse` is held against BatchNorm's model as it is, on a GPU against BatchNorm's fused
 as well; the stricter ratio of a CPU is among the models below. Where two tables time the same, the first of them
-counts; with more models in turn the caches are colder, and ratios larger.
+counts, and is in the pictures; with more models in turn the caches are colder, and ratios larger.
 """
 
 _RANKS = """\
@@ -337,6 +337,14 @@ def page(results: str | Path) -> str:
     return "\n".join([_INTRODUCTION, *(part for section in sections for part in section(measured) if part)])
 
 
+def _first_of_each(timings: Iterable[Timing]) -> list[Timing]:
+    """One timing of each kind, the one that counts for targets: points of several tables would cover each other."""
+    first: dict[tuple[object, ...], Timing] = {}
+    for timing in timings:
+        first.setdefault((timing.model, timing.mode, timing.batch_size, timing.dtype, timing.channels_last), timing)
+    return list(first.values())
+
+
 def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
     """Writes the page and its pictures.
 
@@ -358,7 +366,11 @@ def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
         for _, timings in _devices(mine):
             if _drawable(timings):
                 written.append(folder / _picture(timings))
-                draw_ratios(timings, written[-1], f"{title} on a {_HARDWARE[timings[0].device]}: median and quartiles")
+                draw_ratios(
+                    _first_of_each(timings),
+                    written[-1],
+                    f"{title} on a {_HARDWARE[timings[0].device]}: median and quartiles",
+                )
     for source, points in _by_source(measured.points).items():
         written.append(folder / _growth_picture(source))
         draw_growth(points, written[-1], "Time of a layer: points, and fitted lines")
