@@ -16,6 +16,8 @@ import ubn_zoo
 
 from .common import (
     OPEN,
+    SHUT,
+    assert_step,
     gradients,
     make_layer,
     random_input,
@@ -92,6 +94,36 @@ class TestCompile:
     @pytest.mark.parametrize("settings", [{}, {"momentum": None}, {"threshold": None, "kernel_size": 1}], ids=str)
     def test_in_one_graph(self, settings: dict, training: bool) -> None:
         self.compare(small_model(**settings).train(training), "aot_eager")
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("gate", [OPEN, SHUT])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"kernel_size": 5},
+            {"affine": False},
+            {"center_calibration": False},
+            {"scale_calibration": False},
+            {"track_running_stats": False},
+        ],
+        ids=str,
+    )
+    def test_against_reference(self, settings: dict, gate: float, channels_last: bool) -> None:
+        layer = torch.compile(make_layer(3, gate=gate, dtype=torch.float64, **settings), backend="aot_eager")
+        x, grad_y = random_input((4, 3, 6, 5))
+        if channels_last:
+            x, grad_y = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad_y))
+        assert_step(layer, x, grad_y)
+
+    def test_what_is_kept_for_backward(self) -> None:
+        """Of the input's size nothing but the input, as in eager mode."""
+        layer = torch.compile(make_layer(3), fullgraph=True, backend="aot_eager")
+        x = random_input((4, 3, 16, 16), dtype=F32)[0].requires_grad_()
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept):
+            layer(x)
+        assert sum(tensor.numel() >= x.numel() for tensor in kept) == 1
 
     def test_across_the_gate_without_recompilation(self) -> None:
         """The gate flips between steps while the graph stays one and the same."""

@@ -41,11 +41,11 @@ def chunks(input: Tensor) -> list[slice]:
         input: (N, C, H, W), not empty.
 
     Returns:
-        Slices of the first dimension; on other devices one of them all.
+        Slices of the first dimension; one of them all on other devices, and for compilers, which fuse operations.
     """
     samples = input.shape[0]
     size = samples
-    if input.device.type == "cpu":
+    if input.device.type == "cpu" and not torch.compiler.is_compiling():
         fitting = _CHUNK * torch.get_num_threads() * samples // (input.numel() * input.element_size())
         runs = -(-samples // max(1, fitting))
         size = -(-samples // runs)

@@ -262,12 +262,10 @@ class UnifiedBatchNorm2d(nn.Module):
 
     @torch.jit.unused
     def _dispatch(self, input: Tensor) -> Tensor:
-        # Compilers and exporters take the equations and fuse them by themselves where there are no kernels for it; so
-        # do the transforms of torch.func, which do not take the eager mode's autograd function.
-        captured = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        captured = captured and not fused.usable(input, self.kernel_size)
-        captured = captured or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
-        if captured and not (self._sync is not None and self.training and self._sync.active()):
+        # What is exported is the equations alone. The transforms of torch.func take them too: they do not know the
+        # autograd function of the other path.
+        plain = torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+        if plain and not (self._sync is not None and self.training and self._sync.active()):
             return without_autocast(input, self._reference)
         return without_autocast(input, self._eager)
 
