@@ -55,7 +55,7 @@ class Recorder:
 def launches_of(
     shape: list[int], dtype: str, kernel: int, last: bool, parameters: bool = True, closed: bool = False
 ) -> list[tuple[str, Any, dict[str, Any]]]:
-    """All launches of a training step and of an evaluation of one layer."""
+    """All launches of a training step, of an evaluation and of the fused inference of one layer."""
     launches: list[tuple[str, Any, dict[str, Any]]] = []
     originals = {name: value for name, value in vars(kernels).items() if name.endswith("_kernel")}
     for name, value in originals.items():
@@ -79,6 +79,12 @@ def launches_of(
         batches = None if parameters else tensor(dtype=torch.int64)
         mean, var, gate = kernels.finalise(mean, var, similarity, *running, batches, 0.1, 4, 0.1, 0.15, True)
         kernels.affine(x, instance_mean, mean, var, weight, *vectors, 1e-5)
+        bias, *rest = vectors
+        for slope in (None, mean) if parameters else (mean,):
+            # Behind a convolution, which takes the slope, or alone.
+            kernels.folded_affine(
+                x, instance_mean if parameters else None, slope, mean, rest[0], weight, bias, *rest[1:], parameters
+            )
         kernels.affine_backward(
             x, x, instance_mean, mean, var, None if closed else gate, weight, *vectors, 1e-5, True, True
         )

@@ -363,6 +363,77 @@ class TestAct:
         model = nn.Sequential(nn.Conv2d(4, 6, 3, dtype=F64), layer).eval()
         assert_same(model, fused(model), images(2, 4, 6, 5))
 
+    @staticmethod
+    def with_relu(change: Callable = nothing, **settings: object) -> nn.Sequential:
+        layer = make_layer(6, cls=ubn_zoo.UnifiedBatchNormAct2d, dtype=F64, **settings)
+        with torch.no_grad():
+            change(layer)
+        return nn.Sequential(nn.Conv2d(4, 6, 3, dtype=F64), layer).eval()
+
+    @pytest.mark.parametrize("fed", [True, False])
+    @pytest.mark.parametrize("inplace", [True, False])
+    @pytest.mark.parametrize("change", [nothing, only_the_middle, no_centring])
+    def test_relu_becomes_a_part_of_the_norm(self, change: Callable, inplace: bool, fed: bool) -> None:
+        model = self.with_relu(change, inplace=inplace)
+        x = images(2, 4, 6, 5)
+        if not fed:
+            model, x = model[1], images(2, 6, 6, 5)
+        result = fused(model)
+        norm = result[1].norm if fed else result.norm
+        assert norm.activation == "relu"
+        assert "activation='relu'" in repr(norm)
+        assert "ReLU" not in kinds(result)
+        assert_same(model, result, x)
+        leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+        for leaf, m in zip(leaves, (model, result), strict=True):
+            m(leaf).sin().sum().backward()
+        torch.testing.assert_close(leaves[1].grad, leaves[0].grad, **OUTPUT[F64].kwargs())
+
+    def test_relu_that_stays(self) -> None:
+        """Behind a drop, of another class, looked at by a hook, or where nothing is left of the norm."""
+        seen: list[Tensor] = []
+        hooked = self.with_relu()
+        hooked[1].act.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        others = [
+            self.with_relu(drop_layer=lambda: nn.Hardtanh(-0.5, 0.5)),
+            self.with_relu(act_layer=nn.ReLU6),
+            self.with_relu(constant),
+        ]
+        x = images(2, 4, 6, 5)
+        for model in (hooked, *others):
+            result = fused(model)
+            assert kinds(result)[-1].startswith("ReLU")
+            assert getattr(result[1].norm, "activation", None) is None
+            assert_same(model, result, x)
+        # The last runs are those of the comparison.
+        torch.testing.assert_close(seen[-1], seen[-2], **OUTPUT[F64].kwargs())
+
+    def test_output_of_the_activation_by_name(self) -> None:
+        result, seen = fused(self.with_relu()), []
+        result.get_submodule("1.act").register_forward_hook(lambda _module, _args, output: seen.append(output))
+        x = images(2, 4, 6, 5)
+        assert torch.equal(result(x), seen[0])
+
+    @deprecated
+    @torch.no_grad()
+    def test_relu_in_captured_programs(self, tmp_path: Path) -> None:
+        result = fused(self.with_relu()).float()
+        x = images(2, 4, 6, 5, dtype=F32)
+        expected = result(x)
+        assert (expected == 0).any()
+        for captured in (
+            torch.export.export(result, (x,)).module(),
+            torch.jit.trace(result, x),
+            torch.jit.script(result),
+            torch.compile(result, fullgraph=True, backend="aot_eager"),
+        ):
+            torch.testing.assert_close(captured(x), expected, **OUTPUT[F32].kwargs())
+        OnnxTests.run(result, tmp_path / "model.onnx", x, [x])
+
+    def test_other_activations_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="activation is 'gelu', valid are 'relu' and None"):
+            InferenceNorm2d(None, None, None, None, None, None, None, overwrite=False, activation="gelu")
+
 
 class Network(nn.Module):
     """Two convolutions and two norms, for forwards that lead the first convolution's output elsewhere too."""

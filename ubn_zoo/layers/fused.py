@@ -1,7 +1,8 @@
 """The layer's steps as operators over the Triton kernels of :mod:`.kernels`, for eager mode and compilers alike.
 
 The operators live in the namespace ``ubn_zoo`` of ``torch.ops``. Each has a fake implementation, so that graphs with
-them can be traced, and `calibrated_affine` is differentiable. What moves buffers is an operator of its own, `finalise`.
+them can be traced, and `calibrated_affine` is differentiable. What moves buffers is an operator of its own, `finalise`;
+`folded_affine` is for inference.
 Triton is imported when the first of them runs: without it, without a GPU that it supports, or with the environment
 variable ``UBN_ZOO_TRITON=0`` the layer never calls them.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from . import autograd
 
-__all__ = ["calibrated_affine", "dense", "finalise", "instance_means", "statistics", "usable"]
+__all__ = ["calibrated_affine", "dense", "finalise", "folded_affine", "instance_means", "statistics", "usable"]
 
 # Types of devices whose tensors go through the kernels. Tests add "cpu", where Triton's interpreter runs them.
 DEVICES = {"cuda"}
@@ -250,6 +251,20 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("ubn_zoo::calibrated_affine", _backward, setup_context=_setup_context, lib=_library)
 
 
+@_operator(
+    "folded_affine(Tensor input, Tensor? instance_mean, Tensor? slope, Tensor? shift, Tensor? center, Tensor? weight, "
+    "Tensor? bias, Tensor? factor_slope, Tensor? factor_shift, bool relu) -> Tensor"
+)
+def _folded_affine(input: Tensor, *arguments: Any) -> Tensor:
+    *constants, relu = arguments
+    return cast(Tensor, _launch("folded_affine", input.device, dense(input), *_contiguous(tuple(constants)), relu))
+
+
+@_fake("folded_affine")
+def _(input: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(dense(input))
+
+
 def instance_means(input: Tensor) -> Tensor:
     """Means (N, C) of an input over H and W, without gradient."""
     return cast(Tensor, torch.ops.ubn_zoo.instance_means(input.detach()))
@@ -332,5 +347,38 @@ def calibrated_affine(
         Tensor,
         torch.ops.ubn_zoo.calibrated_affine(
             input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, opened, eps
+        ),
+    )
+
+
+def folded_affine(
+    input: Tensor,
+    slope: Tensor | None,
+    shift: Tensor | None,
+    center: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor_slope: Tensor | None,
+    factor_shift: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """A norm that was prepared for inference, and what is left of it: see :class:`inference.InferenceNorm2d`.
+
+    Args:
+        input: (N, C, H, W), not empty. There is no gradient.
+        slope: (C,), and so are the others but ``weight`` (C, 1, k, k); what is None has no effect.
+        shift: (C,) or None.
+        center: (C,) or None.
+        weight: (C, 1, k, k) or None.
+        bias: (C,) or None.
+        factor_slope: (C,) or None.
+        factor_shift: (C,), goes with ``factor_slope``.
+        relu: Whether negative results become 0.
+    """
+    instance_mean = None if center is None and factor_slope is None else instance_means(input)
+    return cast(
+        Tensor,
+        torch.ops.ubn_zoo.folded_affine(
+            input, instance_mean, slope, shift, center, weight, bias, factor_slope, factor_shift, relu
         ),
     )

@@ -10,6 +10,7 @@ from timm.layers import Conv2dSame, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import fused
 from .convert import BATCHNORMS
 from .tracing import feeding_convolutions, has_forward_hooks
 from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d, without_autocast
@@ -36,7 +37,8 @@ class InferenceNorm2d(nn.Module):
         x = slope * input + shift + center * m
         y = sigmoid(factor_slope * m + factor_shift) * (weight * x + bias)
 
-    where the second ``*`` is a depthwise convolution with zero padding; whatever is None is left out.
+    where the second ``*`` is a depthwise convolution with zero padding, and the activation of y; whatever is None is
+    left out. On a GPU, where no gradient is asked for, that is one reading of the input for m and one for all the rest.
 
     Args:
         slope: (C,) factor of the input, None for 1.
@@ -47,6 +49,10 @@ class InferenceNorm2d(nn.Module):
         factor_slope: (C,), None for no factor.
         factor_shift: (C,), goes with ``factor_slope``.
         overwrite: Whether the input is nobody else's and may be overwritten.
+        activation: "relu", or None for none.
+
+    Raises:
+        ValueError: Another activation.
     """
 
     slope: Optional[Tensor]
@@ -56,6 +62,7 @@ class InferenceNorm2d(nn.Module):
     bias: Optional[Tensor]
     factor_slope: Optional[Tensor]
     factor_shift: Optional[Tensor]
+    activation: Optional[str]
 
     def __init__(
         self,
@@ -67,8 +74,11 @@ class InferenceNorm2d(nn.Module):
         factor_slope: Optional[Tensor],
         factor_shift: Optional[Tensor],
         overwrite: bool,
+        activation: Optional[str] = None,
     ) -> None:
         super().__init__()
+        if activation not in (None, "relu"):
+            raise ValueError(f"activation is {activation!r}, valid are 'relu' and None; put any other behind the norm")
         self.register_buffer("slope", slope)
         self.register_buffer("shift", shift)
         self.register_buffer("center", center)
@@ -77,6 +87,7 @@ class InferenceNorm2d(nn.Module):
         self.register_buffer("factor_slope", factor_slope)
         self.register_buffer("factor_shift", factor_shift)
         self.overwrite = overwrite
+        self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises (N, C, H, W), keeping its dtype and memory format."""
@@ -86,9 +97,38 @@ class InferenceNorm2d(nn.Module):
 
     @torch.jit.unused
     def _guarded(self, input: Tensor) -> Tensor:
-        return without_autocast(input, self._compute)
+        return without_autocast(input, self._through_kernels if self._uses_kernels(input) else self._compute)
+
+    @torch.jit.unused
+    def _uses_kernels(self, input: Tensor) -> bool:
+        if not fused.usable(input, 1 if self.weight is None else self.weight.shape[2]):
+            return False
+        # The operator has no gradient, and no rules for the transforms of torch.func.
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return False
+        tensors = (input, *self.buffers(recurse=False))
+        return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+    @torch.jit.unused
+    def _through_kernels(self, input: Tensor) -> Tensor:
+        return fused.folded_affine(
+            input,
+            self.slope,
+            self.shift,
+            self.center,
+            self.weight,
+            self.bias,
+            self.factor_slope,
+            self.factor_shift,
+            self.activation is not None,
+        )
 
     def _compute(self, input: Tensor) -> Tensor:
+        output = self._norm(input)
+        # In place is safe: it is a result of this norm, which has a kernel or else a slope.
+        return output if self.activation is None else output.relu_()
+
+    def _norm(self, input: Tensor) -> Tensor:
         # Locals, because scripted code tells what is None by them alone.
         slope, offset, center, weight, bias = self.slope, self.shift, self.center, self.weight, self.bias
         factor_slope, factor_shift = self.factor_slope, self.factor_shift
@@ -130,7 +170,8 @@ class InferenceNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         present = [name for name, tensor in self.named_buffers(recurse=False) if tensor is not None]
-        return f"{', '.join(present)}, overwrite={self.overwrite}"
+        text = f"{', '.join(present)}, overwrite={self.overwrite}"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         kept = {name: self._buffers[name] for name in _VECTORS}
@@ -275,7 +316,11 @@ def _replacements(norm: Any, conv: Optional[nn.Module]) -> Tuple[nn.Module, Opti
         else:
             replaced = _inference_norm(constants, norm, folded=True)
     if hasattr(norm, "act"):
-        replaced = _NormAct(replaced, copy.deepcopy(norm.drop), copy.deepcopy(norm.act))
+        drop, act = copy.deepcopy(norm.drop), copy.deepcopy(norm.act)
+        if isinstance(replaced, InferenceNorm2d) and norm.only_relu():
+            # The activation's place is kept, for those who look for its output by its name.
+            replaced.activation, act = "relu", nn.Identity()
+        replaced = _NormAct(replaced, drop, act)
     return replaced.eval(), scaled
 
 
@@ -337,11 +382,14 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
     - A trained w or u depends on the instance and cannot fold. The mean per instance stays, one reading of the
       features, and the factor f; with w also a sum in place before the kernel. With one tap the factor is part of it.
 
+    A plain ReLU that follows a norm inside of the same layer becomes a part of what is left.
+
     So a converted model costs what BatchNorm's costs when it is folded, and a trained one per norm: a depthwise
-    convolution, a reading and one or two sweeps in place. A norm that no convolution feeds (of pre-activation blocks),
-    or one whose convolution's output has other readers, is computed with constants prepared. Plain ``BatchNorm2d``
-    folds too. Norms without running statistics, with forward hooks or with a forward of their own stay as they are,
-    and so do convolutions of other classes than ``Conv2d``.
+    convolution, a reading and one or two sweeps in place; with the layer's kernels, on a GPU, a reading and one sweep
+    for all the rest. A norm that no convolution feeds (of pre-activation blocks), or one whose convolution's output has
+    other readers, is computed with constants prepared. Plain ``BatchNorm2d`` folds too. Norms without running
+    statistics, with forward hooks or with a forward of their own stay as they are, and so do convolutions of other
+    classes than ``Conv2d``.
 
     Which convolution feeds which norm is seen in a run of a copy of the model, in which no operation may take the
     convolution's output but the norm (:func:`ubn_zoo.layers.tracing.feeding_convolutions`). Without
@@ -400,9 +448,9 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
             f"found no norm to fuse in {type(model).__name__}: neither a UBN layer with running statistics nor a "
             "BatchNorm2d that a Conv2d feeds"
         )
-    fused = copy.deepcopy(model, memo).requires_grad_(False)
-    if fused.training:
+    result = copy.deepcopy(model, memo).requires_grad_(False)
+    if result.training:
         # A graph of torchvision's extractors comes out of a copy in training mode.
-        fused.eval()
-    fused.__class__ = _inference_class(type(fused))
-    return fused
+        result.eval()
+    result.__class__ = _inference_class(type(result))
+    return result

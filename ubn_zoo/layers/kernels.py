@@ -7,7 +7,8 @@ results go through a workspace, and there are no atomic operations.
 
 The normalised features are x_hat = a (x + shift) with a = 1 / sqrt(var + eps) per channel and
 shift = center_weight * instance_mean - mean per instance. The shift is added to the input first: behind a product a
-large mean would be lost to its rounding.
+large mean would be lost to its rounding. Norms prepared for inference are given as x_hat = slope x + shift, whose
+product is not rounded: the two are one operation.
 
 The kernels over depthwise taps go down the rows of a tile. A row is loaded once per horizontal tap, which comes from
 the cache after the first time, and added to as many unfinished rows as there are vertical taps, held in registers: k
@@ -35,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["affine", "affine_backward", "finalise", "instance_means", "statistics"]
+__all__ = ["affine", "affine_backward", "finalise", "folded_affine", "instance_means", "statistics"]
 
 # Slots for partial sums of the similarity: enough programs to read at the memory's full speed.
 SIMILARITY_SLOTS = 512
@@ -308,6 +309,23 @@ def _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS: t
 
 
 @triton.jit
+def _folded(sample, c, C, instance_mean, slope, shift, center, DTYPE: tl.constexpr):
+    """Slope and shift of x_hat = slope x + shift, and the instance mean, of channels `c`; None has no effect."""
+    present = c < C
+    slopes = tl.full(c.shape, 1.0, DTYPE)
+    if slope is not None:
+        slopes = tl.load(slope + c, mask=present, other=0.0).to(DTYPE)
+    shifts, average = tl.zeros(c.shape, DTYPE), tl.zeros(c.shape, DTYPE)
+    if shift is not None:
+        shifts = tl.load(shift + c, mask=present, other=0.0).to(DTYPE)
+    if instance_mean is not None:
+        average = tl.load(instance_mean + sample * C.to(tl.int64) + c, mask=present, other=0.0)
+    if center is not None:
+        shifts = tl.fma(tl.load(center + c, mask=present, other=0.0).to(DTYPE), average, shifts)
+    return slopes, shifts, average
+
+
+@triton.jit
 def _factor(c, C, normalised_mean, scale_weight, scale_bias, DTYPE: tl.constexpr):
     """The calibration factor."""
     slope = tl.load(scale_weight + c, mask=c < C, other=0.0).to(DTYPE)
@@ -375,13 +393,15 @@ def _shifts(columns, W, shift, KERNEL: tl.constexpr):
 def _affine_kernel(
     input,
     output,
-    instance_mean,
-    mean,
+    instance_mean,  # None where nothing depends on it
+    mean,  # None for a norm that was prepared for inference
     var,
+    slope,  # (C,) of such a norm, or None
+    shift,
     weight,
     bias,
     center_weight,
-    scale_weight,
+    scale_weight,  # of x_hat's mean; of the input's where the norm was prepared
     scale_bias,
     C,
     H,
@@ -390,6 +410,7 @@ def _affine_kernel(
     column_blocks,
     strips,
     strip_rows,
+    RELU: tl.constexpr,
     EPS: tl.constexpr,
     KERNEL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -408,16 +429,22 @@ def _affine_kernel(
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     w = tile % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
 
-    scale, shift, average = _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
-    gain, offset = scale, tl.zeros([BLOCK_C], DTYPE)
+    # The normalisation's scale is part of the gain, a prepared norm's slope stays with the input.
+    if mean is not None:
+        gain, addend, average = _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
+        factor_mean = (average + addend) * gain
+    else:
+        slopes, addend, factor_mean = _folded(sample, c, C, instance_mean, slope, shift, center_weight, DTYPE)
+        gain = tl.full([BLOCK_C], 1.0, DTYPE)
+    offset = tl.zeros([BLOCK_C], DTYPE)
     if bias is not None:
         offset = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)
     if scale_weight is not None:
-        factor = _factor(c, C, (average + shift) * scale, scale_weight, scale_bias, DTYPE)
+        factor = _factor(c, C, factor_mean, scale_weight, scale_bias, DTYPE)
         gain, offset = factor * gain, factor * offset
     taps = _taps(weight, c, C, KERNEL, False, DTYPE)
     columns = _columns(c, w, channels, W, KERNEL)
-    shifts = _shifts(columns, W, shift, KERNEL)
+    shifts = _shifts(columns, W, addend, KERNEL)
 
     base = sample * (channels.to(tl.int64) * H * W)
     offsets = c[:, None] * channel_stride + w[None, :] * column_stride
@@ -433,13 +460,19 @@ def _affine_kernel(
             valid = (first + t < H).to(DTYPE)
             sums = unfinished + (zero,)
             for j in tl.static_range(KERNEL):
-                centred = rows[t * KERNEL + j].to(DTYPE) + shifts[j] * valid
+                value = rows[t * KERNEL + j].to(DTYPE)
+                if slope is not None:
+                    centred = tl.fma(value, tl.broadcast_to(slopes[:, None], value.shape), shifts[j] * valid)
+                else:
+                    centred = value + shifts[j] * valid
                 added = ()
                 for i in tl.static_range(KERNEL):
                     added = added + (sums[i] + taps[(KERNEL - 1 - i) * KERNEL + j] * centred,)
                 sums = added
             h = first + t - HALF
             result = sums[0] * gain[:, None] + offset[:, None]
+            if RELU:
+                result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
             store = columns[HALF] < _width(W, (h >= top) & (h < bottom))
             tl.store(target + h * row_stride, result.to(output.dtype.element_ty), mask=store)
             unfinished = ()
@@ -1128,6 +1161,34 @@ def affine(
     eps: float,
 ) -> Tensor:
     """:func:`functional.calibrated_affine` of a dense tensor; parameters are contiguous."""
+    parameters = (weight, bias, center_weight, scale_weight, scale_bias)
+    return _affine(input, (instance_mean, mean, var, None, None, *parameters), weight, eps, False)
+
+
+def folded_affine(
+    input: Tensor,
+    instance_mean: Optional[Tensor],
+    slope: Optional[Tensor],
+    shift: Optional[Tensor],
+    center: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    factor_slope: Optional[Tensor],
+    factor_shift: Optional[Tensor],
+    relu: bool,
+) -> Tensor:
+    """What :class:`inference.InferenceNorm2d` computes of a dense tensor; its constants are contiguous.
+
+    ``instance_mean`` (N, C) is None where neither ``center`` nor ``factor_slope`` is there.
+    """
+    constants = (instance_mean, None, None, slope, shift, weight, bias, center, factor_slope, factor_shift)
+    return _affine(input, constants, weight, 0.0, relu)
+
+
+def _affine(
+    input: Tensor, constants: Tuple[Optional[Tensor], ...], weight: Optional[Tensor], eps: float, relu: bool
+) -> Tensor:
+    """Launches the kernel; ``constants`` are its tensors between output and sizes."""
     samples, channels, height, width = input.shape
     last = _is_channels_last(input)
     kernel = _kernel_size(weight)
@@ -1137,14 +1198,7 @@ def affine(
     _affine_kernel[(samples * channel_blocks * column_blocks * blocks.pieces,)](
         input,
         output,
-        instance_mean,
-        mean,
-        var,
-        weight,
-        bias,
-        center_weight,
-        scale_weight,
-        scale_bias,
+        *constants,
         channels,
         height,
         width,
@@ -1152,6 +1206,7 @@ def affine(
         column_blocks,
         blocks.pieces,
         blocks.span,
+        RELU=relu,
         **_settings(blocks, kernel, last, _dtype(input)[0], eps),
     )
     return output

@@ -68,6 +68,12 @@ def without_autocast(input: Tensor, function: Callable[[Tensor], Tensor]) -> Ten
     return function(input)
 
 
+def without_hooks(module: nn.Module) -> bool:
+    """Whether nothing looks at what a module is given and returns, so that it need not be called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks)
+
+
 @register_notrace_module
 class UnifiedBatchNorm2d(nn.Module):
     """Unified Batch Normalization over (N, C, H, W) inputs, a drop-in replacement of ``torch.nn.BatchNorm2d``.
@@ -543,3 +549,9 @@ class UnifiedBatchNormAct2d(UnifiedBatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """Normalises and activates (N, C, H, W), keeping its dtype and memory format."""
         return self.act(self.drop(self._normalize(input)))
+
+    @torch.jit.unused
+    def only_relu(self) -> bool:
+        """Whether the norm is followed by a ReLU and nothing else, so that the two may be computed as one."""
+        plain = type(self.act) is nn.ReLU and type(self.drop) is nn.Identity
+        return plain and without_hooks(self.act) and without_hooks(self.drop)
