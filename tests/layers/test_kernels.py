@@ -261,6 +261,18 @@ class TestStatistics:
         again = fused.statistics(x, center, 16)
         assert all(torch.equal(*pair) for pair in zip(again, (instance_mean, mean, var, similarity), strict=True))
 
+    @pytest.mark.parametrize("shape", [(1, 2, 30, 50), (300, 2, 1, 2)], ids=str)
+    @both_formats
+    def test_in_double_precision_over_many_tiles(
+        self, memory_format: torch.memory_format, shape: tuple[int, ...]
+    ) -> None:
+        x = random_input(shape)[0].to(DEVICE).contiguous(memory_format=memory_format)
+        found = fused.statistics(x, None, None)[:3]
+        instance_mean, instance_var = functional.instance_moments(x)
+        expected = (instance_mean, *functional.batch_statistics(instance_mean, instance_var))
+        for actual, value in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual, value, rtol=1e-12, atol=1e-13)
+
     def test_without_similarity(self) -> None:
         x = random_input((3, 2, 3, 3))[0].to(DEVICE)
         assert fused.statistics(x, None, None)[3] is None

@@ -113,7 +113,7 @@ def _moments_kernel(
     source = input + sample.to(tl.int64) * channels * positions + c[:, None] * channel_stride
     mean = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     m2 = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
-    number = 0.0
+    number = tl.cast(0.0, DTYPE)
     for first in tl.range(start, end, BLOCK_P, loop_unroll_factor=4):
         p = first + lane
         valid = (c[:, None] < channels) & (p[None, :] < positions)
@@ -163,7 +163,7 @@ def _combine_kernel(
     mean = tl.zeros([BLOCK_N, BLOCK_C], DTYPE)
     m2 = tl.zeros([BLOCK_N, BLOCK_C], DTYPE)
     within = tl.zeros([BLOCK_N, BLOCK_C], DTYPE)
-    number = 0.0
+    number = tl.cast(0.0, DTYPE)
     for first in tl.range(0, N, BLOCK_N):
         n = first + lane
         valid = (n[:, None] < N) & (c[None, :] < C)
