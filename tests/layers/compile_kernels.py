@@ -78,16 +78,18 @@ def launches_of(
         instance_mean, mean, var, similarity = kernels.statistics(x, vectors[1], 16 if parameters else 0)
         batches = None if parameters else tensor(dtype=torch.int64)
         mean, var, gate = kernels.finalise(mean, var, similarity, *running, batches, 0.1, 4, 0.1, 0.15, True)
-        kernels.affine(x, instance_mean, mean, var, weight, *vectors, 1e-5)
+        for relu in (False, True):
+            kernels.affine(x, instance_mean, mean, var, weight, *vectors, 1e-5, relu)
+            opened = None if closed else gate
+            kernels.affine_backward(
+                x, x if relu else None, x, instance_mean, mean, var, opened, weight, *vectors, 1e-5, True, True
+            )
         bias, *rest = vectors
         for slope in (None, mean) if parameters else (mean,):
             # Behind a convolution, which takes the slope, or alone.
             kernels.folded_affine(
                 x, instance_mean if parameters else None, slope, mean, rest[0], weight, bias, *rest[1:], parameters
             )
-        kernels.affine_backward(
-            x, x, instance_mean, mean, var, None if closed else gate, weight, *vectors, 1e-5, True, True
-        )
     finally:
         for name, value in originals.items():
             setattr(kernels, name, value)

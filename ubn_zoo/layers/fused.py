@@ -181,11 +181,11 @@ def _(mean: Tensor, var: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(mean), torch.empty_like(var), mean.new_empty([], dtype=torch.bool)
 
 
-@_operator(f"calibrated_affine({_AFFINE}) -> Tensor")
+@_operator(f"calibrated_affine({_AFFINE}, bool relu) -> Tensor")
 def _calibrated_affine(input: Tensor, *arguments: Any) -> Tensor:
-    *parameters, instance_mean, mean, var, _, eps = arguments
+    *parameters, instance_mean, mean, var, _, eps, relu = arguments
     vectors = _contiguous((instance_mean, mean, var, *parameters))
-    return cast(Tensor, _launch("affine", input.device, dense(input), *vectors, eps))
+    return cast(Tensor, _launch("affine", input.device, dense(input), *vectors, eps, relu))
 
 
 @_fake("calibrated_affine")
@@ -194,18 +194,24 @@ def _(input: Tensor, *arguments: Any) -> Tensor:
 
 
 @_operator(
-    f"calibrated_affine_backward(Tensor grad_output, {_AFFINE}, bool needs_input, bool needs_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"calibrated_affine_backward(Tensor grad_output, Tensor? activated, {_AFFINE}, bool needs_input, "
+    "bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def _calibrated_affine_backward(grad_output: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _calibrated_affine_backward(
+    grad_output: Tensor, activated: Tensor | None, input: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     *parameters, instance_mean, mean, var, gate, eps, needs_input, needs_weight = arguments
     input = dense(input)
-    grad_output = grad_output.contiguous(memory_format=_memory_format(input))
+    layout = _memory_format(input)
+    grad_output = grad_output.contiguous(memory_format=layout)
+    if activated is not None:
+        activated = activated.contiguous(memory_format=layout)
     instance_mean, mean, var, *parameters = _contiguous((instance_mean, mean, var, *parameters))
     gradients = _launch(
         "affine_backward",
         input.device,
         grad_output,
+        activated,
         input,
         instance_mean,
         mean,
@@ -220,7 +226,7 @@ def _calibrated_affine_backward(grad_output: Tensor, input: Tensor, *arguments: 
 
 
 @_fake("calibrated_affine_backward")
-def _(grad_output: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _(grad_output: Tensor, activated: Tensor | None, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *parameters, _, _, _, _, _, needs_input, needs_weight = arguments
     wanted = [dense(input) if needs_input else None, *_contiguous(tuple(parameters))]
     if not needs_weight:
@@ -229,23 +235,28 @@ def _(grad_output: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, eps = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, eps, relu = inputs
+    # Where the ReLU let through is seen in its output, which whatever comes next keeps as well.
+    ctx.save_for_backward(*tensors, output if relu else None)
     ctx.eps = eps
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
+    *saved, activated = ctx.saved_tensors
     needed = ctx.needs_input_grad
     if torch.is_grad_enabled():
         # `create_graph=True`: the gradient has to be differentiable itself.
         *tensors, gate = saved
         gate = False if gate is None else gate
+        if activated is not None:
+            grad_output = grad_output.masked_fill(activated.detach() <= 0, 0)
         gradients = autograd.differentiable_backward(tuple(tensors), gate, ctx.eps, needed[:6], grad_output)
     else:
-        found = torch.ops.ubn_zoo.calibrated_affine_backward(grad_output, *saved, ctx.eps, needed[0], needed[1])
+        found = torch.ops.ubn_zoo.calibrated_affine_backward(
+            grad_output, activated, *saved, ctx.eps, needed[0], needed[1]
+        )
         gradients = tuple(gradient if wanted else None for gradient, wanted in zip(found, needed[:6], strict=True))
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, None, None, None, None, None, None)
 
 
 torch.library.register_autograd("ubn_zoo::calibrated_affine", _backward, setup_context=_setup_context, lib=_library)
@@ -338,15 +349,16 @@ def calibrated_affine(
     scale_weight: Tensor | None,
     scale_bias: Tensor | None,
     eps: float,
+    relu: bool = False,
 ) -> Tensor:
-    """:func:`autograd.calibrated_affine`, of the same arguments."""
+    """:func:`autograd.calibrated_affine`, of the same arguments, and a ReLU of it if ``relu`` says so."""
     opened = gate if isinstance(gate, Tensor) else None
     if gate is True:
         opened = torch.ones([], dtype=torch.bool, device=input.device)
     return cast(
         Tensor,
         torch.ops.ubn_zoo.calibrated_affine(
-            input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, opened, eps
+            input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, opened, eps, relu
         ),
     )
 

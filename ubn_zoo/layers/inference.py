@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from . import fused
 from .convert import BATCHNORMS
 from .tracing import feeding_convolutions, has_forward_hooks
-from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d, without_autocast
+from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d, is_transformed, without_autocast
 
 __all__ = ["InferenceNorm2d", "fuse"]
 
@@ -104,7 +104,7 @@ class InferenceNorm2d(nn.Module):
         if not fused.usable(input, 1 if self.weight is None else self.weight.shape[2]):
             return False
         # The operator has no gradient, and no rules for the transforms of torch.func.
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if is_transformed():
             return False
         tensors = (input, *self.buffers(recurse=False))
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

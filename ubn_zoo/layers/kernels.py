@@ -480,6 +480,12 @@ def _affine_kernel(
                 unfinished = unfinished + (sums[i],)
 
 
+@triton.jit
+def _before_relu(gradient, activated):
+    """The gradient of a ReLU's input by its output; that of NaN passes, as torch has it."""
+    return tl.where(activated <= 0, 0.0, gradient)
+
+
 @triton.jit(
     do_not_specialize=[
         "N", "C", "H", "W", "channel_blocks", "column_blocks", "strips", "strip_rows", "group"
@@ -487,6 +493,7 @@ def _affine_kernel(
 )  # fmt: skip
 def _sums_kernel(
     grad_output,
+    activated,  # the output where that was a ReLU's, otherwise None
     input,
     sums,  # (3, strips, N, C): with f dy the scaled gradient, sums of f dy (K * x_hat), of f dy (K * 1) and of f dy
     kernel_sums,  # (groups * strips, KERNEL * KERNEL, C): sums over a group of samples; None if not asked for
@@ -542,13 +549,18 @@ def _sums_kernel(
             shifts = _shifts(columns, W, shift, KERNEL)
             offsets = c[:, None] * channel_stride + w[None, :] * column_stride
             source, grads = input + base + offsets, grad_output + base + offsets
+            if activated is not None:
+                outputs = activated + base + offsets
             start = tl.maximum(top - HALF, 0)
             # The rows of the gradient that meet an input row, the uppermost first; those outside the strip are zero.
             window = ()
             for t in tl.static_range(2 * HALF):
                 h = start - HALF + t
                 mask = columns[HALF] < _width(W, (h >= top) & (h < bottom))
-                window = window + (tl.load(grads + h * row_stride, mask=mask, other=0.0).to(DTYPE) * factor,)
+                gradient = tl.load(grads + h * row_stride, mask=mask, other=0.0)
+                if activated is not None:
+                    gradient = _before_relu(gradient, tl.load(outputs + h * row_stride, mask=mask, other=0.0))
+                window = window + (gradient.to(DTYPE) * factor,)
             # Sums down the columns of the gradient, per vertical tap, without what meets no input row.
             strip_sums = ()
             for _ in tl.static_range(KERNEL):
@@ -559,7 +571,10 @@ def _sums_kernel(
                 for t in tl.static_range(ROWS):
                     h = first + t + HALF
                     mask = columns[HALF] < _width(W, (h >= top) & (h < bottom))
-                    gradients = gradients + (tl.load(grads + h * row_stride, mask=mask, other=0.0),)
+                    gradient = tl.load(grads + h * row_stride, mask=mask, other=0.0)
+                    if activated is not None:
+                        gradient = _before_relu(gradient, tl.load(outputs + h * row_stride, mask=mask, other=0.0))
+                    gradients = gradients + (gradient,)
                 for t in tl.static_range(ROWS):
                     valid = (first + t < H).to(DTYPE)
                     meeting = window + (gradients[t].to(DTYPE) * factor,)
@@ -747,6 +762,7 @@ def _parameters_kernel(
 @triton.jit(do_not_specialize=["C", "H", "W", "channel_blocks", "column_blocks", "strips", "strip_rows"])
 def _input_gradient_kernel(
     grad_output,
+    activated,  # as in `_sums_kernel`
     input,
     grad_input,
     slopes,  # (C,); None where the input's values do not matter
@@ -803,6 +819,13 @@ def _input_gradient_kernel(
         unfinished = unfinished + (zero,)
     for first in tl.range(tl.maximum(top - HALF, 0), bottom + HALF, ROWS):
         rows = _load_rows(source, first, H, W, row_stride, column_stride, columns, ROWS, KERNEL)
+        if activated is not None:
+            outputs = activated + base + positions
+            kept = _load_rows(outputs, first, H, W, row_stride, column_stride, columns, ROWS, KERNEL)
+            passed = ()
+            for t in tl.static_range(ROWS * KERNEL):
+                passed = passed + (_before_relu(rows[t], kept[t]),)
+            rows = passed
         features = ()
         for t in tl.static_range(ROWS):
             if slopes is not None:
@@ -877,7 +900,9 @@ def statistics_blocks(shape: Tuple[int, int, int, int], channels_last: bool) -> 
 
 
 @functools.lru_cache(maxsize=4096)
-def tap_blocks(shape: Tuple[int, int, int, int], channels_last: bool, kernel: int, purpose: str) -> Blocks:
+def tap_blocks(
+    shape: Tuple[int, int, int, int], channels_last: bool, kernel: int, purpose: str, activated: bool = False
+) -> Blocks:
     """Tiles of one row by channels for the kernels over taps, 128 threads each.
 
     With channels last a tile has at least 64 channels, one line of the cache in half precision, if there are as many,
@@ -894,13 +919,16 @@ def tap_blocks(shape: Tuple[int, int, int, int], channels_last: bool, kernel: in
         kernel: Taps per side.
         purpose: "output", "sums" or "gradient": for which kernel. Programs that sum up go over all columns of their
             rows and over a group of samples.
+        activated: Whether the output is read beside its gradient, which takes registers of its own.
     """
     samples, channels, height, width = shape
     summing = purpose == "sums"
     values = 4 if channels_last else 2
     rows_together = 2 if summing or (purpose == "gradient" and not channels_last) else 4
+    if activated:
+        rows_together = 1 if summing else 2
     if kernel > 3:
-        values, rows_together = (1 if summing else values // 2), rows_together // 2
+        values, rows_together = (1 if summing else values // 2), max(1, rows_together // 2)
     widest = 64
     if channels_last:
         widest = 128 * values // min(64, triton.next_power_of_2(channels))
@@ -1159,10 +1187,11 @@ def affine(
     scale_weight: Optional[Tensor],
     scale_bias: Optional[Tensor],
     eps: float,
+    relu: bool,
 ) -> Tensor:
-    """:func:`functional.calibrated_affine` of a dense tensor; parameters are contiguous."""
+    """:func:`functional.calibrated_affine` of a dense tensor, and a ReLU of it; parameters are contiguous."""
     parameters = (weight, bias, center_weight, scale_weight, scale_bias)
-    return _affine(input, (instance_mean, mean, var, None, None, *parameters), weight, eps, False)
+    return _affine(input, (instance_mean, mean, var, None, None, *parameters), weight, eps, relu)
 
 
 def folded_affine(
@@ -1214,6 +1243,7 @@ def _affine(
 
 def affine_backward(
     grad_output: Tensor,
+    activated: Optional[Tensor],
     input: Tensor,
     instance_mean: Tensor,
     mean: Tensor,
@@ -1232,6 +1262,7 @@ def affine_backward(
 
     Args:
         grad_output: In the layout of ``input``.
+        activated: The output in that layout where it was a ReLU's, otherwise None.
         input: As in :func:`affine`, and so are those not named here.
         instance_mean: (N, C).
         mean: (C,).
@@ -1253,7 +1284,7 @@ def affine_backward(
     dtype, torch_dtype = _dtype(input)
     last = _is_channels_last(input)
     kernel = _kernel_size(weight)
-    blocks = tap_blocks((samples, channels, height, width), last, kernel, "sums")
+    blocks = tap_blocks((samples, channels, height, width), last, kernel, "sums", activated is not None)
     channel_blocks, column_blocks = blocks.channel_blocks(channels), blocks.column_blocks(width)
     groups = triton.cdiv(samples, blocks.group)
     parts = groups * blocks.pieces
@@ -1263,6 +1294,7 @@ def affine_backward(
         kernel_sums = input.new_empty((parts, kernel * kernel, channels), dtype=torch_dtype)
     _sums_kernel[(groups * channel_blocks * blocks.pieces,)](
         grad_output,
+        activated,
         input,
         sums,
         kernel_sums,
@@ -1324,10 +1356,11 @@ def affine_backward(
         return None, *grads
 
     grad_input = torch.empty_like(input)
-    blocks = tap_blocks((samples, channels, height, width), last, kernel, "gradient")
+    blocks = tap_blocks((samples, channels, height, width), last, kernel, "gradient", activated is not None)
     channel_blocks, column_blocks = blocks.channel_blocks(channels), blocks.column_blocks(width)
     _input_gradient_kernel[(samples * channel_blocks * column_blocks * blocks.pieces,)](
         grad_output,
+        activated,
         input,
         grad_input,
         None if gate is None else slopes,

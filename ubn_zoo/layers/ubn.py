@@ -1,5 +1,6 @@
 """The Unified Batch Normalization modules: parameters, buffers and dispatch; the maths lives in :mod:`.functional`."""
 
+import functools
 import math
 from collections import deque
 from types import ModuleType
@@ -42,6 +43,11 @@ class _State(NamedTuple):
     var: Tensor
     batches: Tensor
     similarity: Tensor
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs the layer."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _in_backward() -> bool:
@@ -254,7 +260,7 @@ class UnifiedBatchNorm2d(nn.Module):
         """Normalises (N, C, H, W), keeping its dtype and memory format; in training the buffers move."""
         return self._normalize(input)
 
-    def _normalize(self, input: Tensor) -> Tensor:
+    def _normalize(self, input: Tensor, relu: bool = False) -> Tensor:
         if input.dim() != 4:
             raise ValueError(f"expected an input of 4 dimensions (N, C, H, W), got shape {list(input.shape)}")
         if input.shape[1] != self.num_features:
@@ -263,17 +269,24 @@ class UnifiedBatchNorm2d(nn.Module):
                 f"got shape {list(input.shape)}"
             )
         if not torch.jit.is_scripting():
-            return self._dispatch(input)
+            return self._dispatch(input, relu)
         return self._reference(input)
 
     @torch.jit.unused
-    def _dispatch(self, input: Tensor) -> Tensor:
+    def _uses_kernels(self, input: Tensor) -> bool:
+        """Whether the kernels compute an input; synchronised statistics do without."""
+        if not fused.usable(input, self.kernel_size) or is_transformed():
+            return False
+        return self._sync is None or not self.training or self.frozen or not self._sync.active()
+
+    @torch.jit.unused
+    def _dispatch(self, input: Tensor, relu: bool) -> Tensor:
         # What is exported is the equations alone. The transforms of torch.func take them too: they do not know the
         # autograd function of the other path.
-        plain = torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+        plain = torch.jit.is_tracing() or torch.compiler.is_exporting() or is_transformed()
         if plain and not (self._sync is not None and self.training and self._sync.active()):
             return without_autocast(input, self._reference)
-        return without_autocast(input, self._eager)
+        return without_autocast(input, functools.partial(self._eager, relu=True) if relu else self._eager)
 
     def _check_values(self, input: Tensor) -> None:
         if input.shape[0] * input.shape[2] * input.shape[3] == 1:
@@ -305,16 +318,16 @@ class UnifiedBatchNorm2d(nn.Module):
             self.similarity_samples,
         )
 
-    def _eager(self, input: Tensor) -> Tensor:
+    def _eager(self, input: Tensor, relu: bool = False) -> Tensor:
         state = self._state()
         training = self.training and not self.frozen
-        path = fused if fused.usable(input, self.kernel_size) else autograd
+        path = fused if self._uses_kernels(input) else autograd
         if not training and state is not None:
             if input.numel() == 0:
                 return self._empty(input)
             instance_mean = path.instance_means(input)
             mean, var = state.mean.to(instance_mean.dtype), state.var.to(instance_mean.dtype)
-            return self._affine(path, input, instance_mean, mean, var, False)
+            return self._affine(path, input, instance_mean, mean, var, False, relu)
 
         sync = self._sync if training and self._sync is not None and self._sync.active() else None
         if input.numel() > 0 and sync is None:
@@ -337,7 +350,7 @@ class UnifiedBatchNorm2d(nn.Module):
         if training and state is not None:
             count = input.numel() // input.shape[1]
             mean, var, gate = self._step(path, state, mean, var, count, similarity, recomputing)
-        return self._affine(path, input, instance_mean, mean, var, gate)
+        return self._affine(path, input, instance_mean, mean, var, gate, relu)
 
     def _synchronized(self, input: Tensor, sync: distributed.SyncGroup, gated: bool, recomputing: bool) -> Tensor:
         instance_mean, instance_var = functional.instance_moments(input)
@@ -437,7 +450,10 @@ class UnifiedBatchNorm2d(nn.Module):
         mean: Tensor,
         var: Tensor,
         gate: Union[Tensor, bool],
+        relu: bool,
     ) -> Tensor:
+        # Only the kernels compute what follows the norm.
+        extra = {"relu": True} if relu else {}
         output: Tensor = path.calibrated_affine(
             input,
             instance_mean,
@@ -450,6 +466,7 @@ class UnifiedBatchNorm2d(nn.Module):
             self.scale_weight,
             self.scale_bias,
             self.eps,
+            **extra,
         )
         return output
 
@@ -548,6 +565,14 @@ class UnifiedBatchNormAct2d(UnifiedBatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises and activates (N, C, H, W), keeping its dtype and memory format."""
+        if torch.jit.is_scripting():
+            return self.act(self.drop(self._normalize(input)))
+        return self._activated(input)
+
+    @torch.jit.unused
+    def _activated(self, input: Tensor) -> Tensor:
+        if self.only_relu() and input.dim() == 4 and self._uses_kernels(input):
+            return self._normalize(input, relu=True)
         return self.act(self.drop(self._normalize(input)))
 
     @torch.jit.unused
