@@ -430,6 +430,13 @@ class TestAct:
             torch.testing.assert_close(captured(x), expected, **OUTPUT[F32].kwargs())
         OnnxTests.run(result, tmp_path / "model.onnx", x, [x])
 
+    def test_an_input_that_is_not_ones_own_stays(self) -> None:
+        x = images(2, 4, 6, 5)
+        before = x.clone()
+        norm = InferenceNorm2d(None, None, None, None, None, None, None, overwrite=False, activation="relu")
+        torch.testing.assert_close(norm(x), before.relu())
+        assert torch.equal(x, before)
+
     def test_other_activations_are_refused(self) -> None:
         with pytest.raises(ValueError, match="activation is 'gelu', valid are 'relu' and None"):
             InferenceNorm2d(None, None, None, None, None, None, None, overwrite=False, activation="gelu")
@@ -837,7 +844,7 @@ class TestUse:
         torch.save(result, stream)
         stream.seek(0)
         # These pickles were made right here.
-        for twin in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), torch.load(stream, weights_only=False)):  # noqa: S301
+        for twin in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), torch.load(stream, weights_only=False)):  # noqa: S301 (own bytes)
             assert type(twin) is type(result)
             assert torch.equal(twin(x), expected)
             with pytest.raises(RuntimeError, match="for inference only"):

@@ -87,6 +87,9 @@ class InferenceNorm2d(nn.Module):
         self.register_buffer("factor_slope", factor_slope)
         self.register_buffer("factor_shift", factor_shift)
         self.overwrite = overwrite
+        # Without any of these the output is the input.
+        present = [tensor is not None for tensor in (slope, shift, center, weight, factor_slope)]
+        self._owns_output = overwrite or any(present)
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
@@ -125,8 +128,7 @@ class InferenceNorm2d(nn.Module):
 
     def _compute(self, input: Tensor) -> Tensor:
         output = self._norm(input)
-        # In place is safe: it is a result of this norm, which has a kernel or else a slope.
-        return output if self.activation is None else output.relu_()
+        return output if self.activation is None else F.relu(output, inplace=self._owns_output)
 
     def _norm(self, input: Tensor) -> Tensor:
         # Locals, because scripted code tells what is None by them alone.
