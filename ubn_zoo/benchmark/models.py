@@ -15,10 +15,19 @@ from ubn_zoo import fuse
 from .floors import NormCosts, norm_costs
 from .turns import SETTINGS, Entry, Timing, as_if_trained, as_naive, bytes_of, check_kinds, check_steps, take_turns
 
-__all__ = ["AMP_DTYPES", "MODES", "build", "compare", "compare_training", "train_step"]
+__all__ = ["AMP_DTYPES", "MODES", "build", "compare", "compare_training", "random_batch", "train_step"]
 
 MODES = ("train", "eval", "fused", "folded")
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def random_batch(
+    batch_size: int, img_size: int, num_classes: int, device: torch.device, layout: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """Random images (N, 3, H, W) in a layout, and classes (N,), the same each time."""
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device).to(memory_format=layout)
+    return images, torch.randint(num_classes, (batch_size,), device=device)
 
 
 def build(model: str, kind: str) -> nn.Module:
@@ -139,10 +148,8 @@ def compare(
     check_steps(steps)
     where = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, img_size, img_size, device=where).to(memory_format=layout)
     classes = int(timm.models.get_pretrained_cfg_value(model, "num_classes") or 1000)
-    targets = torch.randint(classes, (batch_size,), device=where)
+    images, targets = random_batch(batch_size, img_size, classes, where, layout)
     dtype = None if amp is None else AMP_DTYPES[amp]
     for mode in modes:
         if compiled:
@@ -196,9 +203,7 @@ def compare_training(
         raise ValueError("models: received none; valid: one at least")
     check_steps(steps)
     where = next(next(iter(models.values())).parameters()).device
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, img_size, img_size, device=where).to(memory_format=torch.channels_last)
-    targets = torch.randint(num_classes, (batch_size,), device=where)
+    images, targets = random_batch(batch_size, img_size, num_classes, where, torch.channels_last)
     first = next(iter(models))
     kinds = {name: ("bn" if name == first else "ubn", model) for name, model in models.items()}
     entries = _entries(kinds, images, targets, train=True, amp=None, compiled=False)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from ..layers import UnifiedBatchNorm2d
-from .models import AMP_DTYPES, build, train_step
+from .models import AMP_DTYPES, build, random_batch, train_step
 
 __all__ = ["GROUPS", "Share", "profile_step"]
 
@@ -90,10 +90,8 @@ def profile_step(
     """
     where = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, img_size, img_size, device=where).to(memory_format=layout)
     classes = int(timm.models.get_pretrained_cfg_value(model, "num_classes") or 1000)
-    targets = torch.randint(classes, (batch_size,), device=where)
+    images, targets = random_batch(batch_size, img_size, classes, where, layout)
     for name, kind in ((model, "bn"), (f"{model}_ubn", "ubn")):
         module = build(model, kind).to(where).to(memory_format=layout)
         _mark(module)
