@@ -980,7 +980,9 @@ def assert_fits(found: list[dict[str, Any]], cases: int) -> None:
         # 64 KiB is what any GPU has to give that Triton supports.
         assert result["shared"] <= 65536, result
         if result["case"]["dtype"] != "float64":
-            assert result["spilled"] == 0, result
+            # The sums of 3x3 taps are held to the registers that let three programs run on a multiprocessor.
+            capped = result["kernel"] == "_sums_kernel" and result["case"]["kernel"] == 3 and result["case"]["last"]
+            assert result["spilled"] <= (96 if capped else 0), result
 
 
 class TestNativeCompilation:
