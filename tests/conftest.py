@@ -20,6 +20,7 @@ import pytest
 from hub_server import HubServer
 
 _HOME = Path(tempfile.mkdtemp(prefix="ubn-zoo-tests-"))
+(_HOME / "tmp").mkdir()
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 
 _SERVER = HubServer()
@@ -34,6 +35,8 @@ os.environ.update(
     HF_HUB_DISABLE_XET="1",
     MPLBACKEND="Agg",
     MPLCONFIGDIR=str(_HOME / "matplotlib"),
+    # torchrun leaves a folder of logs behind.
+    TMPDIR=str(_HOME / "tmp"),
     TORCH_HOME=str(_HOME / "torch"),
     XDG_CACHE_HOME=str(_HOME / "cache"),
 )
