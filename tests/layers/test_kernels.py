@@ -292,7 +292,7 @@ class TestStatistics:
         assert not gate
         assert torch.equal(used, running[0])
         assert all(torch.equal(*pair) for pair in zip(running, before, strict=True))
-        used, _, gate = fused.finalise(*arguments)
+        used, _, gate = fused.finalise(*arguments, moving=True)
         assert gate
         assert torch.equal(used, mean)
         assert running[2].item() == pytest.approx(0.91)

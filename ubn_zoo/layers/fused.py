@@ -313,7 +313,7 @@ def finalise(
     count: int,
     similarity_momentum: float,
     threshold: float | None,
-    moving: bool = True,
+    moving: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`autograd.finalise`, of the same arguments; ``similarity`` is what :func:`statistics` returned."""
     if threshold is None:
