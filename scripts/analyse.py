@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import ubn_zoo  # noqa: F401 - registers the models with timm
-from ubn_zoo.analysis import compare_layers, format_table, measure_similarity, summarise_similarity
-from ubn_zoo.data import find_test_split
+from ubn_zoo.data.memory import find_test_split
+from ubn_zoo.evaluation.condensation import compare_layers, format_table, measure_similarity, summarise_similarity
+from ubn_zoo.evaluation.metrics import LayerSimilarity, read_similarity, write_similarity
+from ubn_zoo.evaluation.plots import draw_similarity_comparison
 from ubn_zoo.layers import convert_state_dict
-from ubn_zoo.metrics import LayerSimilarity, read_similarity, write_similarity
 from ubn_zoo.models import read_checkpoint
-from ubn_zoo.plots import draw_similarity_comparison
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ubn_zoo.plots import draw_run
+from ubn_zoo.evaluation.plots import draw_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,16 +17,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ubn_zoo.hub import HubError
-from ubn_zoo.metrics import EpochMetrics
+from ubn_zoo.data.readers import DataError
+from ubn_zoo.evaluation.metrics import EpochMetrics
+from ubn_zoo.hub.fetch import HubError
 from ubn_zoo.models import CheckpointError
-from ubn_zoo.progress import Progress
-from ubn_zoo.ranks import RanksError, joined
-from ubn_zoo.recipe import Recipe, RecipeError, apply_settings, load_recipe
-from ubn_zoo.runs import Run, RunError, run
-from ubn_zoo.snapshots import SnapshotError
-from ubn_zoo.sources import DataError
-from ubn_zoo.train import TrainingError
+from ubn_zoo.recipes.schema import Recipe, RecipeError, apply_settings, load_recipe
+from ubn_zoo.training.checkpoint import SnapshotError
+from ubn_zoo.training.engine import TrainingError
+from ubn_zoo.training.run import Run, RunError, run
+from ubn_zoo.utils.distributed import RanksError, joined
+from ubn_zoo.utils.progress import Progress
 
 ERRORS = (CheckpointError, DataError, HubError, RanksError, RecipeError, RunError, SnapshotError, TrainingError)
 

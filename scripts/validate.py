@@ -18,11 +18,19 @@ from collections.abc import Sequence
 
 import torch
 
-from ubn_zoo.evaluate import EvaluationError, append_result, feed_of, load_subject, measure, open_images, result_row
-from ubn_zoo.progress import Progress
-from ubn_zoo.ranks import Ranks, RanksError, joined
-from ubn_zoo.sources import DataError
-from ubn_zoo.train import device_name, source_commit
+from ubn_zoo.data.readers import DataError
+from ubn_zoo.evaluation.accuracy import (
+    EvaluationError,
+    append_result,
+    feed_of,
+    load_subject,
+    measure,
+    open_images,
+    result_row,
+)
+from ubn_zoo.utils.distributed import Ranks, RanksError, joined
+from ubn_zoo.utils.progress import Progress
+from ubn_zoo.utils.provenance import device_name, source_commit
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

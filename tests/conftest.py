@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+
+from tests.hub_server import HubServer
 
 _HOME = Path(tempfile.mkdtemp(prefix="ubn-zoo-tests-"))
 (_HOME / "tmp").mkdir()

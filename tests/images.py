@@ -8,8 +8,8 @@ import numpy
 import torch
 from PIL import Image
 
-from ubn_zoo.data import ImageSet
-from ubn_zoo.recipe import Recipe
+from ubn_zoo.data.memory import ImageSet
+from ubn_zoo.recipes.schema import Recipe
 
 RECIPE = Recipe(
     source="tests",

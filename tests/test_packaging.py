@@ -106,7 +106,7 @@ def test_metadata(wheel: Path) -> None:
 def test_installed_wheel_works_from_another_folder(installed: Path, tmp_path: Path) -> None:
     code = (
         "import pathlib, timm, torch, ubn_zoo\n"
-        "from ubn_zoo.manifest import load_manifest\n"
+        "from ubn_zoo.hub.manifest import load_manifest\n"
         "print(pathlib.Path(ubn_zoo.__file__).parent)\n"
         "(record, *_) = load_manifest().find(source='bundled')\n"
         "model = timm.create_model(record.id, pretrained=True).eval()\n"

@@ -11,12 +11,12 @@ import pytest
 import timm
 import torch
 
-from ubn_zoo.bundle import MAX_BYTES, MAX_BYTES_IN_ALL
-from ubn_zoo.data import load_image_folder
-from ubn_zoo.evaluate import evaluate_pretrained
-from ubn_zoo.experiments import EXPERIMENTS, Experiment, load, page, plan
-from ubn_zoo.manifest import Record, bundled_path, load_manifest
-from ubn_zoo.recipe import recipe_path, recipe_sha256
+from research.experiments import EXPERIMENTS, Experiment, load, page, plan
+from ubn_zoo.data.memory import load_image_folder
+from ubn_zoo.evaluation.accuracy import evaluate_pretrained
+from ubn_zoo.hub.manifest import Record, bundled_path, load_manifest
+from ubn_zoo.recipes.schema import recipe_path, recipe_sha256
+from ubn_zoo.release.bundle import MAX_BYTES, MAX_BYTES_IN_ALL
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
@@ -51,7 +51,7 @@ def test_tables_hold_whole_runs_of_all_that_was_planned(experiment: Experiment) 
 
 def test_the_page_is_that_of_the_tables() -> None:
     written = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
-    assert written == page(RESULTS), "make it again: python scripts/experiments.py report"
+    assert written == page(RESULTS), "make it again: python -m research.experiments report"
     for picture in re.findall(r"\]\((\w+\.png)\)", written):
         assert (REPOSITORY / "docs" / picture).is_file()
 

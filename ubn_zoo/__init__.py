@@ -1,7 +1,7 @@
 """UBN-Zoo: Unified Batch Normalization (arXiv 2311.15993) as a drop-in layer, and UBN variants of timm's models."""
 
-from . import models
-from .layers import (
+from ubn_zoo import models
+from ubn_zoo.layers import (
     UnifiedBatchNorm2d,
     UnifiedBatchNormAct2d,
     convert_batchnorm,

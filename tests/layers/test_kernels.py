@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ubn_zoo
-from ubn_zoo.benchmark.turns import as_naive
+from research.benchmark.turns import as_naive
 from ubn_zoo.layers import functional, fused
 
 from . import reference

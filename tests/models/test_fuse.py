@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers.common import randomise, ubn_layers
 from torch import Tensor, nn
 
 import ubn_zoo
+from tests.layers.common import randomise, ubn_layers
 from ubn_zoo.layers.inference import InferenceNorm2d
 
 from .common import BUILD_PATHS, images, input_size

@@ -15,14 +15,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import ubn_zoo.models
+from tests.hub_server import HubServer
 from ubn_zoo import UnifiedBatchNorm2d
-from ubn_zoo import hub as client
-from ubn_zoo.manifest import Record, bundled_path, load_manifest
+from ubn_zoo.hub import fetch as client
+from ubn_zoo.hub.manifest import Record, bundled_path, load_manifest
 from ubn_zoo.models import CheckpointError
 
 from .common import assert_same_function, content, images, trained

@@ -14,9 +14,9 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from torch import nn
 
 import ubn_zoo.models
-from ubn_zoo.manifest import InputSpec, Origin, Record, load_manifest
+from ubn_zoo.hub.manifest import InputSpec, Origin, Record, load_manifest
 from ubn_zoo.models import table, ubn_mobilenet, ubn_regnet, ubn_resnet
-from ubn_zoo.models._registry import default_cfg
+from ubn_zoo.models.registry import default_cfg
 
 from .common import ALL, sibling
 

@@ -4,9 +4,9 @@ Importing this registers them with timm, so that ``timm.create_model("resnet50_u
 listings know them. No model is built for that.
 """
 
-from . import ubn_mobilenet, ubn_regnet, ubn_resnet
-from ._build import UbnModel, build_ubn_model
-from ._weights import CheckpointError, read_checkpoint
+from ubn_zoo.models import ubn_mobilenet, ubn_regnet, ubn_resnet
+from ubn_zoo.models.build import UbnModel, build_ubn_model
+from ubn_zoo.models.weights import CheckpointError, read_checkpoint
 
 __all__ = [
     "CheckpointError",

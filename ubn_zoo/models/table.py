@@ -8,7 +8,7 @@ from pathlib import Path
 import timm
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
-from . import ubn_mobilenet, ubn_regnet, ubn_resnet
+from ubn_zoo.models import ubn_mobilenet, ubn_regnet, ubn_resnet
 
 __all__ = ["markdown"]
 

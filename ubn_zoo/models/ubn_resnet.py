@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._registry import register_twins
+from ubn_zoo.models.registry import register_twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable

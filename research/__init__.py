@@ -1,0 +1,1 @@
+"""Experiments and benchmarks behind the published results; not part of the installed package."""

@@ -1,0 +1,377 @@
+"""The page ``docs/speed.md``, made of the tables under ``results/``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from .growth import Fit, GrowthPoint, fit
+from .pictures import draw_growth, draw_ratios
+from .profiles import GROUPS, Share
+from .tables import columns, read_growth, read_profile, read_timings
+from .targets import TARGETS, Target, find
+from .turns import KINDS, Timing
+
+__all__ = ["page", "report"]
+
+_Item = TypeVar("_Item")
+
+_INTRODUCTION = """\
+# Speed and memory
+
+<!-- Written by `python -m research.benchmark --report` from results/benchmark_*.csv; edit that instead. -->
+
+Times are medians of steps that took turns with BatchNorm's in one run, and a ratio is the median, with its quartiles,
+of the ratios to BatchNorm within a turn. A training step is forward, loss and backward, without the optimiser. Images
+and weights are random: no time depends on them.
+"""
+
+_FLOORS = """\
+A *floor* is the least time for the bytes that have to move, at the bandwidth of a copy of the same size in the same
+run. BatchNorm and UBN in training both have to move 8 times the layer's input: forward reads it twice and writes it
+once, backward reads input and gradient twice each and writes once. In inference BatchNorm and BNET move it twice, UBN
+and RBN three times, and a fused BatchNorm is gone altogether. So by its bytes UBN in training need not take longer than
+BatchNorm. What stands in its way in plain torch is the depthwise convolution, an operation of its own: its time
+*alone*, in training with its backward, is beside the floor. The *limit* of plain torch is the ratio if UBN
+took BatchNorm's time and these convolutions on top, and the gate and the calibrations cost nothing.
+
+On a CPU inference after `ubn_zoo.fuse` is held against BatchNorm's model as it is, on a GPU against BatchNorm's fused
+as well; the stricter ratio of a CPU is among the models below. Where two tables time the same, the first of them
+counts, and is in the pictures; with more models in turn the caches are colder, and ratios larger.
+"""
+
+_RANKS = """\
+Ranks are processes of one machine with a thread and a batch of their own each, joined by gloo; more than there are
+cores take turns on them. UBN synchronised computes the equations as UBN naive does: sharing costs the difference
+between these two. torch's SyncBatchNorm computes on GPUs only.
+"""
+_RANKS_HEAD = ("ranks", "layer", "step (ms)", "all-reduces", "bytes given to them by a rank")
+
+_HARDWARE = {"cpu": "CPU", "cuda": "GPU"}
+_MODES = {
+    "train": "training",
+    "eval": "inference",
+    "fused": "inference, fused, as if trained",
+    "folded": "inference, fused, as converted",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Source:
+    """How a table was measured."""
+
+    file: str
+    date: str
+    command: str
+    environment: str
+
+    def line(self) -> str:
+        return f"{self.date}, {self.environment}: [{self.file}](../results/{self.file}), `{self.command}`"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Measured:
+    """All that the tables hold."""
+
+    timings: list[tuple[Timing, _Source]]
+    points: list[tuple[GrowthPoint, _Source]]
+    shares: list[tuple[Share, _Source]]
+
+
+def _load(results: Path) -> _Measured:
+    measured = _Measured([], [], [])
+    for path in sorted(results.glob("benchmark_*.csv")):
+        names = columns(path)
+        if "axis" in names:
+            points, about = read_growth(path)
+            measured.points.extend((point, _Source(path.name, **about)) for point in points)
+        elif "group" in names:
+            shares, about = read_profile(path)
+            measured.shares.extend((share, _Source(path.name, **about)) for share in shares)
+        else:
+            timings, about = read_timings(path)
+            measured.timings.extend((timing, _Source(path.name, **about)) for timing in timings)
+    return measured
+
+
+def _sources(sources: Iterable[_Source]) -> str:
+    return "\n".join(f"- {source.line()}" for source in dict.fromkeys(sources))
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _spread(ratio: float, lower: float | None, upper: float | None) -> str:
+    return f"{ratio:.2f}" if lower is None or upper is None else f"{ratio:.2f} ({lower:.2f} to {upper:.2f})"
+
+
+# Sections
+
+
+def _target_row(target: Target, tables: Iterable[Sequence[Timing]]) -> list[str]:
+    outcome = next((outcome for timings in tables if (outcome := find(target, timings)) is not None), None)
+    what = f"{_HARDWARE[target.device]}: {target.what}"
+    if outcome is None:
+        missing = "not measured on a GPU" if target.device == "cuda" else "not measured"
+        return [what, f"{target.ratio:.2f}", missing, *[""] * 6]
+    base, ubn = outcome.base, outcome.ubn
+    # As it is printed: a reader should not see 1.35 miss 1.35.
+    met = "yes" if round(outcome.ratio, 2) <= target.ratio else "**no**"
+    cells = [what, f"{target.ratio:.2f}", _spread(outcome.ratio, *(outcome.spread or (None, None))), met]
+    if target.memory:
+        return [*cells, f"{base.memory:.0f} → {ubn.memory:.0f} MB", *[""] * 4]
+    extra = ubn.median - base.median
+    limit = ubn.limit
+    if limit is not None and target.mode == "fused" and not target.fused_base:
+        # From a ratio to the fused model to one to the model as it is.
+        limit *= ubn.median / ubn.ratio / base.median
+    return [
+        *cells,
+        f"{_ms(base.median)} → {_ms(ubn.median)}",
+        _ms(extra),
+        _ms(ubn.floor),
+        _ms(ubn.convolution),
+        "" if limit is None else f"{limit:.2f}",
+    ]
+
+
+def _targets(measured: _Measured) -> list[str]:
+    tables = _by_source(measured.timings).values()
+    head = ["", "target", "measured", "met", "BatchNorm → UBN (ms)", "more by (ms)", "floor of the norms (ms)"]
+    rows = [_target_row(target, tables) for target in TARGETS]
+    head += ["their depthwise convolutions alone (ms)", "limit of plain torch"]
+    text = ["## Targets\n", _FLOORS, _grid(head, rows) + "\n"]
+    if not any(timing.device == "cuda" for timing, _ in measured.timings):
+        text.append("No GPU was there to measure on: no figure of one is claimed.\n")
+    return text
+
+
+def _model_rows(timings: Iterable[Timing]) -> Iterable[list[str]]:
+    for timing in timings:
+        setting = "" if timing.dtype == "float32" else f", {timing.dtype}"
+        setting += "" if timing.channels_last else ", contiguous"
+        yield [
+            timing.model.replace(" (fused)", " fused"),
+            f"{_MODES[timing.mode]}{setting}",
+            str(timing.batch_size),
+            f"{_ms(timing.median)} ({_ms(timing.lower)} to {_ms(timing.upper)})",
+            "1"
+            if timing.kind == "bn" and timing.ratio == 1
+            else _spread(timing.ratio, timing.ratio_lower, timing.ratio_upper),
+            "" if timing.memory is None else f"{timing.memory:.0f}",
+            "" if timing.memory_ratio is None else f"{timing.memory_ratio:.2f}",
+        ]
+
+
+def _devices(found: Sequence[tuple[Timing, _Source]]) -> Iterable[tuple[str, list[Timing]]]:
+    """Timings by device, each with a heading if there are several."""
+    devices = list(dict.fromkeys(timing.device for timing, _ in found))
+    for device in devices:
+        heading = f"### {_HARDWARE[device]}\n" if len(devices) > 1 else ""
+        yield heading, [timing for timing, _ in found if timing.device == device]
+
+
+def _picture(timings: Sequence[Timing]) -> str:
+    """Name of the picture of timings of one device."""
+    what = "layers" if timings[0].mode.startswith("layer") else "models"
+    return f"speed_{what}{'' if timings[0].device == 'cpu' else '_gpu'}.png"
+
+
+def _drawable(timings: Sequence[Timing]) -> bool:
+    return any(timing.kind in KINDS and timing.ratio != 1 for timing in timings)
+
+
+def _models(measured: _Measured) -> list[str]:
+    found = [(timing, source) for timing, source in measured.timings if timing.mode in _MODES]
+    text = ["## Models\n"]
+    if not found:
+        return [*text, "Not measured.\n"]
+    head = ["", "what", "batch", "step (ms, quartiles)", "ratio", "memory (MB)", "ratio"]
+    text.append(
+        "Fused models are measured against the BatchNorm model fused as well. `_rbn`, `_bnet` and `_naive` are\n"
+        "settings of the same layer: RBN's and BNET's parts alone, and the equations of `functional` op by op.\n"
+        "Memory is the most that tensors take at a time: parameters, gradients and features, not the optimiser.\n"
+    )
+    order = list(_MODES)
+    for heading, timings in _devices(found):
+        timings.sort(key=lambda timing: (order.index(timing.mode), timing.batch_size))
+        text += [heading, _grid(head, _model_rows(timings)) + "\n"]
+        if _drawable(timings):
+            text.append(f"![Step times of models over BatchNorm's]({_picture(timings)})\n")
+    return [*text, _sources(source for _, source in found) + "\n"]
+
+
+def _layers(measured: _Measured) -> list[str]:
+    found = [(timing, source) for timing, source in measured.timings if timing.mode.startswith("layer")]
+    text = ["## Layers\n"]
+    if not found:
+        return [*text, "Not measured.\n"]
+    text.append(
+        "Ratios to BatchNorm2d. Over the floor: how many times the least traffic's time a layer takes. Over the\n"
+        "convolution: how many times the time of the depthwise convolution alone a UBN layer takes. Where it is said,\n"
+        "the C library keeps what is freed between steps: fresh pages would cost more than the arithmetic.\n"
+    )
+    for heading, timings in _devices(found):
+        text.append(heading)
+        groups: dict[tuple[str, bool, str, int], list[Timing]] = {}
+        for timing in timings:
+            key = (timing.mode, timing.channels_last, timing.dtype, timing.batch_size)
+            groups.setdefault(key, []).append(timing)
+        for (mode, channels_last, dtype, batch_size), group in groups.items():
+            what = "Forward and backward" if mode == "layer" else "Inference"
+            layout = "channels_last" if channels_last else "contiguous"
+            text += [f"{what}, {layout}, {dtype}, batch {batch_size}:\n", _layer_table(group)]
+        if _drawable(timings):
+            text.append(f"![Times of layers over BatchNorm's]({_picture(timings)})\n")
+    return [*text, _sources(source for _, source in found) + "\n"]
+
+
+def _layer_table(timings: Sequence[Timing]) -> str:
+    """A row for each shape, a column for each kind of layer."""
+    shapes: dict[str, dict[str, Timing]] = {}
+    for timing in timings:
+        if timing.kind in KINDS:
+            suffix = " (compiled)"
+            compiled = timing.model.endswith(suffix)
+            shape = timing.model.removesuffix(suffix).rpartition(" ")[2]
+            column = KINDS[timing.kind] + suffix * compiled
+            shapes.setdefault(shape, {})[column] = timing
+    base, ubn = KINDS["bn"], KINDS["ubn"]
+    others = list(dict.fromkeys(column for row in shapes.values() for column in row if column != base))
+    head = ["channels x pixels", f"{base} (ms)", *others, f"{base} over the floor", f"{ubn} over the floor"]
+    rows = []
+    for shape, row in shapes.items():
+        cells = [shape, _ms(row[base].median)]
+        cells += [f"{row[column].ratio:.2f}" if column in row else "" for column in others]
+        twin = row.get(ubn)
+        alone = twin.median / twin.convolution if twin and twin.convolution else None
+        rows.append([*cells, _over(row[base].floor_ratio), _over(twin.floor_ratio if twin else None), _over(alone)])
+    return _grid([*head, f"{ubn} over the convolution"], rows) + "\n"
+
+
+def _over(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.1f}"
+
+
+def _by_source(found: Iterable[tuple[_Item, _Source]]) -> dict[_Source, list[_Item]]:
+    groups: dict[_Source, list[_Item]] = {}
+    for item, source in found:
+        groups.setdefault(source, []).append(item)
+    return groups
+
+
+def _growth_picture(source: _Source) -> str:
+    return source.file.replace("benchmark_", "speed_").replace(".csv", ".png")
+
+
+def _growth(measured: _Measured) -> list[str]:
+    text = ["## How cost grows\n"]
+    if not measured.points:
+        return [*text, "Not measured.\n"]
+    text.append(
+        "A training step of one layer as one size varies. Lines are fitted by least squares of relative errors:\n"
+        "time = fixed + slope * size, where the size is the input's number of elements, or the number of ranks. R² is\n"
+        "the part of the variance that the line explains, the exponent that of the power law time ~ size^exponent. A\n"
+        "fixed part below zero means that small inputs stay in the cache and large ones do not.\n"
+    )
+    for source, points in _by_source(measured.points).items():
+        head = ["varied", "layer", "fixed (ms)", "slope", "R²", "exponent"]
+        text += [_grid(head, map(_fit_row, fit(points))) + "\n", f"![Time of a layer]({_growth_picture(source)})\n"]
+        ranks = [point for point in points if point.axis == "ranks"]
+        if ranks:
+            text += [_RANKS, _grid(_RANKS_HEAD, map(_rank_row, ranks)) + "\n"]
+        text.append(_sources([source]) + "\n")
+    return text
+
+
+def _fit_row(found: Fit) -> list[str]:
+    unit = "ms per rank" if found.axis == "ranks" else "ns per element"
+    numbers = f"{found.fixed:.3g}", f"{found.slope:.3g} {unit}", f"{found.r_squared:.3f}", f"{found.exponent:.2f}"
+    return [found.axis, found.layer, *numbers]
+
+
+def _rank_row(point: GrowthPoint) -> list[str]:
+    numbers = _ms(point.median), str(point.collectives), f"{point.collective_bytes:,}"
+    return [str(point.ranks), point.layer, *numbers]
+
+
+def _profile(measured: _Measured) -> list[str]:
+    text = ["## Where the time of a training step goes\n"]
+    if not measured.shares:
+        return [*text, "Not measured.\n"]
+    text.append(
+        "Milliseconds of a step by torch's profiler, which slows small operations down, and their share of the step.\n"
+    )
+    for source, shares in _by_source(measured.shares).items():
+        models: dict[str, dict[str, Share]] = {}
+        for share in shares:
+            models.setdefault(share.model, {})[share.group] = share
+        rows = [[label, *(_share(own.get(group)) for own in models.values())] for group, label in GROUPS.items()]
+        rows.append(["all", *(_ms(sum(share.time for share in own.values())) for own in models.values())])
+        text += [_grid(["", *models], rows) + "\n", _sources([source]) + "\n"]
+    return text
+
+
+def _share(share: Share | None) -> str:
+    return "" if share is None else f"{_ms(share.time)} ({100 * share.share:.0f} %)"
+
+
+def page(results: str | Path) -> str:
+    """The page, in Markdown.
+
+    Args:
+        results: Folder of the tables ``benchmark_*.csv``; whatever has no table is said to be not measured.
+    """
+    measured = _load(Path(results))
+    sections = (_targets, _models, _layers, _profile, _growth)
+    return "\n".join([_INTRODUCTION, *(part for section in sections for part in section(measured) if part)])
+
+
+def _first_of_each(timings: Iterable[Timing]) -> list[Timing]:
+    """One timing of each kind, the one that counts for targets: points of several tables would cover each other."""
+    first: dict[tuple[object, ...], Timing] = {}
+    for timing in timings:
+        first.setdefault((timing.model, timing.mode, timing.batch_size, timing.dtype, timing.channels_last), timing)
+    return list(first.values())
+
+
+def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
+    """Writes the page and its pictures.
+
+    Args:
+        results: Folder of the tables.
+        docs: Folder that gets ``speed.md`` and the pictures ``speed_*.png``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ImportError: matplotlib, of the extra ``ubn-zoo[quickstart]``, is missing.
+    """
+    measured, folder = _load(Path(results)), Path(docs)
+    written = [folder / "speed.md"]
+    written[0].write_text(page(results), encoding="utf-8")
+    for title, layers in (("Models", False), ("Layers of ResNet-50's shapes", True)):
+        mine = [(timing, source) for timing, source in measured.timings if timing.mode.startswith("layer") == layers]
+        for _, timings in _devices(mine):
+            if _drawable(timings):
+                written.append(folder / _picture(timings))
+                draw_ratios(
+                    _first_of_each(timings),
+                    written[-1],
+                    f"{title} on a {_HARDWARE[timings[0].device]}: median and quartiles",
+                )
+    for source, points in _by_source(measured.points).items():
+        written.append(folder / _growth_picture(source))
+        draw_growth(points, written[-1], "Time of a layer: points, and fitted lines")
+    return tuple(written)

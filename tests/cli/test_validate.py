@@ -1,0 +1,170 @@
+"""The script that measures accuracy, from its command line to its results file."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy
+import pytest
+import safetensors.torch
+import timm
+import timm.data
+import torch
+from PIL import Image
+from timm.models._hub import save_config_for_hf
+
+from tests.images import write_image, write_image_folder
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "validate.py"
+MODEL = "resnet10t_ubn"
+IMAGES = 13
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("validate_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("data"), 2, IMAGES)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves: weights and a configuration that names the classes, here not in the order of their names."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(1)
+    model = timm.create_model(MODEL, num_classes=2, ubn_kwargs={"threshold": None, "depthwise_affine": False})
+    save_config_for_hf(
+        model,
+        str(folder / "config.json"),
+        model_config={"label_names": ["vertical", "horizontal"]},
+        data_config={
+            "input_size": (3, 32, 32),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.25, 0.25, 0.25),
+        },
+    )
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    averaged = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(averaged, folder / "model_ema.safetensors")
+    return folder
+
+
+def options(data: Path, **more: Any) -> list[str]:
+    chosen: dict[str, Any] = {"data-dir": data, "workers": 0, "device": "cpu", "batch-size": 5, **more}
+    return [text for key, value in chosen.items() for text in (f"--{key}", *([] if value is True else [str(value)]))]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def logits_of(run_folder: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """By timm's own means, image by image."""
+    model = timm.create_model(f"local-dir:{run_folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    images, labels = [], []
+    for label, name in enumerate(("vertical", "horizontal")):
+        for path in sorted((data / "test" / name).iterdir()):
+            with Image.open(path) as image:
+                images.append(transform(image.convert("RGB")))
+            labels.append(label)
+    with torch.no_grad():
+        return model(torch.stack(images)), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "memory"])
+def test_a_run_is_measured_by_its_own_configuration(
+    dataset: str, script: ModuleType, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "results.csv"
+    assert script.main(options(data, run=run_folder, csv=table, dataset=dataset)) == 0
+    logits, labels = logits_of(run_folder, data)
+    (row,) = rows(table)
+    top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
+    assert float(row["top1"]) == pytest.approx(top1, abs=1e-4)
+    assert float(row["top1_err"]) == pytest.approx(100 - top1, abs=1e-4)
+    loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
+    assert float(row["loss"]) == pytest.approx(loss, rel=1e-4)
+    assert (row["model"], row["img_size"], row["images"], row["top5"]) == (MODEL, "32", str(IMAGES), "")
+    assert (row["device"], row["torch"], row["amp"]) == ("cpu", torch.__version__, "")
+    assert len(row["sha256"]) == len(row["data"]) == 64
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{MODEL}: top-1 {top1:.2f} %, loss {loss:.4f}, calibration error ")
+    assert printed.endswith(f"{IMAGES} images\n")
+
+
+def test_results_of_several_are_added(script: ModuleType, data: Path, run_folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "results.csv"
+    weights = tmp_path / "weights.safetensors"
+    torch.manual_seed(2)
+    safetensors.torch.save_file(timm.create_model("resnet10t", num_classes=2).state_dict(), weights)
+    changes: list[dict[str, Any]] = [
+        {"run": run_folder, "ema": True},
+        {"model": "resnet10t", "checkpoint": weights, "img-size": 40, "crop-pct": 0.8, "amp": "bfloat16"},
+        {"run": run_folder, "samples": 4, "split": "train"},
+    ]
+    for change in changes:
+        assert script.main(options(data, csv=table, **change)) == 0
+    averaged, other, few = rows(table)
+    # All weights are zero, so all classes are equally probable.
+    assert float(averaged["loss"]) == pytest.approx(float(numpy.log(2)), abs=1e-6)
+    assert (other["model"], other["img_size"], other["crop_pct"], other["amp"]) == (
+        "resnet10t",
+        "40",
+        "0.8",
+        "bfloat16",
+    )
+    assert few["images"] == "2"
+    assert len({row["sha256"] for row in rows(table)}) == 3
+
+
+def test_the_command_says_what_is_wrong(
+    script: ModuleType, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.csv").write_text("a,b\n", encoding="utf-8")
+    write_image(tmp_path / "test" / "cat" / "1.png", numpy.zeros((8, 8, 3), numpy.uint8))
+    wrong: list[tuple[list[str], str]] = [
+        (options(data), "valid: one of them"),
+        (options(data, model="resnet1"), "resnet1: Unknown model"),
+        (options(data, run=tmp_path), "is not a run that is finished"),
+        (options(tmp_path / "absent", run=run_folder), "has none of test, val, validation"),
+        (options(data, run=run_folder, split="val"), "has no val/ and no val.tar"),
+        (options(tmp_path, run=run_folder), "classes that are not known: cat; valid: vertical, horizontal"),
+        (options(tmp_path, model="regnetx_002_ubn.cifar10"), "received images of 1 classes (cat); valid: 10"),
+        (options(data, run=run_folder, csv=tmp_path / "other.csv"), "has columns a, b"),
+        (options(data, run=run_folder, device="tpu9"), "device: received 'tpu9'"),
+        (options(data, run=run_folder, dataset="memory", **{"crop-pct": 0.5}), "dataset memory: received crop_pct 0.5"),
+        (options(data, run=run_folder, dataset="files"), "dataset: received 'files'; valid: "),
+    ]
+    for arguments, message in wrong:
+        assert script.main(arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("validate: ")
+        assert message in printed.err
+        assert printed.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_script_runs_by_itself(data: Path, run_folder: Path) -> None:
+    command = [sys.executable, str(SCRIPT), *options(data, run=run_folder, threads=1)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{MODEL}: top-1 ")

@@ -1,0 +1,350 @@
+"""Accuracy against what can be worked out by hand, and the models and images that it is measured with."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from tests.images import striped_images, write_image_folder
+from ubn_zoo.data.memory import ImageSet, Normalizer
+from ubn_zoo.data.readers import DataError
+from ubn_zoo.evaluation.accuracy import (
+    Accuracy,
+    EvaluationError,
+    append_result,
+    evaluate_pretrained,
+    feed_of,
+    load_subject,
+    measure,
+    open_images,
+    predict,
+    predict_as_configured,
+    result_row,
+)
+from ubn_zoo.utils.distributed import Ranks
+
+NORMALIZE = Normalizer((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
+
+
+class Table(nn.Module):
+    """Gives an image the row of logits that its first pixel names."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.seen: list[bool] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(self.training)
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+def batches_of(labels: Tensor, size: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    numbers = torch.arange(first, first + len(labels), dtype=torch.float32)
+    images = numbers[:, None, None, None].expand(-1, 3, 2, 2)
+    yield from zip(images.split(size), labels.split(size), strict=True)
+
+
+def expected_accuracy(logits: numpy.ndarray, labels: numpy.ndarray) -> tuple[float, float, float, float]:
+    """top-1, top-5, loss and calibration error, image by image."""
+    first, five, loss = [], [], []
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for row, label in zip(logits.astype(numpy.float64), labels, strict=True):
+        log_probabilities = row - row.max() - numpy.log(numpy.exp(row - row.max()).sum())
+        order = sorted(range(len(row)), key=lambda place: -row[place])
+        first.append(order[0] == label)
+        five.append(label in order[:5])
+        loss.append(-log_probabilities[label])
+        confidence = float(numpy.exp(log_probabilities[order[0]]))
+        place = next(index for index in range(15) if confidence < (index + 1) / 15 or index == 14)
+        bins[place].append((confidence, order[0] == label))
+    gaps = [
+        len(found) / len(labels) * abs(numpy.mean([right for _, right in found]) - numpy.mean([c for c, _ in found]))
+        for found in bins
+        if found
+    ]
+    return 100 * numpy.mean(first), 100 * numpy.mean(five), float(numpy.mean(loss)), 100 * sum(gaps)
+
+
+def check(found: Accuracy, logits: Tensor, labels: Tensor) -> None:
+    top1, top5, loss, calibration = expected_accuracy(logits.numpy(), labels.numpy())
+    assert found.images == len(labels)
+    assert found.top1 == pytest.approx(top1)
+    assert found.top5 == (pytest.approx(top5) if logits.shape[1] > 5 else None)
+    assert found.loss == pytest.approx(loss, rel=1e-9)
+    assert found.calibration_error == pytest.approx(calibration, rel=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 6, 40])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 200.0])
+def test_accuracy_is_that_of_the_formulas(classes: int, scale: float) -> None:
+    """At the largest scale confidence is exactly 1 and most bins are empty; at the smallest all are in one."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = scale * torch.randn((37, classes), generator=generator)
+    labels = torch.randint(0, classes, (37,), generator=generator)
+    seen: list[int] = []
+    found = measure(Table(logits), batches_of(labels, 5), Ranks(), on_batch=seen.append)
+    check(found, logits, labels)
+    assert seen == [5, 10, 15, 20, 25, 30, 35, 37]
+
+
+def test_certain_guesses_are_in_the_last_bin() -> None:
+    logits = torch.tensor([[1000.0, 0.0], [1000.0, 0.0], [0.0, 1000.0], [0.0, 1000.0]])
+    found = measure(Table(logits), batches_of(torch.tensor([0, 0, 1, 0]), 4), Ranks())
+    assert (found.top1, found.calibration_error) == (75.0, 25.0)
+    assert found.loss == 250.0
+
+
+def test_a_model_that_gives_nan_has_a_loss_of_nan() -> None:
+    found = measure(Table(torch.full((3, 2), torch.nan)), batches_of(torch.tensor([0, 1, 1]), 2), Ranks())
+    assert numpy.isnan(found.loss)
+    assert found.images == 3
+
+
+def test_the_models_mode_is_left_as_it_was() -> None:
+    model = nn.Sequential(Table(torch.eye(4)), nn.Dropout(), nn.BatchNorm1d(4))
+    model.train()
+    model[2].eval()
+    measure(model, batches_of(torch.arange(4), 3), Ranks())
+    assert [model.training, *(part.training for part in model)] == [True, True, True, False]
+    assert model[0].seen == [False, False]
+    with pytest.raises(IndexError):
+        measure(model, batches_of(torch.arange(9), 9), Ranks())
+    assert model[0].training
+    with pytest.raises(ValueError, match="received 0 images"):
+        measure(model, [], Ranks())
+
+
+def test_autocast_is_for_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    images, labels = torch.rand(6, 3, 2, 2), torch.arange(6)
+    found = measure(model, [(images, labels)], Ranks(), amp=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    assert logits.dtype == torch.bfloat16
+    check(found, logits.float(), labels)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t_ubn", num_classes=2)
+    path = tmp_path_factory.mktemp("checkpoint") / "weights.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path
+
+
+RANK_SCRIPT = """
+import dataclasses, json, sys
+tests, folder, *arguments = sys.argv[1:]
+sys.path[:0] = [tests, f"{tests}/scripts"]
+import torch, validate
+from tests.evaluation.test_accuracy import Table, batches_of
+from ubn_zoo.evaluation.accuracy import measure
+from ubn_zoo.utils.distributed import joined
+torch.set_num_threads(1)
+logits, labels = torch.load(f"{folder}/data", weights_only=True)
+with joined("cpu", timeout=60) as ranks:
+    for total in (37, 1):
+        share = ranks.share(total)
+        batches = batches_of(labels[share.start:share.stop], 5, share.start)
+        found = measure(Table(logits), batches, ranks)
+        with open(f"{folder}/{total}.{ranks.rank}", "w") as file:
+            json.dump(dataclasses.asdict(found), file)
+    validate.validate(validate.parse(arguments), ranks)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> None:
+    """Also when one of them has none, and so does not know how many classes there are."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn((37, 8), generator=generator), torch.randint(0, 8, (37,), generator=generator)
+    torch.save((logits, labels), tmp_path / "data")
+    (tmp_path / "script.py").write_text(RANK_SCRIPT, encoding="utf-8")
+    images = write_image_folder(tmp_path / "images", 2, 11)
+    arguments = ["--model", "resnet10t_ubn", "--checkpoint", str(checkpoint), "--data-dir", str(images)]
+    arguments += ["--img-size", "32", "--batch-size", "4", "--workers", "0", "--csv", str(tmp_path / "results.csv")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "script.py"), str(Path(__file__).parents[2]), str(tmp_path), *arguments]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_LOG_LEVEL": "ERROR"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    for total in (37, 1):
+        found = [json.loads((tmp_path / f"{total}.{rank}").read_text(encoding="utf-8")) for rank in range(2)]
+        assert found[0] == found[1]
+        check(Accuracy(**found[0]), logits[:total], labels[:total])
+    assert done.stdout.count("resnet10t_ubn: top-1") == 1
+    with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
+    alone = measure(subject.model, open_images(subject, feed_of(subject, img_size=32), images, Ranks()), Ranks())
+    assert (row["images"], float(row["top1"])) == ("11", pytest.approx(alone.top1, abs=1e-4))
+    assert float(row["loss"]) == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_predictions_are_the_models_own() -> None:
+    images = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    model = Table(torch.eye(7)).train()
+
+    def scaled(part: Tensor) -> Tensor:
+        return part.float()
+
+    found = predict(model, images, scaled, img_size=4, batch_size=3)  # type: ignore[arg-type]
+    assert torch.equal(found, torch.eye(7))
+    assert (model.seen, model.training) == ([False] * 3, True)
+    with pytest.raises(ValueError, match="received 0 images"):
+        predict(model, images[:0], NORMALIZE, img_size=4)
+
+
+def test_models_are_fed_as_their_configuration_says() -> None:
+    cfg: dict[str, Any] = {"input_size": (3, 64, 64), "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "crop_pct": 1.0}
+    images = striped_images(4, seed=6).images
+    model = timm.create_model(
+        "resnet10t_ubn", num_classes=2, pretrained_cfg_overlay={**cfg, "interpolation": "bilinear"}
+    )
+    normalize = Normalizer(cfg["mean"], cfg["std"], torch.device("cpu"))
+    expected = predict(model, images, normalize, img_size=64)
+    torch.testing.assert_close(predict_as_configured(model, images), expected)
+    with pytest.raises(ValueError, match="images: received"):
+        predict_as_configured(model, images[:, :, :8])
+    other = timm.create_model("resnet10t_ubn", num_classes=2)
+    with pytest.raises(ValueError, match=r"the model's input: received .*crop_pct 0\.875"):
+        predict_as_configured(other, images)
+
+
+def test_a_checkpoint_says_how_many_classes_it_has(checkpoint: Path) -> None:
+    subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
+    expected = safetensors.torch.load_file(checkpoint)
+    assert all(torch.equal(value, expected[name]) for name, value in subject.model.state_dict().items())
+    assert (subject.name, subject.classes) == ("resnet10t_ubn", ())
+    assert subject.sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert feed_of(subject).num_classes == 2
+
+
+def test_a_bundled_model_has_its_records_hash() -> None:
+    subject = load_subject("regnetx_002_ubn.cifar10")
+    file = Path(str(subject.model.pretrained_cfg["file"]))
+    assert subject.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    feed = feed_of(subject, dataset="memory", workers=3)
+    assert (feed.img_size, feed.crop_pct, feed.interpolation, feed.workers) == (64, 1.0, "bilinear", 3)
+
+
+def test_images_in_memory_are_measured_as_a_model_predicts_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(9)
+    found = evaluate_pretrained("regnetx_002_ubn.cifar10", ImageSet(images, labels, tuple("abcdefghij")), batch_size=4)
+    logits = predict_as_configured(timm.create_model("regnetx_002_ubn.cifar10", pretrained=True), images, batch_size=4)
+    assert (found.top1, found.images) == (pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item()), 9)
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    with pytest.raises(EvaluationError, match=r"received images of 9 classes \(a, .*valid: 10, the outputs of regnetx"):
+        evaluate_pretrained("regnetx_002_ubn.cifar10", ImageSet(images, labels, tuple("abcdefghi")))
+
+
+def test_models_are_fed_at_their_test_size() -> None:
+    overlay = {"test_input_size": (3, 96, 96), "test_crop_pct": 0.95, "crop_mode": "squash"}
+    model = timm.create_model("resnet10t", num_classes=2, pretrained_cfg_overlay=overlay)
+    subject = load_subject("regnetx_002_ubn.cifar10")
+    subject = type(subject)(model=model, name="resnet10t", classes=(), sha256=None)
+    feed = feed_of(subject)
+    assert (feed.img_size, feed.crop_pct, feed.crop_mode) == (96, 0.95, "squash")
+    feed = feed_of(subject, img_size=32, crop_pct=0.5)
+    assert (feed.img_size, feed.crop_pct) == (32, 0.5)
+    with pytest.raises(EvaluationError, match=r"dataset memory: received crop_pct 0\.95, .*valid: crop_pct 1\.0"):
+        feed_of(subject, dataset="memory")
+    model.pretrained_cfg["test_input_size"] = (3, 64, 96)
+    with pytest.raises(EvaluationError, match="resnet10t takes 96x64 pixels; valid: square images"):
+        feed_of(subject)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "neither a model nor a run"),
+        ({"name": "resnet10t", "run": "x"}, "or both"),
+        ({"name": "resnet10t", "num_classes": 3}, "valid: none without a checkpoint"),
+        ({"name": "resnet10t", "ema": True}, r"name the run's model_ema\.safetensors"),
+        ({"run": "x", "checkpoint": "y"}, "received a checkpoint and a run"),
+        ({"name": "resnet10"}, "resnet10: Unknown model"),
+        ({"name": "resnet10t_ubn.nothing"}, "has no pretrained tag 'nothing'"),
+        ({"name": "regnetz_005"}, "regnetz_005: No pretrained weights"),
+        ({"name": "resnet10t_ubn", "checkpoint": "/nowhere.safetensors"}, "there is no such file"),
+        ({"run": "/nowhere"}, r"/nowhere has no config\.json and no model\.safetensors; it is not a run"),
+        ({"run": "/nowhere", "ema": True}, r"no model_ema\.safetensors; its recipe has no ema_decay, or"),
+    ],
+)
+def test_models_that_cannot_be_loaded_say_why(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        load_subject(**arguments)
+
+
+def test_weights_that_do_not_fit_say_why(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("resnet10t", "resnet10t_ubn"):
+        with pytest.raises(EvaluationError, match=r"fc\.weight"):
+            load_subject(name, checkpoint=checkpoint, num_classes=7)
+    with pytest.raises(EvaluationError, match="resnet18_ubn"):
+        load_subject("resnet18_ubn", checkpoint=checkpoint)
+    (tmp_path / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(EvaluationError, match=r"weights\.safetensors"):
+        load_subject("resnet10t_ubn", checkpoint=tmp_path / "weights.safetensors")
+
+
+def test_images_go_with_the_models_classes(checkpoint: Path, tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "data", 2, 6)
+    subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
+    feed = feed_of(subject, img_size=32)
+    assert open_images(subject, feed, root, Ranks()).classes == ("horizontal", "vertical")
+
+    def named(*names: str) -> Any:
+        return type(subject)(model=subject.model, name=subject.name, classes=names, sha256=None)
+
+    (_, labels), *_ = open_images(named("vertical", "horizontal"), feed, root, Ranks())
+    assert labels.tolist() == [1, 1, 1, 0, 0, 0]
+    with pytest.raises(DataError, match="classes that are not known: vertical; valid: horizontal"):
+        open_images(named("horizontal", "diagonal"), feed, root, Ranks())
+    (root / "test" / "third").mkdir()
+    (root / "test" / "third" / "1.png").write_bytes((root / "test" / "vertical" / "001.png").read_bytes())
+    with pytest.raises(
+        EvaluationError, match=r"received images of 3 classes \(horizontal, third, vertical\); valid: 2"
+    ):
+        open_images(subject, feed, root, Ranks())
+
+
+def test_results_are_added_to_timms_columns(checkpoint: Path, tmp_path: Path) -> None:
+    subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
+    found = Accuracy(top1=61.23456, top5=None, loss=1.2345678, calibration_error=3.14159, images=8)
+    row = result_row(subject, feed_of(subject, img_size=32), found, device="cpu")
+    timms = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
+    assert list(row) == [*timms, "loss", "calibration_error", "images", "sha256", "device"]
+    path = tmp_path / "results.csv"
+    append_result(path, row)
+    append_result(path, {**row, "top5": 90.5})
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    append_result(path, row)
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [entry["top5"] for entry in rows] == ["", "90.5", ""]
+    assert (rows[0]["top1"], rows[0]["top1_err"], rows[0]["loss"]) == ("61.2346", "38.7654", "1.234568")
+    assert float(rows[0]["param_count"]) == pytest.approx(
+        sum(parameter.numel() for parameter in subject.model.parameters()) / 1e6, abs=0.005
+    )
+    with pytest.raises(EvaluationError, match=r"results\.csv has columns model, .*; valid: model; use another file"):
+        append_result(path, {"model": "x"})
+    with pytest.raises(EvaluationError, match="nowhere"):
+        append_result(tmp_path / "nowhere" / "results.csv", row)

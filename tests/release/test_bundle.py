@@ -1,0 +1,91 @@
+"""Bundling a run: the record says what the stored file reaches, and unfit runs are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from tests.images import RECIPE, write_image_folder
+from ubn_zoo.evaluation.metrics import read_metrics, write_metrics
+from ubn_zoo.hub.manifest import dump_manifest, load_manifest
+from ubn_zoo.recipes.schema import Recipe, dump_recipe
+from ubn_zoo.release.bundle import BundleError, bundle
+from ubn_zoo.training.run import run
+
+SMALL = dataclasses.replace(RECIPE, model="mobilenetv3_small_050", epochs=1, warmup_epochs=0.0, probe_images=0)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    dump_manifest([], tmp_path / "book.json")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "mine.yaml").write_text(dump_recipe(SMALL), encoding="utf-8")
+    return tmp_path
+
+
+def trained(recipe: Recipe, images: Path, folder: Path, commit: str = "1" * 40) -> Path:
+    run(recipe, images, folder)
+    rows = [dataclasses.replace(row, commit=commit) for row in read_metrics(folder / "metrics.csv")]
+    write_metrics(folder / "metrics.csv", rows)
+    return folder
+
+
+def put(folder: Path, images: Path, place: Path, **options: Any) -> Any:
+    facts = {"tag": "stripes", "dataset": "stripes", "origin": "made up", "description": "Tells stripes apart"}
+    where = {"recipe_name": str(place / "mine.yaml"), "book": place / "book.json", "weights": place / "weights"}
+    return bundle(folder, data_dir=images, **facts, **where, **options)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_record_says_what_the_file_reaches(half: bool, images: Path, place: Path) -> None:
+    folder = trained(dataclasses.replace(SMALL, seed=5), images, place / "ubn")
+    twin = trained(dataclasses.replace(SMALL, seed=5, norm="bn"), images, place / "bn")
+    record = put(folder, images, place, twin=twin, half=half)
+    assert load_manifest(place / "book.json").get("mobilenetv3_small_050_ubn.stripes") == record
+    path = place / "weights" / "mobilenetv3_small_050_ubn.stripes.safetensors"
+    assert (record.sha256, record.bytes) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    state = safetensors.torch.load_file(path)
+    whole = safetensors.torch.load_file(folder / "model.safetensors")
+    for name, tensor in state.items():
+        kept = whole[name].half() if half and not name.endswith(("running_mean", "running_var")) else whole[name]
+        if whole[name].is_floating_point() and "feature_similarity" not in name:
+            assert torch.equal(tensor, kept), name
+    model = timm.create_model("mobilenetv3_small_050_ubn", checkpoint_path=str(path), num_classes=2)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    top1, theirs = record.metrics
+    assert (theirs.name, theirs.value) == ("top1_batchnorm_twin", round(read_metrics(twin / "metrics.csv")[-1].top1, 2))
+    if not half:
+        assert top1.value == round(read_metrics(folder / "metrics.csv")[-1].top1, 2)
+    assert theirs.measured.command.endswith("--set norm=bn seed=5")
+    assert record.origin.trained.endswith("--set seed=5")
+    assert top1.measured.commit == "1" * 40
+    assert record.input.size == (3, 32, 32)
+
+
+def test_unfit_runs_are_refused(images: Path, place: Path) -> None:
+    folder = trained(SMALL, images, place / "run", commit="1" * 40 + "+")
+    with pytest.raises(BundleError, match=r"its commit is 1+\+; valid: one that holds all"):
+        put(folder, images, place)
+    other = trained(dataclasses.replace(SMALL, lr=0.01, norm="bn"), images, place / "other")
+    with pytest.raises(BundleError, match="valid: a finished run with norm ubn"):
+        put(other, images, place)
+    good = trained(dataclasses.replace(SMALL, seed=6), images, place / "good")
+    with pytest.raises(BundleError, match="differs from .* in more than its norm"):
+        put(good, images, place, twin=other)
+    (good / "model.safetensors").unlink()
+    with pytest.raises(BundleError, match="is not the folder of a finished run"):
+        put(good, images, place)
+    assert not list(load_manifest(place / "book.json"))
+    assert not list((place / "weights").iterdir())

@@ -1,0 +1,612 @@
+"""Publishing with the real client against the local Hub: what goes up, what is refused, what faults leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.utils._http as client_http
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from timm.models._hub import save_for_hf
+from torch import Tensor, nn
+
+import ubn_zoo
+from tests.hub_server import HubServer, sha256
+from tests.images import RECIPE, striped_images
+from ubn_zoo import cli
+from ubn_zoo.data.loaders import MemoryTest, MemoryTrain
+from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, write_metrics
+from ubn_zoo.hub import fetch as client
+from ubn_zoo.hub import manifest
+from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
+from ubn_zoo.release import convert as checkpoints
+from ubn_zoo.release.upload import PublishConflictError, PublishError, publish
+from ubn_zoo.training.run import run as run_recipe
+from ubn_zoo.training.run import save_weights
+from ubn_zoo.utils.distributed import Ranks
+
+SIBLING = "mobilenetv3_small_050"
+NAME = f"{SIBLING}_ubn"
+ID = f"{NAME}.cifar10"
+REPO = "someone/small"
+TOKEN = "hf_never_to_be_seen"
+FACTS = {"tag": "cifar10", "licence": "apache-2.0", "dataset": "CIFAR-10"}
+OPTIONS = [part for name, value in FACTS.items() for part in (f"--{name}", value)]
+COMMIT = "/commit/"
+PICTURE = b"\x89PNG\r\n\x1a\n and so on"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setenv(client.RETRY_SECONDS_VARIABLE, "0.3")
+    # The client's own retries wait for seconds.
+    impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(client_http, "time", impatient)
+
+
+@pytest.fixture(autouse=True)
+def logged_in(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = TOKEN
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    small = {"model": SIBLING, "epochs": 2, "warmup_epochs": 0.0, "img_size": 32, "num_classes": 10}
+    return dataclasses.replace(load_recipe("cifar10_small"), **small)
+
+
+def rows(recipe: Recipe, **changes: Any) -> list[EpochMetrics]:
+    row = EpochMetrics(
+        model=recipe.model,
+        norm=recipe.norm,
+        seed=recipe.seed,
+        epoch=1,
+        step=390,
+        lr=0.001,
+        train_loss=1.5,
+        test_loss=1.25,
+        top1=61.5,
+        calibration_error=3.5,
+        seconds=10.0,
+        step_ms=20.0,
+        images_per_second=6400.0,
+        similarity_min=0.1,
+        similarity_mean=0.2,
+        similarity_max=0.3,
+        gates_open=1,
+        gates=2,
+        device="cpu",
+        ranks=1,
+        threads=1,
+        torch="2.6",
+        commit="1" * 40,
+    )
+    return [row, dataclasses.replace(row, epoch=2, top1=62.25, **changes)]
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A UBN model whose calibrations are not what BatchNorm's would be."""
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=10)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("center_weight", "scale_weight", "running_mean")):
+                tensor.copy_(0.1 * torch.randn(tensor.shape))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pristine(trained: nn.Module, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (folder / "training.png").write_bytes(PICTURE)
+    write_metrics(folder / "metrics.csv", rows(recipe))
+    save_weights(trained, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "run"))
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "weights_manifest.json"
+    manifest.dump_manifest([], path)
+    return path
+
+
+def files_of(hub: HubServer, revision: str | None = None, repo_id: str = REPO) -> dict[str, bytes]:
+    repository = hub.repositories[repo_id]
+    return repository.commits[revision or repository.refs["main"]]
+
+
+def commits(hub: HubServer) -> int:
+    """Commits that were made on top of the repository's first."""
+    return len(hub.repositories[REPO].commits) - 1 if REPO in hub.repositories else 0
+
+
+def records(book: Path) -> list[manifest.Record]:
+    return list(manifest.load_manifest(book))
+
+
+def command(run: Path, book: Path, *more: str) -> list[str]:
+    arguments = ["publish", str(run), "--repo", REPO, "--manifest", str(book), *OPTIONS, *more]
+    return [sys.executable, "-m", "ubn_zoo", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(ubn_zoo.__file__).parents[1])}
+
+
+def python(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_published_from_one_process_loads_in_fresh_ones(
+    hub: HubServer, run: Path, book: Path, trained: nn.Module, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        command(run, book), env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert commits(hub) == 1
+    head = hub.repositories[REPO].refs["main"]
+    published = files_of(hub)
+    assert sorted(published) == sorted(
+        [
+            ".gitattributes",
+            "README.md",
+            "config.json",
+            "metrics.csv",
+            "model.safetensors",
+            "recipe.yaml",
+            "training.png",
+        ]
+    )
+    for name in ("model.safetensors", "recipe.yaml", "metrics.csv", "training.png"):
+        assert published[name] == (run / name).read_bytes()
+
+    (record,) = records(book)
+    assert (record.id, record.source, record.repo_id, record.revision) == (ID, "hub", REPO, head)
+    assert (record.file, record.bytes) == ("model.safetensors", len(published["model.safetensors"]))
+    assert record.sha256 == sha256(published["model.safetensors"])
+    assert record.params == sum(parameter.numel() for parameter in trained.parameters())
+    assert record.recipe == manifest.Recipe(name="recipe.yaml", sha256=sha256(published["recipe.yaml"]))
+    (metric,) = record.metrics
+    assert (metric.name, metric.value, metric.dataset, metric.split) == ("top1", 62.25, "CIFAR-10", "test")
+    assert (metric.measured.seeds, metric.measured.commit) == ((0,), "1" * 40)
+
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    torch.save(images, tmp_path / "images.pt")
+    compare = (
+        f"images = torch.load({str(tmp_path / 'images.pt')!r})\n"
+        f"torch.save(model.eval()(images).detach(), {str(tmp_path / 'logits.pt')!r})\n"
+    )
+    snippet = published["README.md"].decode().split("```python\n")[1].split("```")[0]
+    by_name = (
+        "import pathlib, sys, types\n"
+        f"package = types.ModuleType('ubn_zoo'); package.__path__ = [{str(Path(ubn_zoo.__file__).parent)!r}]\n"
+        "sys.modules['ubn_zoo'] = package\n"
+        "from ubn_zoo.hub import manifest\n"
+        f"manifest._PACKAGED_MANIFEST = pathlib.Path({str(book)!r})\n"
+        "from ubn_zoo import models\n"
+        "import timm\n"
+        f"model = timm.create_model('{ID}', pretrained=True)\n"
+    )
+    assert snippet.startswith("import ubn_zoo\n") and f'"hf-hub:{REPO}", pretrained=True' in snippet
+    for code in (snippet + "import torch\n" + compare, by_name + "import torch\n" + compare):
+        python(code)
+        with torch.no_grad():
+            expected = trained(images)
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
+        (tmp_path / "logits.pt").unlink()
+
+    # The token went to the Hub alone, and nowhere else.
+    assert TOKEN not in done.stdout + done.stderr
+    assert all(TOKEN.encode() not in content for content in published.values())
+    assert TOKEN not in book.read_text()
+    assert {request.authorization for request in hub.requests if request.path.startswith("/lfs/")} == {None}
+
+
+def test_card_has_what_leaderboards_read(hub: HubServer, run: Path, book: Path, recipe: Recipe) -> None:
+    publish(run, REPO, manifest=book, base_model="timm/some.model", **FACTS)
+    card = files_of(hub)["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert (metadata["library_name"], metadata["license"]) == ("timm", "apache-2.0")
+    assert (metadata["base_model"], metadata["datasets"]) == ("timm/some.model", ["cifar10"])
+    assert {"timm", "image-classification", "ubn"} <= set(metadata["tags"])
+    (entry,) = metadata["model-index"]
+    (result,) = entry["results"]
+    assert (entry["name"], result["task"]["type"]) == (ID, "image-classification")
+    assert result["dataset"] == {"name": "CIFAR-10", "type": "cifar10", "split": "test"}
+    (metric,) = result["metrics"]
+    assert (metric["type"], metric["value"]) == ("accuracy", 62.25)
+    assert metric["args"] == {"command": recipe.command, "seeds": [0], "commit": "1" * 40}
+    assert "![training](training.png)" in card
+
+
+def test_config_is_timms(hub: HubServer, run: Path, book: Path, recipe: Recipe) -> None:
+    publish(run, REPO, manifest=book, **FACTS)
+    config = json.loads(files_of(hub)["config.json"])
+    assert (config["architecture"], config["num_classes"], config["global_pool"]) == (NAME, 10, "avg")
+    assert {"num_features", "model_args", "pretrained_cfg"} <= set(config)
+    cfg = config["pretrained_cfg"]
+    assert (cfg["input_size"], cfg["mean"], cfg["tag"]) == ([3, 32, 32], list(recipe.mean), "cifar10")
+    assert (cfg["license"], cfg["num_classes"]) == ("apache-2.0", 10)
+
+
+def test_dry_run_touches_nothing(
+    hub: HubServer, run: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert cli.main([*command(run, book)[3:], "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert hub.requests == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    weights = (run / "model.safetensors").read_bytes()
+    for part in (sha256(weights), f"{len(weights):,}", "config.json", "training.png", "model-index", "import ubn_zoo"):
+        assert part in out
+
+
+def test_unchanged_model_makes_no_new_commit(hub: HubServer, run: Path, book: Path) -> None:
+    first = publish(run, REPO, manifest=book, **FACTS)
+    written = book.read_bytes()
+    hub.requests.clear()
+    second = publish(run, REPO, manifest=book, **FACTS)
+    assert (first.committed, second.committed, commits(hub)) == (True, False, 1)
+    assert (first.recorded, second.recorded) == (True, False)
+    assert book.read_bytes() == written
+    assert {request.method for request in hub.requests} == {"GET"}
+    # Others may add files: ours are the same, and the recorded revision still is a pin.
+    hub.repositories[REPO].commit({**files_of(hub), "NOTES.md": b"hello"})
+    assert not publish(run, REPO, manifest=book, **FACTS).committed
+    assert book.read_bytes() == written
+
+
+def test_retrained_model_is_a_new_commit_and_keeps_the_old_revision(
+    hub: HubServer, run: Path, book: Path, recipe: Recipe
+) -> None:
+    publish(run, REPO, manifest=book, **FACTS)
+    save_weights(timm.create_model(NAME, num_classes=10), run / "model.safetensors")
+    with pytest.raises(manifest.ManifestError, match="other weights of this id"):
+        publish(run, REPO, manifest=book, **FACTS)
+    assert commits(hub) == 1
+    publish(run, REPO, manifest=book, **{**FACTS, "tag": "again"})
+    assert commits(hub) == 2
+    assert {record.id for record in records(book)} == {ID, f"{NAME}.again"}
+    for record in records(book):
+        assert sha256(files_of(hub, record.revision)["model.safetensors"]) == record.sha256
+
+
+def test_files_of_others_are_not_overwritten(hub: HubServer, run: Path, book: Path) -> None:
+    hub.create(REPO, {"README.md": b"mine", "model.safetensors": b"also mine"})
+    before = files_of(hub)
+    with pytest.raises(PublishConflictError, match=r"README\.md, model\.safetensors"):
+        publish(run, REPO, manifest=book, **FACTS)
+    assert (files_of(hub), records(book), hub.count("PUT", "")) == (before, [], 0)
+    assert publish(run, REPO, manifest=book, replace=True, **FACTS).committed
+
+
+def test_card_edited_on_the_hub_is_not_overwritten(hub: HubServer, run: Path, book: Path) -> None:
+    publish(run, REPO, manifest=book, **FACTS)
+    hub.repositories[REPO].commit({**files_of(hub), "README.md": b"edited on the page"})
+    with pytest.raises(PublishConflictError, match=r"README\.md"):
+        publish(run, REPO, manifest=book, description="Another sentence.", **FACTS)
+    assert files_of(hub)["README.md"] == b"edited on the page"
+
+
+def test_commit_of_another_meanwhile_is_reported(hub: HubServer, run: Path, book: Path) -> None:
+    publish(run, REPO, manifest=book, **FACTS)
+    written, other = book.read_bytes(), {**files_of(hub), "NOTES.md": b"hello"}
+    hub.fail(method="POST", path=COMMIT, call=lambda: hub.repositories[REPO].commit(other))
+    with pytest.raises(PublishConflictError, match="main moved from"):
+        publish(run, REPO, manifest=book, description="Another sentence.", **FACTS)
+    assert (files_of(hub), book.read_bytes()) == (other, written)
+    publish(run, REPO, manifest=book, description="Another sentence.", **FACTS)
+    assert b"Another sentence." in files_of(hub)["README.md"] and files_of(hub)["NOTES.md"] == b"hello"
+    assert commits(hub) == 3
+
+
+WRITES = [
+    ("POST", "/api/repos/create"),
+    ("POST", "/api/validate-yaml"),
+    ("POST", "/preupload/"),
+    ("POST", "/objects/batch"),
+    ("PUT", "/lfs/"),
+    ("POST", "/objects/verify"),
+    ("POST", COMMIT),
+]
+CALLS = [path.strip("/").rpartition("/")[2] for _, path in WRITES]
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}, {"lose": True}], ids=["503", "cut", "reply lost"])
+@pytest.mark.parametrize(("method", "path"), WRITES, ids=CALLS)
+def test_passing_faults_of_any_write_do_not_show(
+    hub: HubServer, run: Path, book: Path, method: str, path: str, fault: dict[str, Any]
+) -> None:
+    hub.fail(method=method, path=path, **fault)
+    done = publish(run, REPO, manifest=book, **FACTS)
+    assert hub.faults[0].times == 0
+    assert (commits(hub), done.record.revision) == (1, hub.repositories[REPO].refs["main"])
+    assert records(book) == [done.record]
+
+
+# Without "verify": what is uploaded but not verified is simply there at the next attempt.
+LASTING = [*WRITES[:5], *WRITES[6:], ("GET", "/api/models/")]
+
+
+@pytest.mark.parametrize(("method", "path"), LASTING, ids=[*CALLS[:5], *CALLS[6:], "read"])
+def test_lasting_faults_leave_all_as_it_was_and_a_second_run_finishes(
+    hub: HubServer, run: Path, book: Path, method: str, path: str
+) -> None:
+    written = book.read_bytes()
+    hub.fail(method=method, path=path, status=503, times=None)
+    with pytest.raises(client.HubUnavailableError, match="publish again later") as caught:
+        publish(run, REPO, manifest=book, **FACTS)
+    assert "Signature" not in str(caught.value) and TOKEN not in str(caught.value)
+    assert (commits(hub), book.read_bytes()) == (0, written)
+    hub.faults.clear()
+    assert publish(run, REPO, manifest=book, **FACTS).committed
+    assert (commits(hub), len(records(book))) == (1, 1)
+
+
+STAGES: dict[str, tuple[str, str, dict[str, Any], int]] = {
+    "in the upload": ("PUT", "/lfs/", {"delay": 1.0}, 0),
+    "before the commit": ("POST", COMMIT, {"delay": 1.0, "drop": True}, 0),
+    "after the commit": ("POST", COMMIT, {"delay": 1.0}, 1),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_publication_is_finished_by_a_second_run(hub: HubServer, run: Path, book: Path, stage: str) -> None:
+    method, path, fault, expected = STAGES[stage]
+    written = book.read_bytes()
+    handled: list[None] = []
+    hub.fail(method=method, path=path, call=lambda: handled.append(None), **fault)
+    process = subprocess.Popen(
+        command(run, book), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: hub.count(method, path) == 1)
+        # The request is on its way, and the server takes its time.
+        time.sleep(0.3)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+    wait_for(lambda: handled != [] and commits(hub) == expected)
+    assert (commits(hub), book.read_bytes()) == (expected, written)
+    assert [path.name for path in book.parent.iterdir() if path.name.startswith(".")] == []
+    done = publish(run, REPO, manifest=book, **FACTS)
+    assert (done.committed, commits(hub), records(book)) == (not expected, 1, [done.record])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_without_access_the_error_says_so(
+    hub: HubServer, run: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(client.HubAccessError, match="hf auth login") as caught:
+        publish(run, REPO, manifest=book, **FACTS)
+    assert "hf_wrong" not in str(caught.value)
+    assert (hub.repositories, records(book)) == ({}, [])
+
+
+def test_private_means_private(hub: HubServer, run: Path, book: Path) -> None:
+    publish(run, REPO, manifest=book, private=True, **FACTS)
+    assert hub.repositories[REPO].private
+    hub.create("someone/public", {})
+    with pytest.raises(PublishConflictError, match="public"):
+        publish(run, "someone/public", manifest=book, private=True, **FACTS)
+    assert files_of(hub, repo_id="someone/public") == {}
+
+
+def spoil_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path, Recipe], None]:
+    def spoil(run: Path, recipe: Recipe) -> None:
+        state = safetensors.torch.load_file(run / "model.safetensors")
+        change(state)
+        safetensors.torch.save_file(state, run / "model.safetensors")
+
+    return spoil
+
+
+def replace_by_pickle(run: Path, recipe: Recipe) -> None:
+    torch.save(safetensors.torch.load_file(run / "model.safetensors"), run / "pytorch_model.bin")
+    (run / "model.safetensors").unlink()
+
+
+def truncate(run: Path, recipe: Recipe) -> None:
+    (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-1])
+
+
+KEY = "conv_stem.weight"
+UNFIT: dict[str, tuple[Callable[[Path, Recipe], Any], str]] = {
+    "NaN": (spoil_weights(lambda s: s[KEY].view(-1)[3:4].fill_(float("nan"))), "NaN or infinite values: conv_stem"),
+    "Inf": (spoil_weights(lambda s: s["classifier.bias"][0:1].fill_(float("inf"))), "NaN or infinite values: classif"),
+    "missing key": (spoil_weights(lambda s: s.pop(KEY)), "1 missing: conv_stem.weight"),
+    "surplus key": (spoil_weights(lambda s: s.update(extra=torch.zeros(1))), "1 unexpected: extra"),
+    "shape": (spoil_weights(lambda s: s.update({KEY: torch.zeros(1, 3, 3, 3)})), "of another shape: conv_stem.weight"),
+    "dtype": (spoil_weights(lambda s: s.update({KEY: s[KEY].double()})), "of another dtype: conv_stem.weight"),
+    "overflow": (spoil_weights(lambda s: s["bn1.running_var"].fill_(-1.0)), "forward pass gives NaN"),
+    "truncated": (truncate, "truncated or damaged"),
+    "pickle only": (replace_by_pickle, "never a pickle"),
+    "no recipe": (lambda run, recipe: (run / "recipe.yaml").unlink(), "recipe"),
+    "bad recipe": (lambda run, recipe: (run / "recipe.yaml").write_text("lr: high"), "recipe is not valid"),
+    "no metrics": (lambda run, recipe: (run / "metrics.csv").unlink(), "metrics are missing"),
+    "bad metrics": (lambda run, recipe: (run / "metrics.csv").write_text("a,b\n1,2\n"), "metrics.csv is not"),
+    "unfinished": (lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe)[:1]), "not finished"),
+    "other run": (lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe, seed=5)), "of another run"),
+    "NaN loss": (
+        lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe, test_loss=float("nan"))),
+        "not finite",
+    ),
+    "changed code": (
+        lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe, commit="1" * 40 + "+")),
+        "the code differed from its commit 1111",
+    ),
+    "BatchNorm": (
+        lambda run, recipe: (run / "recipe.yaml").write_text(dump_recipe(dataclasses.replace(recipe, norm="bn"))),
+        "only UBN models",
+    ),
+    "picture": (lambda run, recipe: (run / "plot.png").write_bytes(b"<script>"), "plot.png"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_unfit_for_the_public_is_refused(hub: HubServer, run: Path, book: Path, recipe: Recipe, case: str) -> None:
+    spoil, reason = UNFIT[case]
+    spoil(run, recipe)
+    with pytest.raises(PublishError) as caught:
+        publish(run, REPO, manifest=book, **FACTS)
+    assert any(reason in found for found in caught.value.reasons), caught.value.reasons
+    assert (hub.requests, records(book)) == ([], [])
+
+
+def test_all_reasons_come_at_once(
+    hub: HubServer, run: Path, book: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    UNFIT["NaN"][0](run, recipe)
+    (run / "metrics.csv").unlink()
+    code = cli.main(["publish", str(run), "--repo", REPO, "--manifest", str(book)])
+    captured = capsys.readouterr()
+    assert (code, captured.out, hub.requests) == (1, "", [])
+    for part in ("conv_stem.weight", "metrics are missing", "licence", "tag", "dataset"):
+        assert part in captured.err
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"repo_id": "someone"}, "repo_id"),
+        ({"repo_id": "../../etc"}, "repo_id"),
+        ({"tag": "Not a tag"}, "tag"),
+        ({"licence": "all mine!"}, "licence"),
+        ({"source": "nosuch_ubn.tag"}, "id of a manifest record"),
+    ],
+)
+def test_bad_arguments_are_refused(hub: HubServer, run: Path, book: Path, change: dict[str, Any], part: str) -> None:
+    arguments = {"source": run, "repo_id": REPO, "manifest": book, **FACTS, **change}
+    with pytest.raises(PublishError, match=part):
+        publish(arguments.pop("source"), arguments.pop("repo_id"), **arguments)
+    assert hub.requests == []
+
+
+METRICS = [
+    {
+        "name": "top1",
+        "value": 70.5,
+        "dataset": "Imagenette",
+        "split": "validation",
+        "measured": {"command": "python scripts/validate.py", "seeds": [], "commit": None},
+    }
+]
+
+
+def test_of_a_run_with_a_moving_average_that_is_published(
+    hub: HubServer, run: Path, book: Path, recipe: Recipe, trained: nn.Module
+) -> None:
+    state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    state[KEY] *= 0.5
+    safetensors.torch.save_file(state, run / "model_ema.safetensors")
+    averaged = dataclasses.replace(recipe, ema_decay=0.99)
+    (run / "recipe.yaml").write_text(dump_recipe(averaged))
+    write_metrics(run / "metrics.csv", rows(averaged, ema_top1=70.5))
+    record = publish(run, REPO, manifest=book, **FACTS).record
+    assert record.sha256 == sha256((run / "model_ema.safetensors").read_bytes())
+    assert [metric.value for metric in record.metrics] == [70.5]
+
+
+def test_a_run_as_the_engine_leaves_it_is_published(hub: HubServer, book: Path, tmp_path: Path) -> None:
+    source = dataclasses.replace(RECIPE, model=SIBLING, epochs=1, warmup_epochs=0.0, threshold=0.3)
+    data = MemoryTrain(source, striped_images(64, 1), Ranks()), MemoryTest(source, striped_images(16, 2), Ranks())
+    folder = run_recipe(source, "", tmp_path / "run", data=data).folder
+    # This working tree may have changes of its own.
+    table = [dataclasses.replace(row, commit="1" * 40) for row in read_metrics(folder / "metrics.csv")]
+    write_metrics(folder / "metrics.csv", table)
+    done = publish(folder, REPO, manifest=book, **FACTS)
+    assert {"loss_accuracy.png", "learning_rate.png", "similarity.png"} <= {file.name for file in done.files}
+    assert done.record.num_classes == 2
+    assert done.record.input.size == (3, 32, 32)
+    model = timm.create_model(f"hf-hub:{REPO}@{done.record.revision}", pretrained=True)
+    assert model.bn1.threshold == 0.3
+    assert model.pretrained_cfg["label_names"] == ["horizontal", "vertical"]
+
+
+def test_folder_in_timms_format(hub: HubServer, run: Path, book: Path, trained: nn.Module, tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(10)]
+    folder = tmp_path / "checkpoint"
+    save_for_hf(
+        trained,
+        str(folder),
+        model_config={"label_names": names, "pretrained_cfg": {"tag": "mine", "license": "mit"}},
+        data_config={"input_size": (3, 48, 48)},
+        safe_serialization=True,
+    )
+    with pytest.raises(PublishError, match=r"recipe is missing.*metrics are missing.*dataset is missing"):
+        publish(folder, REPO, manifest=book)
+    (tmp_path / "measured.json").write_text(json.dumps(METRICS))
+    given = {"recipe": run / "recipe.yaml", "metrics": tmp_path / "measured.json", "dataset": "Imagenette"}
+    record = publish(folder, REPO, manifest=book, **given).record
+    assert (record.id, record.licence, record.input.size) == (f"{NAME}.mine", "mit", (3, 48, 48))
+    assert (record.metrics[0].value, record.metrics[0].measured.command) == (70.5, "python scripts/validate.py")
+    assert json.loads(files_of(hub)["config.json"])["label_names"] == names
+    assert json.loads(files_of(hub)["metrics.json"]) == METRICS
+
+
+def test_converted_file_names_its_base(hub: HubServer, book: Path, tmp_path: Path) -> None:
+    sibling = timm.create_model(SIBLING)
+    hub.create(f"timm/{SIBLING}.lamb_in1k", {"model.safetensors": safetensors.torch.save(sibling.state_dict())})
+    output = tmp_path / "converted.safetensors"
+    checkpoints.convert(NAME, output, cache_dir=tmp_path / "cache")
+    (tmp_path / "measured.json").write_text(json.dumps(METRICS))
+    facts = {"tag": "from_bn", "licence": "apache-2.0", "dataset": "ImageNet-1k", "metrics": tmp_path / "measured.json"}
+    record = publish(output, REPO, manifest=book, **facts).record
+    assert record.recipe is None and record.origin.trained == f"converted from {SIBLING}.lamb_in1k"
+    metadata = yaml.safe_load(files_of(hub)["README.md"].decode().split("---\n")[1])
+    assert metadata["base_model"] == f"timm/{SIBLING}.lamb_in1k"
+    assert "recipe.yaml" not in files_of(hub)
+    unknown = tmp_path / "unknown.safetensors"
+    safetensors.torch.save_file(sibling.state_dict(), unknown)
+    with pytest.raises(PublishError, match="no note of its origin"):
+        publish(unknown, REPO, manifest=book, **facts)
+
+
+def test_record_moves_to_another_repository(hub: HubServer, run: Path, book: Path, tmp_path: Path) -> None:
+    publish(run, REPO, manifest=book, **FACTS)
+    arguments = {"manifest": book, "cache_dir": tmp_path / "cache"}
+    with pytest.raises(PublishError, match="the recipe is missing"):
+        publish(ID, "someone/else", **arguments)
+    moved = publish(ID, "someone/else", recipe=run / "recipe.yaml", **arguments).record
+    assert records(book) == [moved]
+    assert (moved.repo_id, moved.revision) == ("someone/else", hub.repositories["someone/else"].refs["main"])
+    mine, theirs = files_of(hub), files_of(hub, repo_id="someone/else")
+    assert theirs["model.safetensors"] == mine["model.safetensors"] and theirs["recipe.yaml"] == mine["recipe.yaml"]

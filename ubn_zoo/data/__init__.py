@@ -1,0 +1,1 @@
+"""Images: datasets in memory, readers, streams and the loaders that batch them."""

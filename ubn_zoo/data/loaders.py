@@ -1,0 +1,584 @@
+"""Batches of training and held-out images, from memory or from what `sources` reads, for each rank its share.
+
+Order and augmentation follow from the run's seed, the epoch and the image's place in it alone. So a batch is the same
+whatever the number of workers, and an epoch can be entered at any update. Batches of a stream are the same as long as
+the numbers of ranks and workers are.
+
+Where a stream leaves out images that cannot be read, too few of them among held-out images is an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from timm.data.dataset import IterableImageDataset
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ubn_zoo.data.memory import ImageSet, Normalizer, random_crop_flip, resize
+from ubn_zoo.data.readers import (
+    DataError,
+    Samples,
+    Stream,
+    TestSettings,
+    check_shards,
+    find_test_split,
+    image_set_fingerprint,
+    load_memory,
+    open_reader,
+    open_stream,
+    reader_classes,
+    reader_fingerprint,
+    relabel,
+    relabel_images,
+    stream_fingerprint,
+    stream_images,
+)
+from ubn_zoo.recipes.schema import Recipe
+from ubn_zoo.utils.distributed import Ranks
+from ubn_zoo.utils.seeds import mixed_seed
+
+__all__ = [
+    "MemoryTest",
+    "MemoryTrain",
+    "TestBatches",
+    "TrainBatches",
+    "class_names",
+    "describe",
+    "normalization",
+    "open_test",
+    "open_train",
+    "test_input",
+    "training_input",
+]
+
+
+class TrainBatches(Protocol):
+    """Training images in batches, a new order and augmentation each epoch."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; empty where the data does not name them."""
+
+    @property
+    def steps(self) -> int:
+        """Updates per epoch."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one set of training images from another."""
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's parts of the batches of one epoch, `accumulation` of them per update.
+
+        Args:
+            epoch: From 0.
+            first_step: Updates of the epoch that are left out, as they were made before.
+
+        Yields:
+            Images (n, 3, H, W), normalised, float32, and labels (n,), int64, both on the rank's device.
+        """
+
+
+class TestBatches(Protocol):
+    """Held-out images in batches."""
+
+    @property
+    def images(self) -> int | None:
+        """How many there are, over all ranks; None where only reading tells."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; empty where the data does not name them."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one set of held-out images from another."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the images, as `TrainBatches.epoch` gives them; all shares together are each image once.
+
+        Some ranks may get fewer batches than others, or none.
+        """
+
+    def probe(self, count: int) -> Tensor:
+        """At most `count` of the images of all ranks, evenly spread; the first ones of a stream.
+
+        Returns:
+            (n, 3, H, W), normalised, on the rank's device.
+        """
+
+
+def _part_size(recipe: Recipe, ranks: Ranks) -> int:
+    """Images of one of the `accumulation` parts of a rank's share of a batch."""
+    parts = ranks.count * recipe.accumulation
+    if recipe.batch_size % parts:
+        raise DataError(
+            f"batch_size: received {recipe.batch_size}; valid: a multiple of {parts}, as it is shared by {ranks.count} "
+            f"ranks in {recipe.accumulation} parts each"
+        )
+    return recipe.batch_size // parts
+
+
+def _steps(recipe: Recipe, images: int) -> int:
+    if images < recipe.batch_size:
+        raise DataError(
+            f"received {images} training images; valid: at least one batch of {recipe.batch_size}; lower batch_size"
+        )
+    return images // recipe.batch_size
+
+
+def _spread(total: int, wanted: int | None) -> list[int]:
+    """Indices of at most `wanted` of `total` things, evenly spread: of sorted images, the same share of every class."""
+    count = total if wanted is None else min(total, wanted)
+    return [index * total // count for index in range(count)]
+
+
+def normalization(recipe: TestSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of a complete recipe."""
+    if recipe.mean is None or recipe.std is None:
+        raise ValueError("received a recipe without mean or std; valid: a complete one, as `train.complete` makes it")
+    return recipe.mean, recipe.std
+
+
+def training_input(recipe: Recipe) -> tuple[int, str]:
+    """Side in pixels of training images, and the filter of their resize, of a complete recipe."""
+    return _complete_input(recipe.img_size, recipe.train_interpolation or recipe.interpolation)
+
+
+def test_input(recipe: TestSettings) -> tuple[int, str]:
+    """Side in pixels of held-out images, and the filter of their resize, of a complete recipe."""
+    return _complete_input(recipe.test_img_size or recipe.img_size, recipe.interpolation)
+
+
+def _complete_input(size: int | None, interpolation: str | None) -> tuple[int, str]:
+    if size is None or interpolation is None:
+        raise ValueError("received a recipe without img_size or interpolation; valid: a complete one")
+    return size, interpolation
+
+
+# Small images in memory
+
+
+class _EpochOrder:
+    """Which images make up each batch, and which part of it is each rank's.
+
+    Ranks take consecutive parts, so that their shares in the order of ranks are the batch of a single process. Repeated
+    copies of an image go to different ranks instead.
+    """
+
+    def __init__(self, recipe: Recipe, images: int, ranks: Ranks) -> None:
+        self._recipe = recipe
+        self._images = images
+        self._ranks = ranks
+        self._epoch: int | None = None
+        self._order: list[int] = []
+
+    def batch(self, epoch: int, step: int) -> list[int]:
+        """Indices of the images of one batch."""
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mixed_seed(self._recipe.seed, epoch) % 2**63)
+            order = torch.randperm(self._images, generator=generator)
+            if self._recipe.repeats > 1:
+                order = order.repeat_interleave(self._recipe.repeats)[: self._images]
+            self._epoch, self._order = epoch, order.tolist()
+        size = self._recipe.batch_size
+        return self._order[step * size : (step + 1) * size]
+
+    def share(self) -> slice:
+        """This rank's places in a batch."""
+        if self._recipe.repeats > 1:
+            return slice(self._ranks.rank, None, self._ranks.count)
+        mine = self._ranks.share(self._recipe.batch_size)
+        return slice(mine.start, mine.stop)
+
+
+class MemoryTrain:
+    """Training images held in memory: zero-padded random crop and flip, a batch at a time.
+
+    Args:
+        recipe: The run, complete: with ``img_size``, ``interpolation``, ``mean`` and ``std``.
+        data: The images.
+        ranks: This process.
+
+    Raises:
+        DataError: The images are not square or do not fill a batch, or a batch cannot be shared by the ranks.
+    """
+
+    def __init__(self, recipe: Recipe, data: ImageSet, ranks: Ranks) -> None:
+        _check_square(data)
+        self._recipe = recipe
+        self._data = _chosen(data, recipe.train_samples)
+        self._ranks = ranks
+        _part_size(recipe, ranks)  # fails where a batch cannot be shared
+        self._normalize = Normalizer(*normalization(recipe), ranks.device)
+        self.steps = _steps(recipe, len(self._data))
+        self.classes = data.classes
+        self.fingerprint = image_set_fingerprint(self._data)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        recipe = self._recipe
+        size, interpolation = training_input(recipe)
+        order = _EpochOrder(recipe, len(self._data), self._ranks)
+        for step in range(first_step, self.steps):
+            chosen = torch.tensor(order.batch(epoch, step))
+            # Of the whole batch, so that the random numbers do not depend on how many ranks share it.
+            generator = torch.Generator().manual_seed(mixed_seed(recipe.seed, epoch, step, 1) % 2**63)
+            images = random_crop_flip(self._data.images[chosen], recipe.crop_padding, recipe.hflip, generator)
+            mine = order.share()
+            labels = self._data.labels[chosen][mine].to(self._ranks.device)
+            prepared = self._normalize(resize(images[mine], size, interpolation))
+            parts = recipe.accumulation
+            yield from zip(prepared.chunk(parts), labels.chunk(parts), strict=True)
+
+
+class MemoryTest:
+    """Held-out images held in memory.
+
+    Args:
+        recipe: As for `MemoryTrain`.
+        data: The images.
+        ranks: This process.
+        batch_size: Images at a time.
+
+    Raises:
+        DataError: The images are not square.
+    """
+
+    def __init__(self, recipe: TestSettings, data: ImageSet, ranks: Ranks, batch_size: int = 256) -> None:
+        _check_square(data)
+        self._data = _chosen(data, recipe.test_samples)
+        self._recipe = recipe
+        self._share = ranks.share(len(self._data))
+        self._normalize = Normalizer(*normalization(recipe), ranks.device)
+        self._batch_size = batch_size
+        self.images = len(self._data)
+        self.classes = data.classes
+        self.fingerprint = image_set_fingerprint(self._data)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size, interpolation = test_input(self._recipe)
+        for start in range(self._share.start, self._share.stop, self._batch_size):
+            part = slice(start, min(start + self._batch_size, self._share.stop))
+            images = self._normalize(resize(self._data.images[part], size, interpolation))
+            yield images, self._data.labels[part].to(images.device)
+
+    def probe(self, count: int) -> Tensor:
+        chosen = self._data.images[torch.tensor(_spread(self.images, count))]
+        return self._normalize(resize(chosen, *test_input(self._recipe)))
+
+
+def _check_square(data: ImageSet) -> None:
+    height, width = data.images.shape[2:]
+    if height != width:
+        raise DataError(f"received images of {width}x{height} pixels; valid: square ones, or dataset folder")
+
+
+def _chosen(data: ImageSet, wanted: int | None) -> ImageSet:
+    if wanted is None or wanted >= len(data):
+        return data
+    chosen = torch.tensor(_spread(len(data), wanted))
+    return ImageSet(data.images[chosen], data.labels[chosen], data.classes)
+
+
+# Images that are read and augmented one at a time
+
+
+class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of this rank as (index, epoch, place in the epoch), from any update on."""
+
+    def __init__(self, recipe: Recipe, images: int, ranks: Ranks) -> None:
+        self._order = _EpochOrder(recipe, images, ranks)
+        self._recipe = recipe
+        self._part = _part_size(recipe, ranks)
+        self.steps = _steps(recipe, images)
+        self.start = (0, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch, first_step = self.start
+        size = self._recipe.batch_size
+        for step in range(first_step, self.steps):
+            batch = [(index, epoch, step * size + place) for place, index in enumerate(self._order.batch(epoch, step))]
+            mine = batch[self._order.share()]
+            for start in range(0, len(mine), self._part):
+                yield mine[start : start + self._part]
+
+
+def _train_transform(recipe: Recipe) -> Any:
+    size, interpolation = training_input(recipe)
+    return create_transform(
+        input_size=size,
+        is_training=True,
+        use_prefetcher=True,
+        train_crop_mode=recipe.crop,
+        scale=(recipe.crop_scale[0], recipe.crop_scale[1]),
+        hflip=recipe.hflip,
+        vflip=recipe.vflip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment,
+        interpolation=interpolation,
+        mean=normalization(recipe)[0],
+    )
+
+
+def _test_transform(recipe: TestSettings, crop_mode: str | None) -> Any:
+    size, interpolation = test_input(recipe)
+    return create_transform(
+        input_size=size,
+        use_prefetcher=True,
+        interpolation=interpolation,
+        crop_pct=recipe.crop_pct,
+        crop_mode=crop_mode,
+    )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """SIGTERM and Ctrl-C often reach all processes of a group: the run decides, and its workers end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _loader(dataset: Any, recipe: TestSettings, ranks: Ranks, *, workers: int, **batches: Any) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=fast_collate,
+        pin_memory=ranks.device.type == "cuda",
+        # Its own, so that loading takes no random numbers from those that the process draws otherwise.
+        generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_run,
+        **batches,
+    )
+
+
+def _prefetched(loader: Any, recipe: TestSettings, ranks: Ranks) -> PrefetchLoader:
+    mean, std = normalization(recipe)
+    return PrefetchLoader(loader, mean=mean, std=std, device=ranks.device)
+
+
+class _ReaderTrain:
+    """Training images behind one of timm's readers with random access."""
+
+    def __init__(self, recipe: Recipe, reader: Any, ranks: Ranks) -> None:
+        indices = _spread(len(reader), recipe.train_samples)
+        self.classes = reader_classes(reader)
+        self._sampler = _TrainSampler(recipe, len(indices), ranks)
+        loader = _loader(
+            Samples(recipe, reader, _train_transform(recipe), indices),
+            recipe,
+            ranks,
+            workers=recipe.workers,
+            batch_sampler=self._sampler,
+            persistent_workers=recipe.workers > 0,
+        )
+        self._loader = _prefetched(loader, recipe, ranks)
+        self.steps = self._sampler.steps
+        self.fingerprint = reader_fingerprint(reader, indices)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        self._sampler.start = (epoch, first_step)
+        yield from self._loader
+
+
+class _ReaderTest:
+    """Held-out images behind one of timm's readers with random access."""
+
+    def __init__(self, recipe: TestSettings, reader: Any, ranks: Ranks, batch_size: int, crop_mode: str | None) -> None:
+        self._recipe, self._reader, self._ranks = recipe, reader, ranks
+        self._transform = _test_transform(recipe, crop_mode)
+        self._indices = indices = _spread(len(reader), recipe.test_samples)
+        self.images = len(indices)
+        self.classes = reader_classes(reader)
+        self.fingerprint = reader_fingerprint(reader, indices)
+        mine = [indices[place] for place in ranks.share(len(indices))]
+        self._loader = self._load(mine, batch_size, recipe.workers)
+
+    def _load(self, indices: list[int], batch_size: int, workers: int) -> PrefetchLoader:
+        loader = _loader(
+            Samples(self._recipe, self._reader, self._transform, indices),
+            self._recipe,
+            self._ranks,
+            workers=workers,
+            batch_size=batch_size,
+            persistent_workers=workers > 0,
+        )
+        return _prefetched(loader, self._recipe, self._ranks)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self._loader
+
+    def probe(self, count: int) -> Tensor:
+        chosen = [self._indices[place] for place in _spread(len(self._indices), count)]
+        # By a worker where there are workers: an open tar file must not be shared with those that start later.
+        return torch.cat([images for images, _ in self._load(chosen, count, min(1, self._recipe.workers))])
+
+
+class _StreamTrain:
+    """Training images of a stream.
+
+    An epoch that is entered late is read from its start, and what was used left out. A stream that has fewer images
+    than it is said to have starts again from its first, as timm's readers do.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: IterableImageDataset, name: str, ranks: Ranks) -> None:
+        reader: Any = dataset.reader
+        self.classes = reader_classes(reader)
+        self._stream = Stream(recipe, dataset, _train_transform(recipe), ranks, name)
+        self._recipe = recipe
+        self._ranks = ranks
+        self._loader = _loader(
+            self._stream,
+            recipe,
+            ranks,
+            workers=recipe.workers,
+            batch_size=_part_size(recipe, ranks),
+        )
+        self.steps = _steps(recipe, reader.num_samples)
+        self.fingerprint = stream_fingerprint(recipe, reader, reader.num_samples)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        recipe = self._recipe
+        self._stream.start(epoch)
+        # What the workers' own seeds are made from.
+        self._loader.generator.manual_seed(mixed_seed(recipe.seed, epoch, self._ranks.rank) % 2**63)
+        parts = itertools.islice(_prefetched(self._loader, recipe, self._ranks), self.steps * recipe.accumulation)
+        yield from itertools.islice(parts, first_step * recipe.accumulation, None)
+
+
+class _StreamTest:
+    """Held-out images of a stream: every rank reads it all, so that none is counted twice, and keeps its batches."""
+
+    def __init__(
+        self,
+        recipe: TestSettings,
+        dataset: IterableImageDataset,
+        name: str,
+        ranks: Ranks,
+        batch_size: int,
+        crop_mode: str | None,
+    ) -> None:
+        reader: Any = dataset.reader
+        self.classes = reader_classes(reader)
+        self.images = stream_images(reader, recipe.test_samples)
+        self._stream = Stream(recipe, dataset, _test_transform(recipe, crop_mode), Ranks(), name)
+        self._recipe = recipe
+        self._name = name
+        self._ranks = ranks
+        self._loader = _loader(self._stream, recipe, ranks, workers=recipe.workers, batch_size=batch_size)
+        self.fingerprint = stream_fingerprint(recipe, reader, self.images)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of all ranks."""
+        self._stream.start(0)
+        seen = 0
+        for images, labels in self._loader:
+            wanted = self._recipe.test_samples
+            kept = slice(None if wanted is None else wanted - seen)
+            seen += len(images[kept])
+            yield images[kept], labels[kept]
+            if seen == wanted:
+                break
+        if self.images not in (None, seen):
+            raise DataError(
+                f"{self._name} has {seen} readable images, and is said to have {self.images}; mend it or what "
+                "describes it, or set test_samples"
+            )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        mine = itertools.islice(self._batches(), self._ranks.rank, None, self._ranks.count)
+        yield from _prefetched(mine, self._recipe, self._ranks)
+
+    def probe(self, count: int) -> Tensor:
+        taken: list[Tensor] = []
+        for images, _ in _prefetched(self._batches(), self._recipe, self._ranks):
+            taken.append(images)
+            if sum(map(len, taken)) >= count:
+                break
+        return torch.cat(taken)[:count]
+
+
+# Any of them
+
+
+def open_train(recipe: Recipe, data_dir: str | os.PathLike[str], ranks: Ranks) -> TrainBatches:
+    """Open the training images of a recipe.
+
+    Args:
+        recipe: The run, complete: with ``img_size``, ``interpolation``, ``mean`` and ``std``.
+        data_dir: Folder of the data; with ``wds`` also the address of one, such as ``https://host/shards``; with
+            Hugging Face datasets, where they are kept, unless their name is that of a folder in it.
+        ranks: This process.
+
+    Raises:
+        DataError: There are no images, they do not fill a batch, or a package that reads them is missing.
+    """
+    kind = recipe.dataset.partition("/")[0]
+    if kind == "memory":
+        return MemoryTrain(recipe, load_memory(Path(data_dir), recipe.train_split), ranks)
+    if kind in ("wds", "hfids"):
+        part = _part_size(recipe, ranks)
+        dataset, name = open_stream(recipe, data_dir, recipe.train_split, recipe.train_samples, part)
+        check_shards(dataset.reader, recipe.workers, ranks, name)
+        return _StreamTrain(recipe, dataset, name, ranks)
+    return _ReaderTrain(recipe, open_reader(recipe, Path(data_dir), recipe.train_split), ranks)
+
+
+def open_test(
+    recipe: TestSettings,
+    data_dir: str | os.PathLike[str],
+    ranks: Ranks,
+    classes: Sequence[str] = (),
+    *,
+    batch_size: int = 256,
+    crop_mode: str | None = None,
+) -> TestBatches:
+    """Open the held-out images of a recipe.
+
+    Args:
+        recipe: As for `open_train`, or what else has the settings of held-out images.
+        data_dir: As for `open_train`.
+        ranks: This process.
+        classes: Names of the classes in the order of their labels, as training has them; by default those of the
+            held-out images. Labels that the data gives as numbers without names are taken as they are.
+        batch_size: Images at a time, on each rank.
+        crop_mode: timm's way of cropping: ``center``, ``squash`` or ``border``; None for ``center``.
+
+    Raises:
+        DataError: There are no images, they have a class of their own, or a package that reads them is missing.
+    """
+    kind = recipe.dataset.partition("/")[0]
+    split = recipe.test_split or find_test_split(recipe, data_dir, kind)
+    where = f"{os.fspath(data_dir)}, {split}"
+    if kind == "memory":
+        data = relabel_images(load_memory(Path(data_dir), split), classes, where)
+        return MemoryTest(recipe, data, ranks, batch_size)
+    if kind in ("wds", "hfids"):
+        dataset, name = open_stream(recipe, data_dir, split, recipe.test_samples, None)
+        relabel(dataset.reader, classes, where)
+        return _StreamTest(recipe, dataset, name, ranks, batch_size, crop_mode)
+    reader = open_reader(recipe, Path(data_dir), split)
+    relabel(reader, classes, where)
+    return _ReaderTest(recipe, reader, ranks, batch_size, crop_mode)
+
+
+def describe(train: TrainBatches, test: TestBatches) -> dict[str, Any]:
+    """What a run's record says of its data."""
+    return {
+        "train": train.fingerprint,
+        "test": test.fingerprint,
+        "test_images": test.images,
+        "classes": list(train.classes),
+    }
+
+
+def class_names(train: TrainBatches, count: int) -> tuple[str, ...]:
+    """Names of a run's classes; numbers where the data has no names."""
+    return train.classes or tuple(map(str, range(count)))

@@ -1,0 +1,1 @@
+"""Measurements of models: accuracy, feature condensation, and their tables and plots."""

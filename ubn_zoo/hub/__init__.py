@@ -1,0 +1,1 @@
+"""Files on the Hugging Face Hub: the manifest of checkpoints, and verified downloads."""

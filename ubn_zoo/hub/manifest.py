@@ -1,0 +1,614 @@
+"""The book of checkpoints: ``weights_manifest.json`` as frozen, validated records.
+
+The file is one JSON object, ``{"schema_version": 1, "records": [...]}``, and every record has exactly the fields of
+[`Record`][ubn_zoo.hub.manifest.Record]: none may be missing, none may be added, and a field that does not apply is
+``null``. Nothing is guessed or repaired: whatever is not valid raises
+[`ManifestError`][ubn_zoo.hub.manifest.ManifestError], so a manifest from a stranger can be read safely.
+
+Records are validated when they are built, whether from JSON or by Python code, so holding one means that it is valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import json
+import math
+import os
+import re
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "InputSpec",
+    "Manifest",
+    "ManifestError",
+    "Measurement",
+    "Metric",
+    "Origin",
+    "Recipe",
+    "Record",
+    "add_record",
+    "bundled_path",
+    "dump_manifest",
+    "load_manifest",
+    "parse_manifest",
+    "record_from_dict",
+    "record_to_dict",
+]
+
+SCHEMA_VERSION = 1
+
+# Limits far above anything the zoo holds: what passes them is a mistake or an attack, not a checkpoint.
+MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_RECORDS = 10_000
+MAX_TEXT = 2_000
+MAX_ITEMS = 1_000
+MAX_FILE_BYTES = 16 * 2**30
+MAX_PARAMS = 16 * 2**30
+MAX_CLASSES = 1_000_000
+MAX_IMAGE_SIDE = 16_384
+
+SOURCES = ("bundled", "hub")
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+CROP_MODES = ("border", "center", "squash")
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGED_MANIFEST = _PACKAGE / "weights_manifest.json"
+_BUNDLED_WEIGHTS = _PACKAGE / "weights"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_]{0,99}")
+_TAG = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
+_METRIC = re.compile(r"[a-z0-9][a-z0-9_@-]{0,49}")
+_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+class ManifestError(ValueError):
+    """A manifest is not valid; the message names the record, the field, what was received and what is valid."""
+
+
+def _fail(field: str, received: object, valid: str) -> typing.NoReturn:
+    shown = repr(received)
+    if len(shown) > 100:
+        shown = f"{shown[:97]}..."
+    raise ManifestError(f"{field}: received {shown}; valid: {valid}")
+
+
+def _check_text(field: str, value: object, *, pattern: re.Pattern[str] | None = None, valid: str = "") -> None:
+    """A non-empty string without control characters, so that it can be printed; of `pattern` if one is given."""
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
+        _fail(field, value, valid or f"a printable, non-empty string of at most {MAX_TEXT} characters")
+    if pattern is not None and not pattern.fullmatch(value):
+        _fail(field, value, valid)
+
+
+def _check_choice(field: str, value: object, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        _fail(field, value, "one of " + ", ".join(choices))
+
+
+def _check_integer(field: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        _fail(field, value, f"an integer from {low} to {high}")
+
+
+def _check_number(field: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        _fail(field, value, "a finite number")
+    if not low <= value <= high:
+        _fail(field, value, f"a number from {low:g} to {high:g}")
+
+
+def _check_tuple(field: str, value: object, *, length: int | None = None) -> None:
+    if not isinstance(value, tuple) or len(value) > MAX_ITEMS or length not in (None, len(value)):
+        _fail(field, value, f"a list of {f'at most {MAX_ITEMS}' if length is None else length} items")
+
+
+def _check_instance(field: str, value: object, cls: type) -> None:
+    if not isinstance(value, cls):
+        _fail(field, value, f"an object with the fields {', '.join(_field_names(cls))}")
+
+
+def _check_file(field: str, value: object, *, folders: bool) -> None:
+    """A relative path of plain names, which also rules out ``..``, backslashes, drive letters and schemes."""
+    where = "a relative path" if folders else "a file name"
+    valid = f"{where} of letters, digits, '.', '_' and '-' ending in .safetensors, without '..' or a leading '/'"
+    _check_text(field, value, valid=valid)
+    text = str(value)
+    parts = text.split("/")
+    plain = all(_PATH_PART.fullmatch(part) and not part.endswith(".") for part in parts)
+    if not plain or len(text) > 200 or not text.endswith(".safetensors") or (len(parts) > 1 and not folders):
+        _fail(field, value, valid)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """What the model expects of an image, in timm's terms.
+
+    Attributes:
+        size: Channels, height and width in pixels.
+        mean: Mean per channel, of pixel values scaled to 0..1.
+        std: Standard deviation per channel, of pixel values scaled to 0..1.
+        interpolation: Resampling filter of the resize.
+        crop_pct: Side of the centre crop over the side of the resized image.
+        crop_mode: How the crop is taken.
+    """
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    def __post_init__(self) -> None:
+        _check_tuple("size", self.size, length=3)
+        for side in self.size:
+            _check_integer("size", side, 1, MAX_IMAGE_SIDE)
+        for name, values, low in (("mean", self.mean, -10.0), ("std", self.std, 1e-6)):
+            _check_tuple(name, values, length=self.size[0])
+            for value in values:
+                _check_number(name, value, low, 10.0)
+        _check_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        _check_number("crop_pct", self.crop_pct, 0.01, 2.0)
+        _check_choice("crop_mode", self.crop_mode, CROP_MODES)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where the weights come from.
+
+    Attributes:
+        data: The training data.
+        trained: Who or what trained them, on what: a command, a repository, a paper.
+    """
+
+    data: str
+    trained: str
+
+    def __post_init__(self) -> None:
+        _check_text("data", self.data)
+        _check_text("trained", self.trained)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The recipe of the training run.
+
+    Attributes:
+        name: Its name, or the path it has in this repository.
+        sha256: SHA-256 of the recipe file, 64 lower-case hexadecimal digits.
+    """
+
+    name: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        _check_text("name", self.name)
+        _check_text("sha256", self.sha256, pattern=_SHA256, valid="64 lower-case hexadecimal digits")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """How a metric was measured.
+
+    Attributes:
+        command: The command that repeats the measurement.
+        seeds: Random seeds of the runs that the value is the mean of; empty where chance plays no part.
+        commit: The project's commit at the time, 40 hexadecimal digits; None if it was not under version control.
+    """
+
+    command: str
+    seeds: tuple[int, ...]
+    commit: str | None
+
+    def __post_init__(self) -> None:
+        _check_text("command", self.command)
+        _check_tuple("seeds", self.seeds)
+        for seed in self.seeds:
+            _check_integer("seeds", seed, 0, 2**63 - 1)
+        if self.commit is not None:
+            _check_text("commit", self.commit, pattern=_COMMIT, valid="40 lower-case hexadecimal digits, or null")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One measured figure.
+
+    Attributes:
+        name: For example ``top1``.
+        value: The figure; accuracies are in percent.
+        dataset: The data that it was measured on.
+        split: The part of that data.
+        measured: How it was measured.
+    """
+
+    name: str
+    value: float
+    dataset: str
+    split: str
+    measured: Measurement
+
+    def __post_init__(self) -> None:
+        _check_text("name", self.name, pattern=_METRIC, valid="a short lower-case name such as top1")
+        _check_number("value", self.value, -1e12, 1e12)
+        _check_text("dataset", self.dataset)
+        _check_text("split", self.split)
+        _check_instance("measured", self.measured, Measurement)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One checkpoint.
+
+    Attributes:
+        id: ``architecture.tag``, the name that timm's ``create_model`` takes.
+        architecture: Name of the model.
+        tag: Name of these weights among the model's.
+        source: ``bundled`` (a file of this package) or ``hub`` (a file of a Hub repository).
+        repo_id: Hub repository, ``owner/name``; None if bundled.
+        revision: Commit of that repository, 40 hexadecimal digits; None if bundled.
+        file: Path inside the repository, or file name inside the package's ``weights`` folder.
+        sha256: SHA-256 of the file, 64 lower-case hexadecimal digits.
+        bytes: Size of the file.
+        params: Number of parameters of the model.
+        input: What the model expects of an image.
+        num_classes: Number of outputs of the classifier; 0 without one.
+        licence: SPDX identifier of the weights' licence.
+        origin: Where the weights come from.
+        recipe: How they were trained; None for weights that this project did not train.
+        metrics: Measured figures; the first one is the headline.
+        description: One sentence for people.
+
+    Raises:
+        ManifestError: A field is not valid, or fields contradict each other.
+    """
+
+    id: str
+    architecture: str
+    tag: str
+    source: str
+    repo_id: str | None
+    revision: str | None
+    file: str
+    sha256: str
+    bytes: int
+    params: int
+    input: InputSpec
+    num_classes: int
+    licence: str
+    origin: Origin
+    recipe: Recipe | None
+    metrics: tuple[Metric, ...]
+    description: str
+
+    def __post_init__(self) -> None:
+        lower = "lower-case letters, digits and '_'"
+        _check_text("architecture", self.architecture, pattern=_ARCHITECTURE, valid=lower)
+        _check_text("tag", self.tag, pattern=_TAG, valid=f"{lower} and '-'")
+        if self.id != f"{self.architecture}.{self.tag}":
+            _fail("id", self.id, f"architecture.tag, here '{self.architecture}.{self.tag}'")
+        _check_choice("source", self.source, SOURCES)
+        if self.source == "hub":
+            self._check_hub_address()
+        elif self.repo_id is not None:
+            _fail("repo_id", self.repo_id, "null, as the source is bundled")
+        elif self.revision is not None:
+            _fail("revision", self.revision, "null, as the source is bundled")
+        _check_file("file", self.file, folders=self.source == "hub")
+        _check_text("sha256", self.sha256, pattern=_SHA256, valid="64 lower-case hexadecimal digits")
+        _check_integer("params", self.params, 1, MAX_PARAMS)
+        _check_integer("bytes", self.bytes, 1, MAX_FILE_BYTES)
+        if self.bytes < self.params:
+            _fail("bytes", self.bytes, f"at least one byte for each of the {self.params} parameters")
+        _check_instance("input", self.input, InputSpec)
+        _check_integer("num_classes", self.num_classes, 0, MAX_CLASSES)
+        _check_text("licence", self.licence, pattern=_LICENCE, valid="a licence identifier such as apache-2.0")
+        _check_instance("origin", self.origin, Origin)
+        if self.recipe is not None:
+            _check_instance("recipe", self.recipe, Recipe)
+        _check_tuple("metrics", self.metrics)
+        for metric in self.metrics:
+            _check_instance("metrics", metric, Metric)
+        _check_text("description", self.description)
+
+    def _check_hub_address(self) -> None:
+        valid = "owner/name of a Hub repository, of letters, digits, '.', '_' and '-'"
+        _check_text("repo_id", self.repo_id, pattern=_REPO_ID, valid=valid)
+        repo_id = str(self.repo_id)
+        if len(repo_id) > 96 or ".." in repo_id or "--" in repo_id or repo_id.endswith((".git", ".", "-")):
+            _fail("repo_id", self.repo_id, f"{valid}, without '..' or '--', of at most 96 characters")
+        _check_text("revision", self.revision, pattern=_COMMIT, valid="a commit, 40 lower-case hexadecimal digits")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Manifest:
+    """All records, in the order of the file.
+
+    Raises:
+        ManifestError: Two records have the same id.
+    """
+
+    records: tuple[Record, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for record in self.records:
+            if record.id in seen:
+                raise ManifestError(f"record '{record.id}': there is more than one with this id; ids must differ")
+            seen.add(record.id)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def get(self, name: str) -> Record:
+        """Find one record by its id.
+
+        Args:
+            name: ``architecture.tag``.
+
+        Raises:
+            ManifestError: There is no such record; the message lists similar ids.
+        """
+        for record in self.records:
+            if record.id == name:
+                return record
+        known = [record.id for record in self.records]
+        similar = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        hint = f"similar: {', '.join(similar)}" if similar else f"there are {len(known)} records"
+        raise ManifestError(f"no record '{name}' in the manifest; {hint}")
+
+    def find(
+        self, pattern: str = "*", *, architecture: str | None = None, tag: str | None = None, source: str | None = None
+    ) -> tuple[Record, ...]:
+        """Find records, in the order of the file.
+
+        Args:
+            pattern: Shell-style wildcard that the id must match.
+            architecture: Only records of this architecture.
+            tag: Only records of this tag.
+            source: Only ``bundled`` or only ``hub`` records.
+        """
+        wanted = {"architecture": architecture, "tag": tag, "source": source}
+        return tuple(
+            record
+            for record in self.records
+            if fnmatch.fnmatchcase(record.id, pattern)
+            and all(value is None or getattr(record, name) == value for name, value in wanted.items())
+        )
+
+
+_T = TypeVar("_T")
+
+
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+@functools.cache
+def _field_types(cls: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _within(field: str, call: Callable[[], _T]) -> _T:
+    try:
+        return call()
+    except ManifestError as error:
+        raise ManifestError(f"{field}.{error}") from None
+
+
+def _build(cls: type[_T], data: object) -> _T:
+    """Build a record class from parsed JSON: exactly its fields, lists as tuples, objects as record classes."""
+    names = _field_names(cls)
+    if not isinstance(data, dict):
+        raise ManifestError(f"received {type(data).__name__}; valid: an object with the fields {', '.join(names)}")
+    for name in data:
+        if name not in names:
+            raise ManifestError(f"{name[:100]!r}: unknown field; valid: {', '.join(names)}")
+    for name in names:
+        if name not in data:
+            raise ManifestError(f"{name}: missing; write null where the field allows it")
+    types_by_name = _field_types(typing.cast("Hashable", cls))
+    return cls(**{name: _convert(name, data[name], types_by_name[name]) for name in names})
+
+
+def _convert(field: str, value: object, wanted: Any) -> object:
+    """Bring a JSON value into the shape of a field's type; what does not fit is left for the field's own check."""
+    if isinstance(wanted, types.UnionType):
+        if value is None:
+            return None
+        wanted = next(option for option in typing.get_args(wanted) if option is not types.NoneType)
+    if dataclasses.is_dataclass(wanted):
+        return _within(field, lambda: _build(typing.cast("type[object]", wanted), value))
+    if typing.get_origin(wanted) is tuple and isinstance(value, list):
+        if len(value) > MAX_ITEMS:
+            _fail(field, value[:3], f"a list of at most {MAX_ITEMS} items")
+        item = typing.get_args(wanted)[0]
+        return tuple(_convert(f"{field}[{index}]", entry, item) for index, entry in enumerate(value))
+    return value
+
+
+def record_from_dict(data: object) -> Record:
+    """Build a record from parsed JSON.
+
+    Args:
+        data: An object with exactly the fields of `Record`.
+
+    Raises:
+        ManifestError: It is not valid; the message names the record and the field.
+    """
+    name = data.get("id") if isinstance(data, dict) else None
+    shown = f"'{name}'" if isinstance(name, str) and name.isprintable() and len(name) <= 200 else "without a valid id"
+    try:
+        return _build(Record, data)
+    except ManifestError as error:
+        raise ManifestError(f"record {shown}: {error}") from None
+
+
+def record_to_dict(record: Record) -> dict[str, Any]:
+    """Turn a record into what JSON can hold, the inverse of `record_from_dict`."""
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(record)))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _no_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ManifestError(f"{key[:100]!r}: the field occurs twice in one object")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> typing.NoReturn:
+    raise ManifestError(f"received {name}; valid: numbers that are finite")
+
+
+def parse_manifest(content: bytes | str) -> Manifest:
+    """Read a manifest from the content of its file.
+
+    Args:
+        content: UTF-8 bytes, or text.
+
+    Raises:
+        ManifestError: It is too large, not UTF-8, not JSON, of another schema version, or a record is not valid.
+    """
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"received a manifest of {len(content)} bytes; valid: at most {MAX_MANIFEST_BYTES}")
+    try:
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        data = json.loads(text, object_pairs_hook=_no_duplicate_keys, parse_constant=_no_constant)
+    except ManifestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"the manifest is not valid UTF-8 JSON: {str(error)[:200]}") from None
+    if not isinstance(data, dict) or set(data) != {"schema_version", "records"}:
+        raise ManifestError("the manifest must be one object with exactly the fields schema_version and records")
+    version, records = data["schema_version"], data["records"]
+    if isinstance(version, bool) or version != SCHEMA_VERSION:
+        _fail("schema_version", version, f"{SCHEMA_VERSION}; a newer one needs a newer ubn-zoo")
+    if not isinstance(records, list) or len(records) > MAX_RECORDS:
+        raise ManifestError(f"records: received {type(records).__name__}; valid: a list of at most {MAX_RECORDS}")
+    return Manifest(tuple(record_from_dict(entry) for entry in records))
+
+
+def load_manifest(path: str | os.PathLike[str] | None = None) -> Manifest:
+    """Read a manifest file.
+
+    Args:
+        path: The file; by default the one that this package carries, which is read once per process.
+
+    Raises:
+        ManifestError: The file cannot be read, or is not a valid manifest; the message names the file.
+    """
+    return _load(Path(path)) if path is not None else _load_packaged()
+
+
+@functools.lru_cache(maxsize=1)
+def _load_packaged() -> Manifest:
+    return _load(_PACKAGED_MANIFEST)
+
+
+def _load(path: Path) -> Manifest:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+        return parse_manifest(content)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ManifestError as error:
+        raise ManifestError(f"{path}: {error}") from None
+
+
+def dump_manifest(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
+    """Write a manifest file, sorted by id, in one step: readers see the old file or the new one, never a part.
+
+    Args:
+        records: The records; their ids must differ.
+        path: The file; its folder must exist. Where it is a symbolic link, the file that it points to is written.
+
+    Raises:
+        ManifestError: Two records have the same id, or the file would be larger than a reader accepts.
+        OSError: The file cannot be written.
+    """
+    manifest = Manifest(tuple(sorted(records, key=lambda record: record.id)))
+    data = {"schema_version": SCHEMA_VERSION, "records": [record_to_dict(record) for record in manifest]}
+    content = (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    parse_manifest(content)
+    target = Path(path).resolve()
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o644)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _load_packaged.cache_clear()
+
+
+def add_record(record: Record, path: str | os.PathLike[str] | None = None, *, replace: bool = False) -> Manifest:
+    """Add a record to a manifest file.
+
+    Args:
+        record: The new record.
+        path: The file; by default the one that this package carries.
+        replace: Whether the record may take the place of one with the same id.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ManifestError: The file is not valid, or has the id already and `replace` is not set.
+        OSError: The file cannot be written.
+    """
+    target = _PACKAGED_MANIFEST if path is None else Path(path)
+    records = {known.id: known for known in _load(target)}
+    if record.id in records and not replace:
+        raise ManifestError(f"record '{record.id}': already in {target}; pass replace=True to overwrite it")
+    records[record.id] = record
+    dump_manifest(records.values(), target)
+    return _load(target)
+
+
+def bundled_path(record: Record) -> Path:
+    """Give the path of a bundled checkpoint's file.
+
+    Args:
+        record: A record whose source is ``bundled``.
+
+    Raises:
+        ManifestError: The record's file is not bundled.
+        FileNotFoundError: The installation lacks the file.
+    """
+    if record.source != "bundled":
+        raise ManifestError(f"record '{record.id}': source: received {record.source!r}; valid: 'bundled'")
+    path = _BUNDLED_WEIGHTS / record.file
+    if not path.is_file():
+        raise FileNotFoundError(f"record '{record.id}': {path} is missing; install ubn-zoo again")
+    return path

@@ -1,0 +1,263 @@
+"""The one way a UBN model is built: timm's own entry point, run with the zoo's builder in the place of timm's.
+
+Every entry point of timm ends in a call ``build_model_with_cfg(model_class, variant, pretrained, ...)`` that carries
+all that is particular to the architecture: its class and configuration, how its features are extracted, how foreign
+checkpoints are renamed. The zoo runs that entry point with another function in that place, once at import to see
+which norm layer the architecture has, and once per model to build it. So a twin needs no table of its own, and has
+whatever its sibling has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import json
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import get_norm_layer
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
+from torch import nn
+
+from ubn_zoo.layers import UnifiedBatchNorm2d, convert_batchnorm
+from ubn_zoo.models.weights import check_state_dict, load_weights, to_ubn_format
+
+__all__ = ["UbnModel", "build_ubn_model", "uses_batchnorm"]
+
+_BUILDER = "build_model_with_cfg"
+_LAYER_SETTINGS = tuple(
+    name
+    for name, parameter in inspect.signature(UnifiedBatchNorm2d).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("device", "dtype")
+)
+
+
+def _run_entry_point(entry_point: Callable[..., Any], builder: Callable[..., Any], **kwargs: Any) -> Any:
+    """Calls an entry point of timm with ``builder`` for timm's ``build_model_with_cfg``.
+
+    Its functions are bound to a copy of their module's names: timm itself is not touched, and threads do not meet.
+    """
+    names = vars(sys.modules[entry_point.__module__])
+    if _BUILDER not in names:
+        raise RuntimeError(
+            f"{entry_point.__module__}.{entry_point.__name__} does not build its model by timm's {_BUILDER}: "
+            f"timm {timm.__version__} is not one that this zoo can follow, install timm 1.0.31"
+        )
+    scope = dict(names)
+
+    def bound(function: Any) -> Any:
+        copy = types.FunctionType(
+            function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+        )
+        copy.__kwdefaults__ = function.__kwdefaults__
+        return copy
+
+    for name, value in names.items():
+        if isinstance(value, types.FunctionType) and value.__globals__ is names:
+            scope[name] = bound(value)
+    scope[_BUILDER] = builder
+    return bound(entry_point)(**kwargs)
+
+
+def uses_batchnorm(name: str) -> bool:
+    """Whether an architecture of timm is normalised by BatchNorm, told without building it.
+
+    Decided by the norm layer that timm's entry point asks for: in its arguments, else in the architecture's
+    configuration, else by default of the model class.
+
+    Args:
+        name: Architecture, without a tag.
+    """
+    asked: list[Any] = []
+
+    def note(model_class: Any, variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+        config: Any = kwargs.get("model_cfg")
+        if "norm_layer" in kwargs:
+            asked.append(kwargs["norm_layer"])
+        elif hasattr(config, "norm_layer"):
+            asked.append(config.norm_layer)
+        else:
+            parameter = inspect.signature(model_class).parameters.get("norm_layer")
+            asked.append(None if parameter is None else parameter.default)
+        return types.SimpleNamespace(default_cfg={}, pretrained_cfg={})
+
+    _run_entry_point(timm.model_entrypoint(name), note)
+    norm = get_norm_layer(asked[0]) if asked else None
+    norm = norm.func if isinstance(norm, functools.partial) else norm
+    return isinstance(norm, type) and issubclass(norm, nn.BatchNorm2d)
+
+
+def _loaded_file() -> str | None:
+    """The file that timm's ``load_checkpoint`` is loading, if that called: it passes on only what is in the file."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "load_checkpoint" and frame.f_globals.get("__name__") == "timm.models._helpers":
+            return str(frame.f_locals["checkpoint_path"])
+    return None
+
+
+class UbnModel(nn.Module):
+    """What a model of timm gains as a UBN model; the class of a twin derives from this and from its sibling's class."""
+
+    _base: type[nn.Module]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that optimisers should not decay: those of UBN layers, and what timm's class names.
+
+        timm's rule by number of dimensions alone would decay the depthwise kernels, which stand where BatchNorm has its
+        weight.
+        """
+        theirs: Iterable[str] = getattr(super(), "no_weight_decay", set)()
+        ours = {
+            f"{name}.{parameter}" if name else parameter
+            for name, layer in self.named_modules()
+            if isinstance(layer, UnifiedBatchNorm2d)
+            for parameter, _ in layer.named_parameters(recurse=False)
+        }
+        return ours | set(theirs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict in UBN's, BatchNorm's or the authors' format.
+
+        Args:
+            state_dict: Of this architecture.
+            strict: Whether everything is checked before anything is copied. Without it, this is torch's own loading.
+            assign: As in torch.
+
+        Raises:
+            CheckpointError: A key is missing or unexpected, a tensor has another shape or dtype, or a value is NaN or
+                infinite.
+        """
+        state = to_ubn_format(state_dict, self)
+        if strict:
+            architecture = getattr(self, "pretrained_cfg", {}).get("architecture")
+            check_state_dict(state, self, _loaded_file() or "the state dict", architecture or type(self).__name__)
+        return super().load_state_dict(state, strict=strict, assign=assign)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made on the fly and has no name to be found by, so what is pickled is timm's class.
+        return _new_ubn_model, (type(self)._base,), vars(self)
+
+
+_classes: dict[type[nn.Module], type[UbnModel]] = {}
+
+
+def _ubn_class(base: type[nn.Module]) -> type[UbnModel]:
+    if base not in _classes:
+        members = {"__module__": __name__, "__doc__": base.__doc__, "_base": base}
+        _classes.setdefault(base, type(f"Ubn{base.__name__}", (UbnModel, base), members))
+    return _classes[base]
+
+
+def _new_ubn_model(base: type[nn.Module]) -> nn.Module:
+    cls = _ubn_class(base)
+    return cls.__new__(cls)
+
+
+def _check_layer_settings(settings: Any) -> dict[str, Any]:
+    valid = ", ".join(_LAYER_SETTINGS)
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"ubn_kwargs is {settings!r}, valid is a dict of settings of UnifiedBatchNorm2d: {valid}")
+    for name, value in settings.items():
+        if name not in _LAYER_SETTINGS:
+            near = difflib.get_close_matches(str(name), _LAYER_SETTINGS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(f"ubn_kwargs has {name!r}; {hint}valid are {valid}")
+        try:
+            json.dumps(value)
+        except TypeError:
+            # They are written to config.json with the model's other arguments.
+            raise TypeError(f"ubn_kwargs[{name!r}] is {value!r}, valid are values that JSON can hold") from None
+    return dict(settings)
+
+
+def _check_tag(architecture: str, tag: str) -> None:
+    tags = [name.partition(".")[2] for name in arch_pretrained_cfgs(architecture)]
+    if tag not in tags:
+        near = difflib.get_close_matches(tag, tags, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RuntimeError(f"{architecture} has no pretrained tag {tag!r}; {hint}valid are {', '.join(tags)}")
+
+
+def build_ubn_model(
+    architecture: str,
+    upstream: str,
+    pretrained: bool = False,
+    *,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    ubn_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds timm's architecture, puts UBN in the place of its BatchNorm, and loads weights strictly.
+
+    Args:
+        architecture: Name of the UBN model, such as ``resnet50_ubn``.
+        upstream: timm's name of its BatchNorm sibling.
+        pretrained: Whether weights are loaded.
+        pretrained_cfg: Tag, or a whole configuration of weights; by default that of the default tag.
+        pretrained_cfg_overlay: Entries that replace those of the configuration.
+        cache_dir: Where downloads are kept, if not in huggingface_hub's cache.
+        ubn_kwargs: Settings of every UBN layer: keyword arguments of ``UnifiedBatchNorm2d`` from ``threshold`` on.
+        **kwargs: As for the sibling: ``num_classes``, ``in_chans``, ``global_pool``, ``features_only``,
+            ``out_indices``, ...
+
+    Returns:
+        The model, or its feature extractor with ``features_only=True``.
+
+    Raises:
+        CheckpointError: There are no weights, they are damaged, or they do not fit the model.
+        HubError: They cannot be fetched.
+        RuntimeError: There is no such tag.
+        TypeError: An unknown argument or layer setting.
+        ValueError: The arguments ask for another normalisation than BatchNorm, which has no UBN variant.
+    """
+    settings = _check_layer_settings(ubn_kwargs)
+    if isinstance(pretrained_cfg, str) and pretrained_cfg:
+        _check_tag(architecture, pretrained_cfg)
+    given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    # A sibling's configuration may be given as it is; the model made of it is still this one.
+    cfg = replace(resolve_pretrained_cfg(architecture, given, pretrained_cfg_overlay), architecture=architecture)
+
+    def build(
+        model_class: type[nn.Module],
+        variant: str,
+        pretrained: bool = False,
+        *,
+        pretrained_filter_fn: Callable[..., dict[str, Any]] | None = None,
+        pretrained_strict: bool = True,
+        **arguments: Any,
+    ) -> nn.Module:
+        def construct(**model_arguments: Any) -> nn.Module:
+            model = convert_batchnorm(model_class(**model_arguments), **settings)
+            model.__class__ = _ubn_class(model_class)
+            if pretrained:
+                load_weights(
+                    model,
+                    cfg,
+                    in_chans=model_arguments.get("in_chans", 3),
+                    checkpoint_filter=pretrained_filter_fn,
+                    allow_extra=not pretrained_strict,
+                    cache_dir=cache_dir,
+                )
+            return model
+
+        # The model's configuration must describe the weights, not hold them.
+        described = {name: value for name, value in cfg.to_dict().items() if name != "state_dict"}
+        # What timm does here: sizes by default, features_only, the model's traits. Weights are in before that.
+        return build_model_with_cfg(construct, architecture, False, pretrained_cfg=described, **arguments)
+
+    return _run_entry_point(timm.model_entrypoint(upstream), build, pretrained=pretrained, **kwargs)

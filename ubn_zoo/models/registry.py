@@ -1,0 +1,121 @@
+"""Which architectures have a UBN twin and which weights each twin has, as entries of timm's registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.models import DefaultCfg, PretrainedCfg, register_model
+from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
+from torch import nn
+
+from ubn_zoo.hub.manifest import Record, load_manifest
+from ubn_zoo.models.build import build_ubn_model, uses_batchnorm
+from ubn_zoo.models.weights import bundled_file, safetensors_filename
+
+__all__ = ["SUFFIX", "default_cfg", "register_twins"]
+
+SUFFIX = "_ubn"
+_PAPER = (
+    "Unified Batch Normalization: Identifying and Alleviating the Feature Condensation in Batch Normalization "
+    "and a Unified Framework"
+)
+
+
+def _upstream_cfg(cfg: PretrainedCfg) -> PretrainedCfg:
+    """The configuration of a sibling's weights: its repository's safetensors file, all else as upstream says."""
+    filename = safetensors_filename(cfg.hf_hub_filename) if cfg.hf_hub_id else None
+    # Addresses (`url`) are upstream's pickles, which this zoo does not read.
+    return dataclasses.replace(cfg, url=None, file=None, hf_hub_filename=filename)
+
+
+def _native_cfg(record: Record, upstream: PretrainedCfg) -> PretrainedCfg:
+    """The configuration of weights that were trained with UBN, from their record in the manifest."""
+    bundled = record.source == "bundled"
+    return PretrainedCfg(
+        file=bundled_file(record) if bundled else None,
+        hf_hub_id=None if bundled else f"{record.repo_id}@{record.revision}",
+        hf_hub_filename=None if bundled else record.file,
+        input_size=record.input.size,
+        interpolation=record.input.interpolation,
+        crop_pct=record.input.crop_pct,
+        crop_mode=record.input.crop_mode,
+        mean=record.input.mean,
+        std=record.input.std,
+        num_classes=record.num_classes,
+        pool_size=_pool_size(record, upstream),
+        first_conv=upstream.first_conv,
+        classifier=upstream.classifier,
+        license=record.licence,
+        description=record.description,
+        paper_name=_PAPER,
+        paper_ids="arXiv:2311.15993",
+    )
+
+
+def _pool_size(record: Record, upstream: PretrainedCfg) -> tuple[int, ...] | None:
+    if upstream.pool_size is None:
+        return None
+    # A power of two in these families; 176 pixels that become 6 were halved five times, each time rounded up.
+    stride = 2 ** round(math.log2(upstream.input_size[-1] / upstream.pool_size[-1]))
+    return tuple(-(-side // stride) for side in record.input.size[1:])
+
+
+def default_cfg(upstream: str, records: tuple[Record, ...]) -> DefaultCfg:
+    """All weights of one twin, the default first.
+
+    Natively trained weights come before converted ones of the same number of classes, and are the default then. Weights
+    for other classes (CIFAR-10 beside ImageNet) have their tag but do not change what ``pretrained=True`` means; they
+    are the default where there are no others.
+
+    Args:
+        upstream: timm's name of the sibling.
+        records: The manifest's records of the twin.
+    """
+    converted = {}
+    for name, cfg in arch_pretrained_cfgs(upstream).items():
+        tag = name.partition(".")[2]
+        converted[f"bn_{tag}" if tag else "bn"] = _upstream_cfg(cfg)
+    reference = next(iter(converted.values()), PretrainedCfg())
+    native = {record.tag: _native_cfg(record, reference) for record in records}
+    pretrained = any(cfg.has_weights for cfg in converted.values())
+    first = [tag for tag, cfg in native.items() if not pretrained or cfg.num_classes == reference.num_classes]
+    tags = [*first, *converted, *(tag for tag in native if tag not in first)]
+    return DefaultCfg(tags=deque(tags), cfgs={**converted, **native}, is_pretrained=pretrained or bool(native))
+
+
+def _entry_point(architecture: str, upstream: str, module: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_ubn_model(architecture, upstream, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = architecture
+    create.__module__ = module
+    create.__doc__ = (
+        f"timm's ``{upstream}`` with Unified Batch Normalization.\n\n"
+        f"Arguments are those of ``{upstream}``, and ``ubn_kwargs``, a dict of settings of all UBN layers; see\n"
+        ":func:`ubn_zoo.models.build_ubn_model`.\n"
+    )
+    return create
+
+
+def register_twins(module: str, pattern: str) -> None:
+    """Registers a twin ``<name>_ubn`` of each BatchNorm architecture of the installed timm.
+
+    The entry points become attributes of the module, their weights its ``default_cfgs``.
+
+    Args:
+        module: Name of the module that the twins belong to; it is in ``sys.modules``.
+        pattern: Wildcard of timm's names.
+    """
+    home: Any = sys.modules[module]
+    for upstream in timm.list_models(pattern, exclude_filters=f"*{SUFFIX}"):
+        if not uses_batchnorm(upstream):
+            continue
+        architecture = upstream + SUFFIX
+        home.default_cfgs[architecture] = default_cfg(upstream, load_manifest().find(architecture=architecture))
+        setattr(home, architecture, register_model(_entry_point(architecture, upstream, module)))

@@ -1,0 +1,1 @@
+"""What makes checkpoints public: conversion, verification, bundled weights, model cards and uploads."""

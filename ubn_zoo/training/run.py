@@ -1,0 +1,399 @@
+"""A run and the folder it leaves: recipe, environment, metrics, checkpoints, weights, events and plots.
+
+The folder is all that a run needs to go on after it was broken off: the same command finds the newest complete
+checkpoint in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import huggingface_hub
+import safetensors
+import timm
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from ubn_zoo import __version__
+from ubn_zoo.data.loaders import TestBatches, TrainBatches, class_names, describe, open_test, open_train
+from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, read_metrics, write_metrics, write_similarity
+from ubn_zoo.evaluation.plots import draw_run
+from ubn_zoo.recipes.schema import Recipe, decisive_settings, dump_recipe, load_recipe
+from ubn_zoo.training.checkpoint import Snapshot, newest_snapshot, remove_unfinished, save_snapshot, tensor_bytes
+from ubn_zoo.training.engine import TrainingError, build_model, complete, fit
+from ubn_zoo.utils.distributed import Ranks
+from ubn_zoo.utils.files import write_file
+from ubn_zoo.utils.provenance import device_name, source_commit
+
+__all__ = ["Run", "RunError", "run", "save_weights"]
+
+RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.csv"
+SIMILARITY = "similarity.csv"
+WEIGHTS = "model.safetensors"
+EMA_WEIGHTS = "model_ema.safetensors"
+CHECKPOINTS = "checkpoints"
+EVENTS = "events"
+
+_LOST = ("connection closed by peer", "connection reset", "timed out", "broken pipe", "nccl", "socket closed")
+_logger = logging.getLogger(__name__)
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; the message says why, what is kept, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run has reached.
+
+    Attributes:
+        folder: Its folder.
+        metrics: One row per epoch done.
+        finished: Whether all epochs are done.
+        updates: Updates made before this start; 0 for a run that began with it.
+    """
+
+    folder: Path
+    metrics: tuple[EpochMetrics, ...]
+    finished: bool
+    updates: int
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model's state as safetensors, in one step: readers see all of it or nothing.
+
+    Args:
+        model: Any model without shared parameters.
+        path: The file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    write_file(path, tensor_bytes(model.state_dict()))
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _environment(recipe: Recipe, ranks: Ranks, data: Mapping[str, Any], updates: int) -> dict[str, Any]:
+    """Versions, hardware, code and data of one start of a run."""
+    device = {
+        "name": device_name(ranks.device),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "cuda": torch.version.cuda if ranks.device.type == "cuda" else None,
+    }
+    versions = {
+        "ubn_zoo": __version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "huggingface_hub": huggingface_hub.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    return {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "updates": updates,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": source_commit(),
+        "seed": recipe.seed,
+        "ranks": ranks.count,
+        "threads": torch.get_num_threads(),
+        "hardware": device,
+        "versions": versions,
+        "data": dict(data),
+    }
+
+
+def _note_start(folder: Path, start: dict[str, Any]) -> None:
+    """Add a start to the run's record, and tell if the data is no longer what it was."""
+    path = folder / ENVIRONMENT
+    starts = []
+    if path.exists():
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        except (ValueError, KeyError, TypeError):
+            _logger.warning("%s is damaged; the record of earlier starts is lost", path)
+    if starts:
+        before, now = starts[-1]["data"], start["data"]
+        changed = [part for part in ("train", "test") if before[part] != now[part]]
+        if changed:
+            _logger.warning(
+                "the %s images are not those that this run began with; it goes on, and %s says so",
+                " and ".join(changed),
+                path,
+            )
+    _write_json(path, {"starts": [*starts, start]})
+
+
+class _Events:
+    """TensorBoard events of a run; nothing where tensorboard is not installed."""
+
+    def __init__(self, folder: Path, updates: int) -> None:
+        self._writer: Any = None
+        if importlib.util.find_spec("tensorboard") is None:
+            _logger.warning("no TensorBoard events: tensorboard is missing; pip install 'ubn-zoo[train]'")
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events behind the checkpoint that the run goes on from are those of updates that are made again.
+        self._writer = SummaryWriter(str(folder / EVENTS), purge_step=updates + 1 if updates else None)
+
+    def loss(self, updates: int, loss: float, lr: float) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar("train/loss", loss, updates)
+            self._writer.add_scalar("train/lr", lr, updates)
+
+    def epoch(self, row: EpochMetrics, layers: tuple[LayerSimilarity, ...]) -> None:
+        if self._writer is None:
+            return
+        for name in ("test_loss", "top1", "top5", "calibration_error", "ema_test_loss", "ema_top1", "ema_top5"):
+            value = getattr(row, name)
+            if value is not None:
+                self._writer.add_scalar(f"test/{name.removeprefix('test_')}", value, row.step)
+        self._writer.add_scalar("train/images_per_second", row.images_per_second, row.step)
+        if row.gates_open is not None:
+            self._writer.add_scalar("similarity/gates_open", row.gates_open, row.step)
+        for layer in layers:
+            self._writer.add_scalar(f"similarity/{layer.depth:03d} {layer.layer}", layer.similarity, row.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[Callable[[], bool]]:
+    """Note SIGTERM instead of dying of it; outside the main thread, where that is not possible, it is left alone."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder of another run."""
+    written = folder / RECIPE
+    if written.exists():
+        before, now = decisive_settings(load_recipe(written)), decisive_settings(recipe)
+        different = [key for key in now if before[key] != now[key]]
+        if different:
+            shown = "; ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in different[:5])
+            raise RunError(f"{folder} holds a run of another recipe ({shown}); choose another folder, or remove it")
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty and holds no {RECIPE}; choose an empty folder")
+
+
+def _finish(folder: Path, recipe: Recipe, classes: tuple[str, ...], model: nn.Module, ema: nn.Module | None) -> None:
+    """Write weights and their configuration; `model.safetensors` last, so a folder that has it is complete."""
+    size = recipe.test_img_size or recipe.img_size
+    save_config_for_hf(
+        model,
+        str(folder / "config.json"),
+        model_config={
+            "label_names": list(classes),
+            # Nothing that was said of weights that training started from is true of these.
+            "pretrained_cfg": dict.fromkeys(("tag", "license", "origin_url", "description")),
+        },
+        data_config={
+            "input_size": (3, size, size),
+            "interpolation": recipe.interpolation,
+            "crop_pct": recipe.crop_pct,
+            "mean": recipe.mean,
+            "std": recipe.std,
+        },
+    )
+    if ema is not None:
+        save_weights(ema, folder / EMA_WEIGHTS)
+    save_weights(model, folder / WEIGHTS)
+
+
+def _draw(folder: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        _logger.warning("no plots: matplotlib is missing; pip install 'ubn-zoo[train]'")
+    else:
+        draw_run(folder)
+
+
+def run(
+    recipe: Recipe,
+    data_dir: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    ranks: Ranks | None = None,
+    *,
+    data: tuple[TrainBatches, TestBatches] | None = None,
+    on_start: Callable[[Recipe, int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[EpochMetrics], None] | None = None,
+) -> Run:
+    """Train as a recipe says, from the start or from where an earlier run in the folder was broken off.
+
+    The folder gets `recipe.yaml` (complete, before all else), `environment.json`, `metrics.csv`, `similarity.csv`,
+    `checkpoints/`, `events/` (TensorBoard), plots as PNG, and at the end `config.json` and `model.safetensors` (with a
+    moving average also `model_ema.safetensors`). A folder that has its weights is complete and is not trained again.
+
+    After SIGTERM the state is saved, and the run returns unfinished.
+
+    Args:
+        recipe: The run.
+        data_dir: Folder of the data.
+        output: The run's folder; made if it is not there.
+        ranks: This process; by default alone on the CPU.
+        data: Batches that are at hand already, in the place of `data_dir`'s.
+        on_start: Called before training with the complete recipe and the updates made before.
+        on_step: Called after every update with the images done in this epoch and the images of an epoch.
+        on_epoch: Called after every epoch with its row.
+
+    Raises:
+        RunError: The folder holds another run, the disk is full, or another rank was lost.
+        DataError: The data cannot be used.
+        SnapshotError: There are checkpoints, and none is whole.
+        TrainingError: Training cannot start or go on.
+    """
+    folder, place = Path(output), ranks or Ranks()
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    try:
+        return _run(recipe, data_dir, folder, place, data, on_start, on_step, on_epoch)
+    except OSError as error:
+        raise RunError(f"{_reason(error, folder)}; {_kept(folder)}") from error
+    except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        if place.count > 1 and any(word in str(error).lower() for word in _LOST):
+            raise RunError(f"rank {place.rank} lost another rank: {first_line}; {_kept(folder)}") from error
+        raise
+
+
+def _reason(error: OSError, folder: Path) -> str:
+    where = error.filename or folder
+    reason = f"{where}: {error.strerror or error}"
+    with contextlib.suppress(OSError):
+        reason += f" ({shutil.disk_usage(folder).free // 2**20} MB free in {folder})"
+    return reason
+
+
+def _kept(folder: Path) -> str:
+    checkpoints = folder / CHECKPOINTS
+    names = sorted(path.name for path in checkpoints.iterdir() if path.name.isdigit()) if checkpoints.is_dir() else []
+    if not names:
+        return "there is no checkpoint yet; the same command starts anew"
+    return f"the last checkpoint, after update {int(names[-1])}, is kept; the same command goes on from it"
+
+
+def _run(
+    recipe: Recipe,
+    data_dir: str | os.PathLike[str],
+    folder: Path,
+    ranks: Ranks,
+    data: tuple[TrainBatches, TestBatches] | None,
+    on_start: Callable[[Recipe, int], None] | None,
+    on_step: Callable[[int, int], None] | None,
+    on_epoch: Callable[[EpochMetrics], None] | None,
+) -> Run:
+    recipe = complete(recipe)
+    if data is None:
+        train = open_train(recipe, data_dir, ranks)
+        test = open_test(recipe, data_dir, ranks, train.classes)
+    else:
+        train, test = data
+    found = len(train.classes) or None
+    if recipe.num_classes is None:
+        recipe = dataclasses.replace(recipe, num_classes=found)
+    elif found is not None and found > recipe.num_classes:
+        raise TrainingError(f"num_classes: received {recipe.num_classes}; valid: null, or the data's {found} or more")
+    _check_folder(folder, recipe)
+    if (folder / WEIGHTS).exists():
+        return Run(folder=folder, metrics=read_metrics(folder / METRICS), finished=True, updates=0)
+    ranks.barrier()
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / RECIPE, dump_recipe(recipe).encode())
+        remove_unfinished(folder / CHECKPOINTS)
+    model = build_model(recipe, ranks.device)
+    start = newest_snapshot(folder / CHECKPOINTS)
+    updates = 0 if start is None else start.updates
+    events: _Events | None = None
+    if ranks.first:
+        _note_start(folder, _environment(recipe, ranks, describe(train, test), updates))
+        events = _Events(folder, updates)
+    if on_start is not None:
+        on_start(recipe, updates)
+
+    rows: list[EpochMetrics] = []
+    layers: list[LayerSimilarity] = []
+
+    def note_epoch(row: EpochMetrics, measured: tuple[LayerSimilarity, ...]) -> None:
+        if events is not None:
+            events.epoch(row, measured)
+        if on_epoch is not None:
+            on_epoch(row)
+
+    def note_loss(done: int, loss: float, lr: float) -> None:
+        if events is not None and done % 50 == 0:
+            events.loss(done, loss, lr)
+
+    def save(snapshot: Snapshot) -> None:
+        save_snapshot(folder / CHECKPOINTS, snapshot, keep=recipe.keep_checkpoints)
+        rows[:] = [EpochMetrics(**row) for row in snapshot.progress["metrics"]]
+        layers[:] = [LayerSimilarity(**row) for row in snapshot.progress["similarity"]]
+        write_metrics(folder / METRICS, rows)
+        write_similarity(folder / SIMILARITY, layers)
+
+    try:
+        with _termination() as stopping:
+            outcome = fit(
+                recipe,
+                model,
+                train,
+                test,
+                ranks,
+                start=start,
+                on_step=on_step or (lambda done, total: None),
+                on_loss=note_loss,
+                on_epoch=note_epoch,
+                on_save=save,
+                stopping=stopping,
+            )
+    finally:
+        if events is not None:
+            events.close()
+    if ranks.first:
+        if outcome.metrics:
+            write_metrics(folder / METRICS, outcome.metrics)
+            write_similarity(folder / SIMILARITY, outcome.similarity)
+            _draw(folder)
+        if outcome.finished:
+            _finish(folder, recipe, class_names(train, recipe.num_classes or 0), outcome.model, outcome.ema)
+    ranks.barrier()
+    return Run(folder=folder, metrics=outcome.metrics, finished=outcome.finished, updates=updates)

@@ -1,0 +1,1 @@
+"""Helpers without knowledge of models: processes, seeds, progress, provenance, files."""

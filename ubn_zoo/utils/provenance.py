@@ -1,0 +1,41 @@
+"""Where a result comes from: commit and hardware."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+__all__ = ["device_name", "source_commit"]
+
+
+def source_commit() -> str | None:
+    """Commit of the project's working tree that this package runs from, with ``+`` behind it if files differ from it.
+
+    None if it is not run from one.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str | None:
+        try:
+            found = subprocess.run(  # the program that PATH names is the user's own
+                ["git", "-C", str(root), *arguments],  # noqa: S607
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except OSError:
+            return None
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    commit = git("rev-parse", "--verify", "--quiet", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "ubn_zoo", "scripts")
+    return f"{commit}+" if commit and changed else commit or None
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or the accelerator's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,22 @@
+"""Seeds of runs, epochs, ranks and images."""
+
+from __future__ import annotations
+
+import random
+
+import numpy
+import torch
+
+__all__ = ["mixed_seed", "seed_everything"]
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed, 64 bits, of several numbers: runs, epochs, ranks and images have random numbers of their own by it."""
+    return int(numpy.random.SeedSequence(parts).generate_state(1, numpy.uint64)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random numbers of Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
