@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input-key", help="column or file ending of the image")
     parser.add_argument("--target-key", help="column of the class")
     parser.add_argument("--img-size", type=int, help="side in pixels; the model's test size")
-    parser.add_argument("--crop-pct", type=float, help="share of the centre crop; the model's")
+    parser.add_argument("--crop-pct", type=float, help="share of the center crop; the model's")
     parser.add_argument("--batch-size", type=int, default=256, help="images at a time, in each process")
     parser.add_argument("--workers", type=int, default=4, help="processes that load images, for each process")
     parser.add_argument("--device", default="auto", help="auto, or torch's name of it")

@@ -94,13 +94,13 @@ def test_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(file.read(name).decode())
-        licences = [name for name in file.namelist() if name.endswith("LICENSE")]
+        licenses = [name for name in file.namelist() if name.endswith("LICENSE")]
     assert metadata["Name"] == "ubn-zoo"
     assert metadata["Version"] == __version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License-Expression"] or metadata["License"])
     assert metadata.get_payload() == (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert len(licences) == 1
+    assert len(licenses) == 1
 
 
 def test_installed_wheel_works_from_another_folder(installed: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ubn_zoo.layers import convert_sync_ubn
 from .layers import compare_layers, make_layer
 from .turns import KINDS, check_steps, keep_memory, layer_step, milliseconds
 
-__all__ = ["AXES", "BASE", "RANKS", "SYNCHRONISED", "Fit", "GrowthPoint", "fit", "grow", "grow_ranks"]
+__all__ = ["AXES", "BASE", "RANKS", "SYNCHRONIZED", "Fit", "GrowthPoint", "fit", "grow", "grow_ranks"]
 
 # One of them varies at a time, the others are those of the base.
 BASE = {"batch": 8, "pixels": 28, "channels": 128}
@@ -31,7 +31,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "channels": (32, 64, 128, 256, 512),
 }
 RANKS = (1, 2, 3, 4)
-SYNCHRONISED = "UBN synchronised"
+SYNCHRONIZED = "UBN synchronized"
 _WARM_UP = 2
 
 
@@ -199,8 +199,8 @@ def grow_ranks(
 ) -> Iterator[GrowthPoint]:
     """Times a training step of UBN layers on several ranks: processes of this machine, one thread each, joined by gloo.
 
-    Every rank has a batch of its own. UBN synchronised, from two ranks on, shares its statistics, UBN does not. The
-    synchronised layer computes the equations as they stand, as the naive one does without sharing, so the cost of
+    Every rank has a batch of its own. UBN synchronized, from two ranks on, shares its statistics, UBN does not. The
+    synchronized layer computes the equations as they stand, as the naive one does without sharing, so the cost of
     sharing is what it takes beyond that. torch's own SyncBatchNorm computes on GPUs only. A turn's time is the slowest
     rank's.
 
@@ -257,7 +257,7 @@ def _time_rank(rank: int, count: int, base: Mapping[str, int], steps: int, chann
     features.requires_grad_()
     layers: dict[str, nn.Module] = {KINDS[kind]: make_layer(kind, base["channels"]) for kind in ("ubn", "naive")}
     if count > 1:
-        layers[SYNCHRONISED] = convert_sync_ubn(make_layer("ubn", base["channels"]))
+        layers[SYNCHRONIZED] = convert_sync_ubn(make_layer("ubn", base["channels"]))
     device = torch.device("cpu")
     measured: dict[str, dict[str, Any]] = {name: {"times": []} for name in layers}
     steps_of = {name: layer_step(layer, features, grad) for name, layer in layers.items()}

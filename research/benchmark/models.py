@@ -50,7 +50,7 @@ def _autocast(device: torch.device, amp: torch.dtype | None) -> contextlib.Abstr
 def train_step(
     model: nn.Module, images: Tensor, targets: Tensor, amp: torch.dtype | None = None
 ) -> Callable[[], object]:
-    """A training step without the optimiser: forward, loss, backward; in float16 the loss is scaled.
+    """A training step without the optimizer: forward, loss, backward; in float16 the loss is scaled.
 
     Args:
         model: Put into training mode.

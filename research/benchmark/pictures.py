@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ubn_zoo.evaluation.plots import STYLES, Style, new_figure, save
 
-from .growth import SYNCHRONISED, Fit, GrowthPoint, fit, size_of
+from .growth import SYNCHRONIZED, Fit, GrowthPoint, fit, size_of
 from .targets import limit_of
 from .turns import KINDS, Timing
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_growth", "draw_ratios"]
 
-# One colour and marker per kind of layer in every picture.
+# One color and marker per kind of layer in every picture.
 _KIND_STYLES = {
     "bn": STYLES[7],
     "ubn": STYLES[0],
@@ -28,7 +28,7 @@ _KIND_STYLES = {
     "bnet": STYLES[4],
     "naive": STYLES[1],
 }
-_LAYER_STYLES = {KINDS[kind]: style for kind, style in _KIND_STYLES.items()} | {SYNCHRONISED: STYLES[3]}
+_LAYER_STYLES = {KINDS[kind]: style for kind, style in _KIND_STYLES.items()} | {SYNCHRONIZED: STYLES[3]}
 _TARGET = "#B00020"
 _LINE_POINTS = 40
 _FINE_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.2, 2.4)
@@ -75,8 +75,8 @@ def _range(timing: Timing) -> tuple[float, float]:
 
 def _dot(axes: Axes, timing: Timing, height: float) -> None:
     style = _KIND_STYLES[timing.kind]
-    axes.hlines(height, *_range(timing), color=style.colour, linewidth=2)
-    axes.plot(timing.ratio, height, style.marker, color=style.colour, markersize=6)
+    axes.hlines(height, *_range(timing), color=style.color, linewidth=2)
+    axes.plot(timing.ratio, height, style.marker, color=style.color, markersize=6)
 
 
 def _number(axes: Axes, row: Sequence[Timing], height: float, width: float) -> None:
@@ -94,7 +94,7 @@ def _number(axes: Axes, row: Sequence[Timing], height: float, width: float) -> N
             ha="center",
             va="bottom" if above else "top",
             fontsize=7,
-            color=_KIND_STYLES[timing.kind].colour,
+            color=_KIND_STYLES[timing.kind].color,
             # Legible on lines too.
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
         )
@@ -103,7 +103,7 @@ def _number(axes: Axes, row: Sequence[Timing], height: float, width: float) -> N
 def _ratio_panel(axes: Axes, rows: Sequence[Sequence[Timing]]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    axes.axvline(1, color=_KIND_STYLES["bn"].colour, linewidth=1.5, zorder=1)
+    axes.axvline(1, color=_KIND_STYLES["bn"].color, linewidth=1.5, zorder=1)
     for height, row in enumerate(rows):
         for timing in row:
             _dot(axes, timing, height)
@@ -134,9 +134,7 @@ def _style_legend(figure: Figure, styles: dict[str, Style], target: bool, *, lin
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D(
-            [], [], color=style.colour, marker=style.marker, linestyle=style.dashes if lines else "none", label=label
-        )
+        Line2D([], [], color=style.color, marker=style.marker, linestyle=style.dashes if lines else "none", label=label)
         for label, style in styles.items()
     ]
     if target:
@@ -214,12 +212,12 @@ def draw_growth(points: Sequence[GrowthPoint], path: str | Path, title: str = ""
         for layer in dict.fromkeys(point.layer for point in mine):
             found, style = [point for point in mine if point.layer == layer], _LAYER_STYLES[layer]
             at = [_shown(point) for point in found]
-            axes.plot(at, [point.median for point in found], style.marker, color=style.colour, markersize=5)
-            axes.vlines(at, [point.lower for point in found], [point.upper for point in found], color=style.colour)
+            axes.plot(at, [point.median for point in found], style.marker, color=style.color, markersize=5)
+            axes.vlines(at, [point.lower for point in found], [point.upper for point in found], color=style.color)
             if (name, layer) not in fits:
                 continue
             line = _line(fits[name, layer], found)
-            axes.plot(list(line), list(line.values()), linestyle=style.dashes, color=style.colour, linewidth=1)
+            axes.plot(list(line), list(line.values()), linestyle=style.dashes, color=style.color, linewidth=1)
         # The points decide what is shown, not where a line may lead.
         axes.set_ylim(0.7 * min(point.lower for point in mine), 1.4 * max(point.upper for point in mine))
         axes.set_xscale("log", base=2)

@@ -24,7 +24,7 @@ _INTRODUCTION = """\
 <!-- Written by `python -m research.benchmark --report` from results/benchmark_*.csv; edit that instead. -->
 
 Times are medians of steps that took turns with BatchNorm's in one run, and a ratio is the median, with its quartiles,
-of the ratios to BatchNorm within a turn. A training step is forward, loss and backward, without the optimiser. Images
+of the ratios to BatchNorm within a turn. A training step is forward, loss and backward, without the optimizer. Images
 and weights are random: no time depends on them.
 """
 
@@ -44,7 +44,7 @@ counts, and is in the pictures; with more models in turn the caches are colder, 
 
 _RANKS = """\
 Ranks are processes of one machine with a thread and a batch of their own each, joined by gloo; more than there are
-cores take turns on them. UBN synchronised computes the equations as UBN naive does: sharing costs the difference
+cores take turns on them. UBN synchronized computes the equations as UBN naive does: sharing costs the difference
 between these two. torch's SyncBatchNorm computes on GPUs only.
 """
 _RANKS_HEAD = ("ranks", "layer", "step (ms)", "all-reduces", "bytes given to them by a rank")
@@ -200,7 +200,7 @@ def _models(measured: _Measured) -> list[str]:
     text.append(
         "Fused models are measured against the BatchNorm model fused as well. `_rbn`, `_bnet` and `_naive` are\n"
         "settings of the same layer: RBN's and BNET's parts alone, and the equations of `functional` op by op.\n"
-        "Memory is the most that tensors take at a time: parameters, gradients and features, not the optimiser.\n"
+        "Memory is the most that tensors take at a time: parameters, gradients and features, not the optimizer.\n"
     )
     order = list(_MODES)
     for heading, timings in _devices(found):

@@ -90,7 +90,7 @@ class Timing:
         ratio_lower: First quartile of that; None in tables of before it was kept.
         ratio_upper: Third quartile of that, likewise.
         memory: Most memory that tensors took at a time in a step, in MB (2**20 bytes): parameters, buffers and inputs
-            included, the optimiser and what libraries allocate by themselves not.
+            included, the optimizer and what libraries allocate by themselves not.
         memory_ratio: `memory` over the first entry's.
         floor: Milliseconds that the least traffic of the norm layers takes at the bandwidth of a copy in the same run:
             of this layer, or of all those of a model together. None where it was not measured.

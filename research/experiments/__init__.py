@@ -19,8 +19,8 @@ from research.benchmark import compare_training, environment
 from ubn_zoo.evaluation.metrics import (
     EpochMetrics,
     LayerSimilarity,
-    read_labelled_metrics,
-    read_labelled_similarity,
+    read_labeled_metrics,
+    read_labeled_similarity,
     read_metrics,
     read_similarity,
     write_metrics,
@@ -318,10 +318,10 @@ def load(experiment: Experiment, results: str | Path) -> Results:
         ValueError: A table has other columns.
     """
     runs: dict[str, dict[int, list[EpochMetrics]]] = {}
-    for label, row in read_labelled_metrics(Path(results) / f"{experiment.name}.csv"):
+    for label, row in read_labeled_metrics(Path(results) / f"{experiment.name}.csv"):
         runs.setdefault(label, {}).setdefault(row.seed, []).append(row)
     layers: dict[str, list[LayerSimilarity]] = {}
-    for label, measured in read_labelled_similarity(Path(results) / f"{experiment.name}_similarity.csv"):
+    for label, measured in read_labeled_similarity(Path(results) / f"{experiment.name}_similarity.csv"):
         layers.setdefault(label, []).append(measured)
     return Results(
         {label: tuple(map(tuple, seeds.values())) for label, seeds in runs.items()},

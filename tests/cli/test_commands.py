@@ -19,7 +19,7 @@ from ubn_zoo.cli import quickstart
 from ubn_zoo.hub import fetch as hub
 from ubn_zoo.hub import manifest
 from ubn_zoo.hub.manifest import load_manifest
-from ubn_zoo.models import catalog as catalogue
+from ubn_zoo.models import catalog as catalog
 from ubn_zoo.recipes.schema import Recipe, list_recipes, load_recipe, recipe_path
 
 ARCHITECTURES = timm.list_models("*_ubn")
@@ -74,7 +74,7 @@ def test_list_as_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert [entry["name"] for entry in entries] == list(arch_pretrained_cfgs("mobilenetv3_large_100_ubn"))
     assert [entry["default"] for entry in entries] == [True] + [False] * (len(entries) - 1)
-    fields = {field.name for field in dataclasses.fields(catalogue.Entry)}
+    fields = {field.name for field in dataclasses.fields(catalog.Entry)}
     assert all(set(entry) == {"name", *fields} for entry in entries)
 
 
@@ -97,7 +97,7 @@ def test_info_of_converted_weights(capsys: pytest.CaptureFixture[str]) -> None:
         f"{built:,}",
         "1000",
         f"3x224x224, bicubic, crop {cfg.crop_pct:g}",
-        f"licence       {cfg.license or 'not stated by upstream'}",
+        f"license       {cfg.license or 'not stated by upstream'}",
         f"origin        {cfg.origin_url or 'not stated by upstream'}",
         'timm.create_model("regnety_032_ubn.bn_ra_in1k", pretrained=True)',
     ):
@@ -111,7 +111,7 @@ def test_info_of_bundled_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert record.recipe is not None
     metric = record.metrics[0]
     for part in (
-        *(record.id, record.description, record.file, record.sha256, f"{record.params:,}", record.licence),
+        *(record.id, record.description, record.file, record.sha256, f"{record.params:,}", record.license),
         *(record.origin.data, record.origin.trained, record.recipe.name, record.recipe.sha256),
         *(f"{metric.name} {metric.value:g}", metric.dataset, metric.split, metric.measured.command),
     ):
@@ -122,12 +122,12 @@ def test_info_of_bundled_weights(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_info_knows_every_model(capsys: pytest.CaptureFixture[str], name: str) -> None:
     for full, cfg in arch_pretrained_cfgs(name).items():
-        entry = catalogue.describe(full)
+        entry = catalog.describe(full)
         assert (entry.name, entry.input.size, entry.num_classes) == (full, cfg.input_size, cfg.num_classes)
         assert entry.pretrained == bool(cfg.has_weights)
         if entry.converted_from:
             upstream = arch_pretrained_cfgs(name.removesuffix("_ubn"))[entry.converted_from]
-            assert (entry.repository, entry.licence) == (upstream.hf_hub_id, upstream.license)
+            assert (entry.repository, entry.license) == (upstream.hf_hub_id, upstream.license)
 
 
 @pytest.mark.parametrize(
@@ -152,15 +152,15 @@ def test_info_of_a_typo_suggests_names(capsys: pytest.CaptureFixture[str], name:
 
 @pytest.mark.slow
 def test_parameter_table_is_fresh() -> None:
-    table = json.loads(Path(catalogue.__file__).with_name("parameter_counts.json").read_text())
-    assert table == catalogue.parameter_counts(), "run: python -m ubn_zoo.models.catalog"
+    table = json.loads(Path(catalog.__file__).with_name("parameter_counts.json").read_text())
+    assert table == catalog.parameter_counts(), "run: python -m ubn_zoo.models.catalog"
 
 
 def test_models_missing_in_the_table_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = catalogue.count_parameters("mobilenetv3_small_050_ubn", 1000)
-    monkeypatch.setattr(catalogue, "_counts", dict)
-    assert catalogue.count_parameters("mobilenetv3_small_050_ubn", 1000) == known
-    assert catalogue.count_parameters("mobilenetv3_small_050_ubn", 10) < known
+    known = catalog.count_parameters("mobilenetv3_small_050_ubn", 1000)
+    monkeypatch.setattr(catalog, "_counts", dict)
+    assert catalog.count_parameters("mobilenetv3_small_050_ubn", 1000) == known
+    assert catalog.count_parameters("mobilenetv3_small_050_ubn", 10) < known
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +249,7 @@ def test_errors_are_one_line_without_traceback(
     def fail(*arguments: object, **settings: object) -> None:
         raise error
 
-    monkeypatch.setattr(catalogue, "entries", fail)
+    monkeypatch.setattr(catalog, "entries", fail)
     found, out, err = run(capsys, "list")
     assert (found, out) == (code, "")
     assert err.startswith("ubn-zoo: ") and err.count("\n") == 1

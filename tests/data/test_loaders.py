@@ -50,12 +50,12 @@ AUGMENTED = dataclasses.replace(
 
 
 def pixels(number: int) -> numpy.ndarray:
-    """An image of one colour, which no crop and no flip changes, and which tells its number."""
+    """An image of one color, which no crop and no flip changes, and which tells its number."""
     return numpy.full((SIDE, SIDE, 3), (7 * number, 255 - 7 * number, 9), dtype=numpy.uint8)
 
 
 def numbers(images: Tensor) -> list[int]:
-    """Numbers of the images in a normalised batch."""
+    """Numbers of the images in a normalized batch."""
     values = (images * 0.25 + 0.5).mean((2, 3)) * 255
     assert torch.allclose(values[:, 0] + values[:, 1], torch.tensor(255.0), atol=0.1)
     found = [round(float(value)) for value in values[:, 0] / 7]

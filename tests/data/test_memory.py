@@ -31,7 +31,7 @@ def test_image_folders_are_read_in_timms_order_of_names(tmp_path: Path) -> None:
     for name in ("b10/2.png", "b10/10.png", "b2/1.png"):
         written[name] = random.integers(0, 256, (5, 7, 3), dtype=numpy.uint8)
         write_image(tmp_path / name, written[name])
-    write_image(tmp_path / "b2/2.png", written["b2/1.png"][..., 0])  # grey
+    write_image(tmp_path / "b2/2.png", written["b2/1.png"][..., 0])  # gray
     for name in ("b2/notes.txt", "b2/._1.png", ".hidden/1.png", ".DS_Store", "empty/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no image", encoding="utf-8")

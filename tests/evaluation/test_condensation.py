@@ -27,7 +27,7 @@ from ubn_zoo.evaluation.condensation import (
     format_table,
     measure_similarity,
     norm_layers,
-    summarise_similarity,
+    summarize_similarity,
 )
 from ubn_zoo.evaluation.metrics import LayerSimilarity, read_similarity, write_similarity
 
@@ -37,7 +37,7 @@ TOLERANCE = 1e-5
 
 
 def images(count: int, size: int = 32, seed: int = 0) -> Tensor:
-    """Normalised images that have something in common, as photographs do."""
+    """Normalized images that have something in common, as photographs do."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(1, 3, size, size, generator=generator)
     return common + torch.randn(count, 3, size, size, generator=generator)
@@ -327,7 +327,7 @@ def test_equal_images_are_condensed_whole() -> None:
     assert all(row.similarity == pytest.approx(1, abs=1e-5) for row in rows)
 
 
-def test_synchronised_layers_are_measured() -> None:
+def test_synchronized_layers_are_measured() -> None:
     model = Chain(lambda self, x: self.b(self.a(x)), a=nn.SyncBatchNorm(3), b=UnifiedBatchNorm2d(3))
     convert_sync_ubn(model)
     rows = measure_similarity(model, images(3))
@@ -400,10 +400,10 @@ def test_sources_side_by_side() -> None:
         {"depth": 2, "layer": "bn2", "BatchNorm": 0.75, "UBN": None},
     ]
     assert [row["UBN"] for row in compare_layers(sources, epoch=1)] == [0.9, 0.9, None]
-    first, second = summarise_similarity(sources, threshold=0.2)
+    first, second = summarize_similarity(sources, threshold=0.2)
     assert dataclasses.astuple(first) == ("BatchNorm", 1, 3, pytest.approx(1.85 / 3), 0.5, 0.75, 1.0, None)
     assert dataclasses.astuple(second) == ("UBN", 2, 2, pytest.approx(0.29), 0.18, 0.4, 0.5, 0.0)
-    assert summarise_similarity(sources, epoch=1)[1].gates_open == 1.0
+    assert summarize_similarity(sources, epoch=1)[1].gates_open == 1.0
 
 
 def test_layers_are_listed_by_depth() -> None:
@@ -416,7 +416,7 @@ def test_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match="'UBN': received no rows"):
         compare_layers({"UBN": []})
     with pytest.raises(ValueError, match="'UBN': received epoch 7; valid: 1, 2"):
-        summarise_similarity({"UBN": rows_of([0.1], 1) + rows_of([0.1], 2)}, epoch=7)
+        summarize_similarity({"UBN": rows_of([0.1], 1) + rows_of([0.1], 2)}, epoch=7)
 
 
 def test_tables_are_markdown() -> None:
@@ -433,7 +433,7 @@ def test_tables_are_markdown() -> None:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     pytest.importorskip("matplotlib", reason="the script draws")
-    spec = importlib.util.spec_from_file_location("analyse", Path(__file__).parents[2] / "scripts" / "analyse.py")
+    spec = importlib.util.spec_from_file_location("analyze", Path(__file__).parents[2] / "scripts" / "analyze.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -501,7 +501,7 @@ def test_the_script_reports_errors_in_a_line(
     assert script.main([*arguments, "--images", "1"]) == 1
     assert script.main([*arguments, "--checkpoint", str(tmp_path / "none.safetensors")]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["analyse"] * 3
+    assert [line.partition(":")[0] for line in lines] == ["analyze"] * 3
     with pytest.raises(SystemExit):
         script.main(["--model", "resnet10t"])
     assert "--model needs --data-dir" in capsys.readouterr().err

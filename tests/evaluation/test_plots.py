@@ -255,8 +255,8 @@ def test_runs_of_one_epoch_stand_beside_each_other(tmp_path: Path) -> None:
     # The same numbers under two labels: on top of each other the first would be hidden.
     compare_runs({"BatchNorm": group(0, epochs=1), "UBN": group(0, epochs=1)}, tmp_path / "one.png")
     _, pixels = look(tmp_path / "one.png")
-    colours = [tuple(pixels[i : i + 3]) for i in range(0, len(pixels), 3)]
-    blue, vermilion = colours.count((0x00, 0x72, 0xB2)), colours.count((0xD5, 0x5E, 0x00))
+    colors = [tuple(pixels[i : i + 3]) for i in range(0, len(pixels), 3)]
+    blue, vermilion = colors.count((0x00, 0x72, 0xB2)), colors.count((0xD5, 0x5E, 0x00))
     assert min(blue, vermilion) > 0.7 * max(blue, vermilion)
 
 

@@ -80,14 +80,14 @@ def test_mutated_files_are_refused_by_their_hash(hub: HubServer, tmp_path: Path)
     def attempt() -> None:
         nonlocal number
         number += 1
-        spoilt = mutate(content, chance)
-        revision = hub.create(REPO, {"model.safetensors": spoilt})
+        spoiled = mutate(content, chance)
+        revision = hub.create(REPO, {"model.safetensors": spoiled})
         try:
             path = client.fetch(
                 REPO, "model.safetensors", revision=revision, sha256=sha256(content), cache_dir=tmp_path / str(number)
             )
         except client.ChecksumError:
-            assert spoilt != content
+            assert spoiled != content
         else:
             assert same(read_checkpoint(path), weights)
 
@@ -109,14 +109,14 @@ def test_mutated_safetensors_are_refused_or_hold_weights_that_fit(tmp_path: Path
 
     def attempt() -> None:
         nonlocal refused
-        spoilt = mutate(content, chance, header if part == "header" else None)
-        path.write_bytes(spoilt)
+        spoiled = mutate(content, chance, header if part == "header" else None)
+        path.write_bytes(spoiled)
         try:
             state = read_checkpoint(path)
             check_state_dict(state, original, "the file", "the model")
         except CheckpointError:
             refused += 1
-            assert spoilt != content
+            assert spoiled != content
             return
         shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
         assert shapes == {key: (tensor.shape, tensor.dtype) for key, tensor in expected.items()}
@@ -146,7 +146,7 @@ RECORD: dict[str, Any] = {
         "crop_mode": "center",
     },
     "num_classes": 10,
-    "licence": "apache-2.0",
+    "license": "apache-2.0",
     "origin": {"data": "CIFAR-10", "trained": "by a command"},
     "recipe": {"name": "recipe.yaml", "sha256": "b" * 64},
     "metrics": [

@@ -39,7 +39,7 @@ def bundled() -> dict[str, Any]:
             "crop_mode": "center",
         },
         "num_classes": 10,
-        "licence": "apache-2.0",
+        "license": "apache-2.0",
         "origin": {"data": "CIFAR-10", "trained": "scripts/train_cifar10.py"},
         "recipe": {"name": "cifar10_small", "sha256": "f" * 64},
         "metrics": [
@@ -203,7 +203,7 @@ BAD_VALUES: list[tuple[tuple[Any, ...], object]] = [
     (("input", "crop_pct"), float("inf")),
     (("num_classes",), -1),
     (("num_classes",), 10**9),
-    (("licence",), "see the file"),
+    (("license",), "see the file"),
     (("recipe", "sha256"), "f" * 40),
     (("metrics",), [{}] * 1001),
     (("metrics", 0, "value"), float("nan")),

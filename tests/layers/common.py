@@ -56,11 +56,11 @@ def make_layer(
 ) -> nn.Module:
     """A UBN layer of which every parameter and every statistic is random, with its gate open or shut."""
     layer = (cls or ubn_zoo.UnifiedBatchNorm2d)(num_features, **settings)
-    return randomise(layer, seed, gate)
+    return randomize(layer, seed, gate)
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0, gate: float = OPEN) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0, gate: float = OPEN) -> nn.Module:
     """Gives every UBN layer in `model` random parameters and statistics, in place."""
     generator = torch.Generator().manual_seed(seed)
 

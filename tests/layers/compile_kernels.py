@@ -77,7 +77,7 @@ def launches_of(
         kernels.instance_means(x)
         instance_mean, mean, var, similarity = kernels.statistics(x, vectors[1], 16 if parameters else 0)
         batches = None if parameters else tensor(dtype=torch.int64)
-        mean, var, gate = kernels.finalise(mean, var, similarity, *running, batches, 0.1, 4, 0.1, 0.15, True)
+        mean, var, gate = kernels.finalize(mean, var, similarity, *running, batches, 0.1, 4, 0.1, 0.15, True)
         for relu in (False, True):
             kernels.affine(x, instance_mean, mean, var, weight, *vectors, 1e-5, relu)
             opened = None if closed else gate

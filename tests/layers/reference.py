@@ -1,6 +1,6 @@
 """The equations of Unified Batch Normalization (arXiv 2311.15993), stated a second time for the tests.
 
-Everything is float64 and written the long way round: cosines pair by pair, centred variances, the calibrated features
+Everything is float64 and written the long way round: cosines pair by pair, centered variances, the calibrated features
 formed in full, the depthwise convolution as a padded sum over its taps. It shares nothing with `ubn_zoo`, so that
 the two can only agree by being right. All of it is differentiable by autograd, except the similarity, which has no
 gradient.
@@ -110,17 +110,17 @@ def forward(
         gate = gate or settings.threshold is None or r > settings.threshold
         state = replace(state, feature_similarity=r, num_batches_tracked=state.num_batches_tracked + 1)
 
-    centred = x
+    centered = x
     if parameters.center_weight is not None:
-        centred = x + per_channel(parameters.center_weight) * x.mean(dim=(2, 3), keepdim=True)
+        centered = x + per_channel(parameters.center_weight) * x.mean(dim=(2, 3), keepdim=True)
 
     if gate:
-        mean = centred.mean(dim=(0, 2, 3))
-        deviations = centred - per_channel(mean)
+        mean = centered.mean(dim=(0, 2, 3))
+        deviations = centered - per_channel(mean)
         var = deviations.pow(2).mean(dim=(0, 2, 3))
     else:
         mean, var = state.running_mean, state.running_var
-    normalised = (centred - per_channel(mean)) / (per_channel(var) + settings.eps).sqrt()
+    normalized = (centered - per_channel(mean)) / (per_channel(var) + settings.eps).sqrt()
 
     if training and gate and tracked:
         count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -132,13 +132,13 @@ def forward(
         )
 
     if parameters.weight is not None:
-        affine = depthwise(normalised, parameters.weight)
+        affine = depthwise(normalized, parameters.weight)
         if parameters.bias is not None:
             affine = affine + per_channel(parameters.bias)
     else:
-        affine = normalised
+        affine = normalized
     if parameters.scale_weight is not None:
-        pooled = normalised.mean(dim=(2, 3), keepdim=True)
+        pooled = normalized.mean(dim=(2, 3), keepdim=True)
         gain = torch.sigmoid(per_channel(parameters.scale_weight) * pooled + per_channel(parameters.scale_bias))
         affine = gain * affine
     return affine, state, gate

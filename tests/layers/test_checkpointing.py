@@ -1,6 +1,6 @@
 """Activation checkpointing runs a layer's forward a second time during backward.
 
-The state must move once, and the second run must normalise as the first did: on the same side of the gate, with the
+The state must move once, and the second run must normalize as the first did: on the same side of the gate, with the
 running statistics of that time. Both would go unnoticed with BatchNorm, whose gradients do not depend on its state, so
 every test here poises the gate such that moving the state twice would flip it.
 """
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkp
 import ubn_zoo
 
 from . import reference
-from .common import gradients, make_layer, random_input, randomise, snapshot, step, ubn_layers
+from .common import gradients, make_layer, random_input, randomize, snapshot, step, ubn_layers
 from .tolerances import OUTPUT
 
 F32, F64 = torch.float32, torch.float64
@@ -54,7 +54,7 @@ def poise_model(model: nn.Module, x: Tensor) -> nn.Module:
 def make_model(threshold: float, dtype: torch.dtype = F64) -> nn.Sequential:
     torch.manual_seed(0)
     settings = {"threshold": threshold, "similarity_momentum": 0.5}
-    return randomise(
+    return randomize(
         nn.Sequential(
             nn.Conv2d(3, 4, 3, padding=1),
             ubn_zoo.UnifiedBatchNorm2d(4, **settings),

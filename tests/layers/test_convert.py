@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ubn_zoo
 from ubn_zoo.layers import convert
 
-from .common import BUFFERS, PARAMETERS, assert_step, make_layer, random_input, randomise, snapshot, ubn_layers
+from .common import BUFFERS, PARAMETERS, assert_step, make_layer, random_input, randomize, snapshot, ubn_layers
 from .tolerances import EXPORTED, OUTPUT
 
 F32, F64 = torch.float32, torch.float64
@@ -23,7 +23,7 @@ SIGMOID_1 = 1.0 / (1.0 + math.exp(-1.0))
 
 
 @torch.no_grad()
-def randomise_batchnorm(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize_batchnorm(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random statistics and affine for every BatchNorm of a model; some affine weights negative, some zero."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -54,7 +54,7 @@ def batchnorms(model: nn.Module) -> list[nn.Module]:
 
 
 def small_model() -> nn.Module:
-    return randomise_batchnorm(
+    return randomize_batchnorm(
         nn.Sequential(
             nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), BatchNormAct2d(5)
         )
@@ -65,7 +65,7 @@ class TestModels:
     @pytest.mark.parametrize("name", ["resnet50", "regnety_002", "mobilenetv3_small_050"])
     def test_timms_models_compute_the_same_function(self, name: str) -> None:
         torch.manual_seed(0)
-        original = randomise_batchnorm(timm.create_model(name)).eval()
+        original = randomize_batchnorm(timm.create_model(name)).eval()
         count = len(batchnorms(original))
         model = convert.convert_batchnorm(copy.deepcopy(original))
         assert not batchnorms(model)
@@ -116,7 +116,7 @@ class TestModels:
 
     def test_parameters_by_hand(self) -> None:
         """w = 0, u = 0, v = 1, K = one tap of gamma / sigmoid(1), bias = beta / sigmoid(1)."""
-        original = randomise_batchnorm(nn.BatchNorm2d(4, dtype=F64))
+        original = randomize_batchnorm(nn.BatchNorm2d(4, dtype=F64))
         layer = ubn_zoo.convert_batchnorm(original)
         assert isinstance(layer, ubn_zoo.UnifiedBatchNorm2d)
         kernel = torch.zeros(4, 1, 3, 3, dtype=F64)
@@ -160,14 +160,14 @@ class TestModels:
     @pytest.mark.parametrize("affine", [True, False])
     @pytest.mark.parametrize("track", [True, False])
     def test_without_affine_or_statistics(self, track: bool, affine: bool, cls: type[nn.Module]) -> None:
-        original = randomise_batchnorm(nn.Sequential(cls(4, affine=affine, track_running_stats=track).double()))
+        original = randomize_batchnorm(nn.Sequential(cls(4, affine=affine, track_running_stats=track).double()))
         model = ubn_zoo.convert_batchnorm(copy.deepcopy(original))
         x = random_input((4, 4, 5, 5))[0]
         assert_same_function(model, original, x, 1e-12)
         torch.testing.assert_close(model.train()(x), original.train()(x), **OUTPUT[F64].kwargs())
 
     def test_first_training_step_equals_batchnorms(self) -> None:
-        """The gate starts open, so before any update the converted model normalises with the batch as well."""
+        """The gate starts open, so before any update the converted model normalizes with the batch as well."""
         original = small_model().double()
         model = ubn_zoo.convert_batchnorm(copy.deepcopy(original))
         x = random_input((4, 3, 9, 9))[0]
@@ -187,7 +187,7 @@ class TestModels:
 
     @pytest.mark.parametrize("cls", [nn.BatchNorm2d, BatchNormAct2d])
     def test_model_that_is_itself_a_batchnorm(self, cls: type[nn.Module]) -> None:
-        original = randomise_batchnorm(cls(4))
+        original = randomize_batchnorm(cls(4))
         layer = ubn_zoo.convert_batchnorm(original)
         assert len(ubn_layers(layer)) == 1
         assert_same_function(layer, original, torch.randn(2, 4, 5, 5), 1e-5)
@@ -205,7 +205,7 @@ class TestModels:
         with pytest.raises(ValueError, match="BatchNorm"):
             ubn_zoo.convert_batchnorm(ubn_zoo.convert_batchnorm(small_model()))
 
-    def test_synchronised_batchnorm_becomes_synchronised_ubn(self) -> None:
+    def test_synchronized_batchnorm_becomes_synchronized_ubn(self) -> None:
         original = small_model()
         model = ubn_zoo.convert_batchnorm(convert_sync_batchnorm(copy.deepcopy(original)))
         assert not batchnorms(model)
@@ -228,7 +228,7 @@ class TestModels:
         class Named(nn.BatchNorm2d):
             pass
 
-        original = randomise_batchnorm(nn.Sequential(Named(3)))
+        original = randomize_batchnorm(nn.Sequential(Named(3)))
         model = ubn_zoo.convert_batchnorm(copy.deepcopy(original))
         assert_same_function(model, original, torch.randn(2, 3, 9, 9), 1e-5)
 
@@ -271,7 +271,7 @@ class TestWhatSurvives:
             def forward(self, x: Tensor) -> Tensor:
                 return self.other(self.inner(self.again(self.norm(self.first(x)))))
 
-        original = randomise_batchnorm(Shared())
+        original = randomize_batchnorm(Shared())
         model = ubn_zoo.convert_batchnorm(copy.deepcopy(original))
         assert model.norm is model.again[1]
         assert model.inner is model.again
@@ -365,7 +365,7 @@ class TestWhatSurvives:
             4, act_layer=nn.LeakyReLU, act_kwargs={"negative_slope": 0.3}, drop_layer=lambda: nn.Hardtanh(-0.4, 0.4)
         )
         norm.act.register_forward_hook(lambda *args: calls.append("act"))
-        original = randomise_batchnorm(nn.Sequential(norm))
+        original = randomize_batchnorm(nn.Sequential(norm))
         model = ubn_zoo.convert_batchnorm(copy.deepcopy(original))
         layer = model[0]
         assert isinstance(layer, ubn_zoo.UnifiedBatchNormAct2d)
@@ -378,13 +378,13 @@ class TestWhatSurvives:
         assert calls == ["act"]
 
     def test_no_activation(self) -> None:
-        original = randomise_batchnorm(nn.Sequential(BatchNormAct2d(4, apply_act=False)))
+        original = randomize_batchnorm(nn.Sequential(BatchNormAct2d(4, apply_act=False)))
         model = ubn_zoo.convert_batchnorm(copy.deepcopy(original))
         assert isinstance(model[0].act, nn.Identity)
         assert_same_function(model, original, torch.randn(2, 4, 5, 5), 1e-5)
 
     def test_the_original_is_not_tied_to_the_copy(self) -> None:
-        original = randomise_batchnorm(nn.BatchNorm2d(3))
+        original = randomize_batchnorm(nn.BatchNorm2d(3))
         before = {name: value.clone() for name, value in original.state_dict().items()}
         layer = ubn_zoo.convert_batchnorm(original)
         layer(torch.randn(4, 3, 5, 5)).sum().backward()
@@ -430,7 +430,7 @@ class TestStateDicts:
 
     def test_authors_format(self) -> None:
         _, model = self.pair()
-        source = randomise(copy.deepcopy(model), seed=4)
+        source = randomize(copy.deepcopy(model), seed=4)
         state = authors_format(source.state_dict(), ["1", "4"])
         converted = convert.convert_state_dict(state, model)
         model.load_state_dict(converted, strict=True)
@@ -442,7 +442,7 @@ class TestStateDicts:
 
     def test_own_format_is_left_as_it_is(self) -> None:
         _, model = self.pair()
-        source = randomise(copy.deepcopy(model), seed=4, gate=0.25)
+        source = randomize(copy.deepcopy(model), seed=4, gate=0.25)
         converted = convert.convert_state_dict(source.state_dict(), model)
         assert list(converted) == list(source.state_dict())
         for name, value in source.state_dict().items():
@@ -454,23 +454,23 @@ class TestStateDicts:
     def test_batchnorm_format_into_other_settings(self, settings: dict) -> None:
         original = small_model()
         model = ubn_zoo.convert_batchnorm(small_model(), **settings)
-        randomise(model, seed=3)
+        randomize(model, seed=3)
         model.load_state_dict(convert.convert_state_dict(original.state_dict(), model), strict=True)
         assert_same_function(model, original, torch.randn(2, 3, 9, 9), 1e-5)
 
     def test_modules_load_the_formats_by_themselves(self) -> None:
         original, model = self.pair()
-        randomise(model, seed=3, gate=-1.0)
+        randomize(model, seed=3, gate=-1.0)
         model.load_state_dict(original.state_dict())
         assert_same_function(model, original, torch.randn(2, 3, 9, 9), 1e-5)
-        source = randomise(copy.deepcopy(model), seed=4)
+        source = randomize(copy.deepcopy(model), seed=4)
         model.load_state_dict(authors_format(source.state_dict(), ["1", "4"]))
         x = torch.randn(2, 3, 9, 9)
         assert torch.equal(model(x), source.eval()(x))
 
     def test_one_channel(self) -> None:
         """(1,) and (1, 1, 3, 3): the format must not be guessed from a broadcast."""
-        original = randomise_batchnorm(nn.BatchNorm2d(1))
+        original = randomize_batchnorm(nn.BatchNorm2d(1))
         with torch.no_grad():
             original.weight.fill_(0.7)
         layer = ubn_zoo.UnifiedBatchNorm2d(1)
@@ -531,7 +531,7 @@ class TestOtherConverters:
 
     @staticmethod
     def check(convert_other) -> None:
-        model = randomise(ubn_zoo.convert_batchnorm(small_model())).eval()
+        model = randomize(ubn_zoo.convert_batchnorm(small_model())).eval()
         layers = ubn_layers(model)
         state = {name: value.clone() for name, value in model.state_dict().items()}
         x = torch.randn(2, 3, 9, 9)
@@ -563,7 +563,7 @@ class TestOtherConverters:
 
 class TestConvertSync:
     def test_keeps_everything(self) -> None:
-        model = randomise(ubn_zoo.convert_batchnorm(small_model()))
+        model = randomize(ubn_zoo.convert_batchnorm(small_model()))
         parameters = {name: id(p) for name, p in model.named_parameters()}
         state = snapshot(model)
         x = torch.randn(2, 3, 9, 9)

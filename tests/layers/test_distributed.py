@@ -1,4 +1,4 @@
-"""Two processes against one: synchronised layers, and plain DistributedDataParallel.
+"""Two processes against one: synchronized layers, and plain DistributedDataParallel.
 
 The processes are started once per group of cases; every case leaves its results in a file, which the tests then compare
 with one process on the joined batch, by the layer itself and by the independent reference.
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import ubn_zoo
 
 from . import reference
-from .common import OPEN, PARAMETERS, SHUT, gradients, make_layer, random_input, randomise, snapshot, ubn_layers
+from .common import OPEN, PARAMETERS, SHUT, gradients, make_layer, random_input, randomize, snapshot, ubn_layers
 from .tolerances import OUTPUT, SIMILARITY
 
 pytestmark = [
@@ -43,7 +43,7 @@ TIMEOUT = 120.0  # seconds until processes that wait for each other are given up
 
 @dataclass(frozen=True)
 class Case:
-    """One training of a synchronised layer: samples per rank, step by step, and the layer's settings."""
+    """One training of a synchronized layer: samples per rank, step by step, and the layer's settings."""
 
     sizes: tuple[tuple[int, int], ...]
     gate: float = OPEN
@@ -131,7 +131,7 @@ def toy_model(seed: int = 0) -> nn.Module:
         nn.Flatten(),
         nn.Linear(4, 2),
     )
-    return randomise(model, seed, gate=0.5).double()
+    return randomize(model, seed, gate=0.5).double()
 
 
 def toy_batch(step: int, size: int, seed: int) -> Tensor:
@@ -141,7 +141,7 @@ def toy_batch(step: int, size: int, seed: int) -> Tensor:
 def run_ddp_case(name: str, rank: int) -> dict[str, Any]:
     """Ranks see batches of different size and kind, so their gates differ."""
     model = toy_model(seed=rank if name == "different start" else 0)
-    if name == "synchronised":
+    if name == "synchronized":
         model = ubn_zoo.convert_sync_ubn(model)
     if name == "frozen":
         model = ubn_zoo.freeze_ubn(model)
@@ -158,7 +158,7 @@ def run_ddp_case(name: str, rank: int) -> dict[str, Any]:
         if name == "accumulation":
             with ddp.no_sync():
                 ddp(toy_batch(step + 50, 3, rank)).square().sum().backward()
-        batch = toy_batch(step, 4 if name == "synchronised" else 4 + 2 * rank, rank)
+        batch = toy_batch(step, 4 if name == "synchronized" else 4 + 2 * rank, rank)
         ddp(batch).square().sum().backward()
         grads.append(gradients(model))
         optimizer.step()
@@ -184,7 +184,7 @@ DDP_CASES = (
     "bucket view",
     "static graph",
     "unused parameters",
-    "synchronised",
+    "synchronized",
     "frozen",
 )
 
@@ -285,7 +285,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_synchronised_equals_one_process(name: str, results: Results) -> None:
+def test_synchronized_equals_one_process(name: str, results: Results) -> None:
     case = CASES[name]
     ranks = results("sync", name)
     layer = case.layer()
@@ -343,7 +343,7 @@ def test_ranks_in_groups_of_their_own_share_nothing(results: Results) -> None:
         torch.testing.assert_close(result["state"]["running_mean"], expected.state.running_mean, **OUTPUT[F64].kwargs())
 
 
-def test_a_copy_is_synchronised_too(results: Results) -> None:
+def test_a_copy_is_synchronized_too(results: Results) -> None:
     layer = make_layer(3, dtype=F64)
     x, grad_y = random_input((4, 3, 5, 5), 0)
     expected = reference.run_like(layer, x, grad_y)
@@ -369,9 +369,9 @@ def test_ddp_ends_with_equal_parameters_and_buffers(name: str, results: Results)
     assert counts == [{"accumulation": 8, "frozen": 0}.get(name, 4)] * layers
 
 
-def test_synchronised_ddp_has_the_gradients_of_one_process(results: Results) -> None:
+def test_synchronized_ddp_has_the_gradients_of_one_process(results: Results) -> None:
     """DDP averages over ranks what the joined batch sums up."""
-    ranks = results("ddp", "synchronised")
+    ranks = results("ddp", "synchronized")
     model = toy_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for step in range(4):

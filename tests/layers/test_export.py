@@ -21,7 +21,7 @@ from .common import (
     gradients,
     make_layer,
     random_input,
-    randomise,
+    randomize,
     snapshot,
     ubn_layers,
 )
@@ -34,7 +34,7 @@ CLASSES = [ubn_zoo.UnifiedBatchNorm2d, ubn_zoo.UnifiedBatchNormAct2d]
 
 def small_model(gate: float = OPEN, **settings: object) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(
+    return randomize(
         nn.Sequential(
             nn.Conv2d(3, 4, 3, bias=False),
             ubn_zoo.UnifiedBatchNormAct2d(4, **settings),

@@ -18,7 +18,7 @@ from .common import (
     assert_step,
     make_layer,
     random_input,
-    randomise,
+    randomize,
     snapshot,
     step,
     ubn_layers,
@@ -30,7 +30,7 @@ CLASSES = [ubn_zoo.UnifiedBatchNorm2d, ubn_zoo.UnifiedBatchNormAct2d]
 
 
 def small_model() -> nn.Module:
-    return randomise(
+    return randomize(
         nn.Sequential(
             nn.Conv2d(3, 4, 3),
             ubn_zoo.UnifiedBatchNorm2d(4),

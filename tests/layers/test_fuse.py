@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import ubn_zoo
 
 from . import reference
-from .common import make_layer, randomise, ubn_layers
-from .test_convert import randomise_batchnorm
+from .common import make_layer, randomize, ubn_layers
+from .test_convert import randomize_batchnorm
 from .test_export import TestOnnx as OnnxTests
 from .tolerances import EXPORTED, OUTPUT
 
@@ -103,7 +103,7 @@ def only_the_middle(layer: nn.Module) -> None:
     layer.weight[1] = 0  # a dead channel, which nothing can be divided by
 
 
-def no_centring(layer: nn.Module) -> None:
+def no_centering(layer: nn.Module) -> None:
     layer.center_weight.zero_()
 
 
@@ -137,7 +137,7 @@ LAYERS = [
     (nothing, {"scale_calibration": False, "center_calibration": False, "affine": False}, ["Conv2d"]),
     (nothing, {"depthwise_affine": False, "center_calibration": False, "scale_calibration": False}, ["Conv2d"]),
     (only_the_middle, {}, ["Conv2d", "InferenceNorm2d"]),
-    (no_centring, {}, ["Conv2d", "InferenceNorm2d"]),
+    (no_centering, {}, ["Conv2d", "InferenceNorm2d"]),
     (no_scaling, {}, ["Conv2d", "InferenceNorm2d"]),
     (some_channels, {}, ["Conv2d", "InferenceNorm2d"]),
     (constant, {}, ["Conv2d", "Conv2d"]),
@@ -262,7 +262,7 @@ class TestFunction:
     def test_empty_batch(self) -> None:
         assert fused(pair())(images(0, 4, 6, 5)).shape == (0, 6, 6, 5)
 
-    @pytest.mark.parametrize("change", [nothing, no_centring, only_the_middle, constant])
+    @pytest.mark.parametrize("change", [nothing, no_centering, only_the_middle, constant])
     def test_gradient_of_the_input(self, change: Callable) -> None:
         """For saliency maps; working in place must not spoil it."""
         model = pair(change)
@@ -302,7 +302,7 @@ class TestBatchNorm:
     @pytest.mark.parametrize("name", ["resnet18", "regnety_002", "mobilenetv3_small_050"])
     def test_models(self, name: str) -> None:
         torch.manual_seed(0)
-        model = randomise_batchnorm(timm.create_model(name)).double().eval()
+        model = randomize_batchnorm(timm.create_model(name)).double().eval()
         result = fused(model)
         assert not any("Norm" in kind for kind in kinds(result))
         assert_same(model, result, images(2, 3, 64, 64))
@@ -311,14 +311,14 @@ class TestBatchNorm:
         "norm", [nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False), nn.SyncBatchNorm(6), BatchNormAct2d(6)]
     )
     def test_kinds(self, norm: nn.Module) -> None:
-        model = randomise_batchnorm(nn.Sequential(nn.Conv2d(4, 6, 3), norm)).double().eval()
+        model = randomize_batchnorm(nn.Sequential(nn.Conv2d(4, 6, 3), norm)).double().eval()
         result = fused(model)
         assert kinds(result) == (["Conv2d", "ReLU"] if isinstance(norm, BatchNormAct2d) else ["Conv2d"])
         assert_same(model, result, images(2, 4, 6, 5))
 
     def test_mixed(self) -> None:
         norms = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1))
-        model = randomise(randomise_batchnorm(nn.Sequential(*norms, make_layer(6)))).double().eval()
+        model = randomize(randomize_batchnorm(nn.Sequential(*norms, make_layer(6)))).double().eval()
         result = fused(model)
         assert kinds(result) == ["BatchNorm2d", "Conv2d", "ReLU", "Conv2d", "InferenceNorm2d"]
         assert_same(model, result, images(2, 4, 6, 5))
@@ -372,7 +372,7 @@ class TestAct:
 
     @pytest.mark.parametrize("fed", [True, False])
     @pytest.mark.parametrize("inplace", [True, False])
-    @pytest.mark.parametrize("change", [nothing, only_the_middle, no_centring])
+    @pytest.mark.parametrize("change", [nothing, only_the_middle, no_centering])
     def test_relu_becomes_a_part_of_the_norm(self, change: Callable, inplace: bool, fed: bool) -> None:
         model = self.with_relu(change, inplace=inplace)
         x = images(2, 4, 6, 5)
@@ -589,10 +589,10 @@ class TestPairs:
         self.check(NormTwice(), ["conv", "conv2"])
 
     def test_another_class_of_convolution(self) -> None:
-        """Its weights are standardised when it runs: a factor on them would be lost."""
+        """Its weights are standardized when it runs: a factor on them would be lost."""
         self.check(Network(StdConv2d), ["conv"], ["conv2"])
 
-    def test_parametrised_convolution(self) -> None:
+    def test_parametrized_convolution(self) -> None:
         model = Network()
         nn.utils.parametrizations.weight_norm(model.conv).eval()
         result = fused(model)
@@ -830,7 +830,7 @@ class TestUse:
     def test_script(self) -> None:
         with set_scriptable(True):
             model = ubn_zoo.convert_batchnorm(timm.create_model("test_resnet", num_classes=7))
-            result = fused(randomise(model).eval())
+            result = fused(randomize(model).eval())
             scripted = torch.jit.script(result)
         x = torch.randn(3, 3, 64, 64)
         expected = result(x)

@@ -40,7 +40,7 @@ from .common import (
     step,
 )
 from .test_checkpointing import poise
-from .test_fuse import constant, constant_one_tap, no_centring, no_scaling, nothing, only_the_middle, pair
+from .test_fuse import constant, constant_one_tap, no_centering, no_scaling, nothing, only_the_middle, pair
 from .tolerances import OUTPUT, STATISTICS, assert_gradient
 
 if importlib.util.find_spec("triton") is None:
@@ -92,7 +92,7 @@ def on_device(
     return layer.to(DEVICE), *tensors
 
 
-TRAINING = ["finalise", "affine", "affine_backward"]
+TRAINING = ["finalize", "affine", "affine_backward"]
 
 
 class TestAgainstReference:
@@ -288,11 +288,11 @@ class TestStatistics:
         similarity = torch.full((512,), 1 / 512, device=DEVICE)
         batches = torch.tensor(3, device=DEVICE)
         arguments = (mean, var, similarity, *running, batches, 0.1, 8, 0.9, 0.15)
-        used, _, gate = fused.finalise(*arguments, moving=False)
+        used, _, gate = fused.finalize(*arguments, moving=False)
         assert not gate
         assert torch.equal(used, running[0])
         assert all(torch.equal(*pair) for pair in zip(running, before, strict=True))
-        used, _, gate = fused.finalise(*arguments, moving=True)
+        used, _, gate = fused.finalize(*arguments, moving=True)
         assert gate
         assert torch.equal(used, mean)
         assert running[2].item() == pytest.approx(0.91)
@@ -424,7 +424,7 @@ class TestInference:
             (nothing, {"kernel_size": 1}),
             (nothing, {"kernel_size": 5}),
             (nothing, {"affine": False}),
-            (no_centring, {}),
+            (no_centering, {}),
             (no_scaling, {}),
             (only_the_middle, {}),
         ],
@@ -474,7 +474,7 @@ class TestInference:
     def test_large_mean(self, dtype: torch.dtype, kernel_size: int) -> None:
         """As accurate as the plain operations at least."""
         mean = 1e4 if dtype == F32 else 100.0
-        norm = inference_norm(False, no_centring, F32, kernel_size=kernel_size)
+        norm = inference_norm(False, no_centering, F32, kernel_size=kernel_size)
         with torch.no_grad():
             norm.shift.sub_(mean * norm.slope)
             norm.factor_shift.sub_(mean * norm.factor_slope)
@@ -762,14 +762,14 @@ class TestOperators:
         for center, samples in ((None, 0), (torch.ones(2, device=DEVICE), 16)):
             torch.library.opcheck(torch.ops.ubn_zoo.statistics, (x, center, samples))
 
-    def test_finalise(self) -> None:
+    def test_finalize(self) -> None:
         def vector(*size: int) -> Tensor:
             return torch.rand(size, device=DEVICE)
 
         for similarity, batches in ((None, None), (vector(512), torch.tensor(3, device=DEVICE))):
             running = (vector(3), vector(3), vector())
             arguments = (vector(3), vector(3), similarity, *running, batches, 0.1, 8, 0.1, 0.15, True)
-            torch.library.opcheck(torch.ops.ubn_zoo.finalise, arguments)
+            torch.library.opcheck(torch.ops.ubn_zoo.finalize, arguments)
 
 
 class TestCompile:

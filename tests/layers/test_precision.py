@@ -255,7 +255,7 @@ class TestLargeMean:
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
     @both_paths
     def test_random_parameters(self, path: type[nn.Module], memory_format: torch.memory_format, gate: float) -> None:
-        # A large centring weight would move the mean, 1e4 times as much, from one instance to the next.
+        # A large centering weight would move the mean, 1e4 times as much, from one instance to the next.
         layer = make_layer(4, gate=gate, cls=path)
         with torch.no_grad():
             layer.center_weight.mul_(1e-3)
@@ -318,7 +318,7 @@ class TestLargeMean:
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
     @both_paths
     def test_instances_of_different_means(self, path: type[nn.Module], memory_format: torch.memory_format) -> None:
-        """Centring by -1 takes the instances' means off, whose spread of 30 must not drown the deviation of 1."""
+        """Centering by -1 takes the instances' means off, whose spread of 30 must not drown the deviation of 1."""
         layer = make_layer(4, cls=path)
         with torch.no_grad():
             layer.center_weight.fill_(-1.0)
@@ -337,7 +337,7 @@ class TestLargeMean:
         assert_step(layer, x, random_input((8, 4, 8, 8))[1])
 
     def test_constant_channels(self) -> None:
-        """No variance at all: normalised to zero, and gradients stay finite."""
+        """No variance at all: normalized to zero, and gradients stay finite."""
         layer = make_layer(3)
         x = torch.full((4, 3, 5, 5), 3.0)
         grad_y = random_input((4, 3, 5, 5), dtype=F32)[1]

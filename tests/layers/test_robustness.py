@@ -27,7 +27,7 @@ from .common import (
     assert_step,
     make_layer,
     random_input,
-    randomise,
+    randomize,
     snapshot,
     step,
     ubn_layers,
@@ -234,7 +234,7 @@ class TestCopies:
 
     @pytest.mark.parametrize("foreach", [True, False])
     def test_timms_moving_average(self, foreach: bool) -> None:
-        model = randomise(nn.Sequential(nn.Conv2d(3, 3, 3), ubn_zoo.UnifiedBatchNorm2d(3), nn.ReLU()))
+        model = randomize(nn.Sequential(nn.Conv2d(3, 3, 3), ubn_zoo.UnifiedBatchNorm2d(3), nn.ReLU()))
         ema = ModelEmaV3(model, decay=0.75, foreach=foreach)
         start = {name: value.clone() for name, value in ema.module.state_dict().items()}
         x, _ = random_input((4, 3, 7, 6), dtype=F32)
@@ -250,7 +250,7 @@ class TestCopies:
         ema.module(x)
 
     def test_torchs_moving_average(self) -> None:
-        model = randomise(nn.Sequential(ubn_zoo.UnifiedBatchNorm2d(3)))
+        model = randomize(nn.Sequential(ubn_zoo.UnifiedBatchNorm2d(3)))
         average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
         x, _ = random_input((4, 3, 7, 6), dtype=F32)
         model(x)
@@ -385,7 +385,7 @@ class TestBadArguments:
             ubn_zoo.UnifiedBatchNorm2d(3, 1e-5, 0.1, True, True, 0.15)
 
 
-class NoHostSynchronisation(TorchDispatchMode):
+class NoHostSynchronization(TorchDispatchMode):
     """Raises where a tensor's value is asked for, which on an accelerator waits for the device."""
 
     FORBIDDEN = (
@@ -453,7 +453,7 @@ class TestNeverWaits:
     def test_step(self, cls: type[nn.Module], gate: float, training: bool, settings: dict) -> None:
         layer = make_layer(3, cls=cls, gate=gate, **settings).train(training)
         x, grad_y = random_input((4, 3, 5, 5), dtype=F32)
-        with NoHostSynchronisation():
+        with NoHostSynchronization():
             step(layer, x, grad_y)
             with torch.no_grad():
                 layer(x)
@@ -463,7 +463,7 @@ class TestNeverWaits:
     def test_step_in_other_precision(self, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         layer = make_layer(3, dtype=dtype)
         x, grad_y = random_input((4, 3, 5, 5), dtype=dtype)
-        with NoHostSynchronisation(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with NoHostSynchronization(), torch.autocast("cpu", dtype=torch.bfloat16):
             step(layer, x.contiguous(memory_format=memory_format), grad_y)
 
     @pytest.mark.parametrize("reentrant", [True, False])
@@ -471,13 +471,13 @@ class TestNeverWaits:
         layer = make_layer(3)
         x, grad_y = random_input((4, 3, 5, 5), dtype=F32)
         x.requires_grad_()
-        with NoHostSynchronisation():
+        with NoHostSynchronization():
             torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).backward(grad_y)
 
     def test_the_watchman_sees_a_wait(self) -> None:
-        with pytest.raises(AssertionError, match="waits"), NoHostSynchronisation():
+        with pytest.raises(AssertionError, match="waits"), NoHostSynchronization():
             torch.ones(()).item()
-        with pytest.raises(AssertionError, match="waits"), NoHostSynchronisation():
+        with pytest.raises(AssertionError, match="waits"), NoHostSynchronization():
             bool(torch.ones(()) > 0)
 
     @pytest.mark.parametrize("training", [True, False])
@@ -502,7 +502,7 @@ class TestMeta:
         y.sum().backward()
         assert x.grad.shape == x.shape
 
-    def test_materialised_by_reset_parameters(self) -> None:
+    def test_materialized_by_reset_parameters(self) -> None:
         layer = ubn_zoo.UnifiedBatchNorm2d(3, device="meta").to_empty(device="cpu")
         layer.reset_parameters()
         fresh = ubn_zoo.UnifiedBatchNorm2d(3)

@@ -21,7 +21,7 @@ class Tolerance(NamedTuple):
 OUTPUT = {
     # Agreement of two float64 computations in different order; sums of some hundred terms.
     torch.float64: Tolerance(1e-9, 1e-10),
-    # Epsilon 1.2e-7, some ten roundings per value, differences of near numbers when centring.
+    # Epsilon 1.2e-7, some ten roundings per value, differences of near numbers when centering.
     torch.float32: Tolerance(1e-4, 2e-5),
     # Epsilon 9.8e-4: input and parameters are given in float16, the result is rounded to it once more, and the
     # depthwise sum over up to 25 taps may cancel.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ubn_zoo
-from tests.layers.common import randomise, ubn_layers
+from tests.layers.common import randomize, ubn_layers
 from ubn_zoo.layers.inference import InferenceNorm2d
 
 from .common import BUILD_PATHS, images, input_size
@@ -36,7 +36,7 @@ def with_statistics(model: nn.Module, x: Tensor) -> nn.Module:
 
 def trained(name: str, **kwargs: object) -> nn.Module:
     """A model in evaluation, everything in its layers random, running statistics those of data."""
-    model = randomise(build(name, **kwargs))
+    model = randomize(build(name, **kwargs))
     for layer in ubn_layers(model):
         # Nearer to where training starts: hundreds of entirely random kernels in a row amplify any rounding.
         middle = layer.weight[:, 0, layer.kernel_size // 2, layer.kernel_size // 2]

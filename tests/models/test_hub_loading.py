@@ -23,7 +23,7 @@ from ubn_zoo import cli
 from ubn_zoo.hub import fetch as client
 from ubn_zoo.hub import manifest
 from ubn_zoo.hub.manifest import InputSpec, Manifest, Origin, Record
-from ubn_zoo.models import catalog as catalogue
+from ubn_zoo.models import catalog as catalog
 from ubn_zoo.release import convert as checkpoints
 
 SIBLING = "mobilenetv3_small_050"
@@ -204,7 +204,7 @@ def record_of(hub: HubServer, revision: str) -> Record:
             crop_mode="center",
         ),
         num_classes=7,
-        licence="apache-2.0",
+        license="apache-2.0",
         origin=Origin(data="none", trained="random"),
         recipe=None,
         metrics=(),
@@ -251,7 +251,7 @@ def test_recorded_model_loads_by_name_in_a_fresh_process(
     assert hub.count("GET", BODY) == 1
 
 
-def test_spoilt_files_are_never_given_out(hub: HubServer, own: str, twin: nn.Module, tmp_path: Path) -> None:
+def test_spoiled_files_are_never_given_out(hub: HubServer, own: str, twin: nn.Module, tmp_path: Path) -> None:
     """A bit changed in the header or the weights: most such files would load, with other weights."""
     content = bytearray(hub.repositories[OWN].commits[own][FILE])
     header = int.from_bytes(content[:8], "little")
@@ -259,8 +259,8 @@ def test_spoilt_files_are_never_given_out(hub: HubServer, own: str, twin: nn.Mod
     positions = [0, 7, 8, 20, header, header + 8, len(content) - 1]
     positions += torch.randint(len(content), (40,), generator=generator).tolist()
     for position in positions:
-        spoilt = bytes(content[:position]) + bytes([content[position] ^ 0x10]) + bytes(content[position + 1 :])
-        revision = hub.repositories[OWN].commit({FILE: spoilt})
+        spoiled = bytes(content[:position]) + bytes([content[position] ^ 0x10]) + bytes(content[position + 1 :])
+        revision = hub.repositories[OWN].commit({FILE: spoiled})
         record = dataclasses.replace(record_of(hub, revision), sha256=sha256(bytes(content)))
         with pytest.raises(client.ChecksumError):
             client.fetch_record(record, cache_dir=tmp_path)
@@ -310,16 +310,16 @@ def test_verify_checks_what_is_here(
     assert {row.split()[-1] for row in rows} == {"ok"}
 
 
-@pytest.mark.parametrize("spoilt", ["altered", "NaN", "another model", "too many keys", "Hub down"])
+@pytest.mark.parametrize("spoiled", ["altered", "NaN", "another model", "too many keys", "Hub down"])
 def test_verify_fails_with_a_reason(
     hub: HubServer,
     sibling: nn.Module,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    spoilt: str,
+    spoiled: str,
 ) -> None:
     weights = dict(sibling.state_dict())
-    match spoilt:
+    match spoiled:
         case "NaN":
             weights["conv_stem.weight"] = torch.full_like(weights["conv_stem.weight"], float("nan"))
         case "another model":
@@ -341,7 +341,7 @@ def test_verify_fails_with_a_reason(
         "altered": "expected SHA-256",
         "Hub down": "HTTP 503",
     }
-    assert "FAILED" in row and reasons[spoilt] in row
+    assert "FAILED" in row and reasons[spoiled] in row
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_verify_compares_with_the_record(
     change: dict[str, Any],
     reason: str | None,
 ) -> None:
-    entry = catalogue.describe(NAME)
+    entry = catalog.describe(NAME)
     record = Record(
         id=entry.name,
         architecture=NAME,
@@ -378,7 +378,7 @@ def test_verify_compares_with_the_record(
         params=entry.params,
         input=entry.input,
         num_classes=1000,
-        licence="apache-2.0",
+        license="apache-2.0",
         origin=Origin(data="none", trained="random"),
         recipe=None,
         metrics=(),
@@ -387,9 +387,9 @@ def test_verify_compares_with_the_record(
     if "input" in change:
         change = {"input": dataclasses.replace(record.input, **change["input"])}
     book = Manifest((dataclasses.replace(record, **change),))
-    for module in (catalogue, checkpoints):
+    for module in (catalog, checkpoints):
         monkeypatch.setattr(module, "load_manifest", lambda: book)
-    (found,) = checkpoints.verify([catalogue.describe(NAME)], tmp_path)
+    (found,) = checkpoints.verify([catalog.describe(NAME)], tmp_path)
     assert (found.problem is None) == (reason is None)
     assert reason is None or reason in str(found.problem)
 

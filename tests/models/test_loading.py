@@ -428,7 +428,7 @@ def spoil(value: float) -> Callable[[Tensor], Tensor]:
 
 
 F16, F32, F64, I64 = (rf"torch\.{name}" for name in ("float16", "float32", "float64", "int64"))
-SPOILT = r"1 with NaN or infinite values: "
+SPOILED = r"1 with NaN or infinite values: "
 DAMAGES = {
     "missing": (
         without("s1.b1.conv1.conv.weight"),
@@ -460,8 +460,8 @@ DAMAGES = {
         with_value("stem.bn.num_batches_tracked", Tensor.float),
         rf"num_batches_tracked: the file has {F32}, the model has {I64}",
     ),
-    "nan": (with_value("stem.bn.bias", spoil(math.nan)), rf"{SPOILT}stem\.bn\.bias"),
-    "infinity": (with_value("head.fc.weight", spoil(math.inf)), rf"{SPOILT}head\.fc\.weight"),
+    "nan": (with_value("stem.bn.bias", spoil(math.nan)), rf"{SPOILED}stem\.bn\.bias"),
+    "infinity": (with_value("head.fc.weight", spoil(math.inf)), rf"{SPOILED}head\.fc\.weight"),
 }
 
 

@@ -51,7 +51,7 @@ def test_families_and_entry_points(pattern: str) -> None:
         assert sibling(name) in entry_point.__doc__
 
 
-def test_other_normalisations_have_no_twin() -> None:
+def test_other_normalizations_have_no_twin() -> None:
     for name in ("resnet50_gn", "resnetv2_50d_evos", "resnetv2_50x1_bit", "regnety_040_sgn", "mobilenetv5_300m"):
         assert timm.is_model(name)
         assert not timm.is_model(f"{name}_ubn")
@@ -124,7 +124,7 @@ def record(tag: str, num_classes: int, size: tuple[int, int, int]) -> Record:
             size=size, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0, crop_mode="center"
         ),
         num_classes=num_classes,
-        licence="apache-2.0",
+        license="apache-2.0",
         origin=Origin(data="images", trained="a test"),
         recipe=None,
         metrics=(),
@@ -156,7 +156,7 @@ def test_records_of_the_manifest_are_registered() -> None:
         assert (cfg.num_classes, tuple(cfg.input_size), cfg.license) == (
             entry.num_classes,
             entry.input.size,
-            entry.licence,
+            entry.license,
         )
         assert timm.is_model_pretrained(entry.id)
 

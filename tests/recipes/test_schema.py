@@ -178,7 +178,7 @@ WRONG: dict[str, list[Any]] = {
     "crop_pct": [0.0, 2.1],
     "mean": [(0.5,), (0.5, 0.5, 11.0)],
     "std": [(0.25, 0.25), (0.0, 1.0, 1.0)],
-    "crop": ["centre", "pad"],
+    "crop": ["center", "pad"],
     "crop_scale": [(0.5,), (0.0, 1.0), (0.1, 1.1), (0.8, 0.2)],
     "crop_padding": [-1, 1025],
     "hflip": [-0.1, 1.1],
@@ -394,8 +394,8 @@ def test_files_are_found_by_name_or_path(tmp_path: Path) -> None:
         load_recipe("cifar")
     with pytest.raises(RecipeError, match=r"no file .*cifar10_small"):
         load_recipe(tmp_path / "absent.yaml")
-    path.write_text(MINIMAL + "colour: red\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"mine\.yaml: colour: unknown key"):
+    path.write_text(MINIMAL + "color: red\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: color: unknown key"):
         load_recipe(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match=r"mine\.yaml"):
@@ -530,7 +530,7 @@ def test_learning_rates_are_the_sources(name: str, rates: dict[float, float]) ->
         ("finetune_full", "AdamW", {"weight_decay": 0.05}),
     ],
 )
-def test_optimisers_are_the_sources(name: str, kind_of: str, options: dict[str, Any]) -> None:
+def test_optimizers_are_the_sources(name: str, kind_of: str, options: dict[str, Any]) -> None:
     recipe = load_recipe(name)
     optimizer = build_optimizer(recipe, nn.Linear(2, 2))
     assert type(optimizer).__name__ == kind_of

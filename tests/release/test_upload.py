@@ -44,7 +44,7 @@ NAME = f"{SIBLING}_ubn"
 ID = f"{NAME}.cifar10"
 REPO = "someone/small"
 TOKEN = "hf_never_to_be_seen"
-FACTS = {"tag": "cifar10", "licence": "apache-2.0", "dataset": "CIFAR-10"}
+FACTS = {"tag": "cifar10", "license": "apache-2.0", "dataset": "CIFAR-10"}
 OPTIONS = [part for name, value in FACTS.items() for part in (f"--{name}", value)]
 COMMIT = "/commit/"
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
@@ -499,7 +499,7 @@ def test_all_reasons_come_at_once(
     code = cli.main(["publish", str(run), "--repo", REPO, "--manifest", str(book)])
     captured = capsys.readouterr()
     assert (code, captured.out, hub.requests) == (1, "", [])
-    for part in ("conv_stem.weight", "metrics are missing", "licence", "tag", "dataset"):
+    for part in ("conv_stem.weight", "metrics are missing", "license", "tag", "dataset"):
         assert part in captured.err
 
 
@@ -509,7 +509,7 @@ def test_all_reasons_come_at_once(
         ({"repo_id": "someone"}, "repo_id"),
         ({"repo_id": "../../etc"}, "repo_id"),
         ({"tag": "Not a tag"}, "tag"),
-        ({"licence": "all mine!"}, "licence"),
+        ({"license": "all mine!"}, "license"),
         ({"source": "nosuch_ubn.tag"}, "id of a manifest record"),
     ],
 )
@@ -576,7 +576,7 @@ def test_folder_in_timms_format(hub: HubServer, run: Path, book: Path, trained: 
     (tmp_path / "measured.json").write_text(json.dumps(METRICS))
     given = {"recipe": run / "recipe.yaml", "metrics": tmp_path / "measured.json", "dataset": "Imagenette"}
     record = publish(folder, REPO, manifest=book, **given).record
-    assert (record.id, record.licence, record.input.size) == (f"{NAME}.mine", "mit", (3, 48, 48))
+    assert (record.id, record.license, record.input.size) == (f"{NAME}.mine", "mit", (3, 48, 48))
     assert (record.metrics[0].value, record.metrics[0].measured.command) == (70.5, "python scripts/validate.py")
     assert json.loads(files_of(hub)["config.json"])["label_names"] == names
     assert json.loads(files_of(hub)["metrics.json"]) == METRICS
@@ -588,7 +588,7 @@ def test_converted_file_names_its_base(hub: HubServer, book: Path, tmp_path: Pat
     output = tmp_path / "converted.safetensors"
     checkpoints.convert(NAME, output, cache_dir=tmp_path / "cache")
     (tmp_path / "measured.json").write_text(json.dumps(METRICS))
-    facts = {"tag": "from_bn", "licence": "apache-2.0", "dataset": "ImageNet-1k", "metrics": tmp_path / "measured.json"}
+    facts = {"tag": "from_bn", "license": "apache-2.0", "dataset": "ImageNet-1k", "metrics": tmp_path / "measured.json"}
     record = publish(output, REPO, manifest=book, **facts).record
     assert record.recipe is None and record.origin.trained == f"converted from {SIBLING}.lamb_in1k"
     metadata = yaml.safe_load(files_of(hub)["README.md"].decode().split("---\n")[1])

@@ -296,15 +296,15 @@ def test_one_size_grows_at_a_time() -> None:
 
 
 def test_ranks_share_what_they_say() -> None:
-    """Only the synchronised layer shares: a row of statistics of each rank, again in backward, and a unit vector."""
+    """Only the synchronized layer shares: a row of statistics of each rank, again in backward, and a unit vector."""
     points = {point.layer: point for point in benchmark.grow_ranks((2,), base=BASE, steps=1)}
-    assert list(points) == ["UBN", "UBN naive", "UBN synchronised"]
+    assert list(points) == ["UBN", "UBN naive", "UBN synchronized"]
     assert {point.ranks for point in points.values()} == {2}
     for layer in ("UBN", "UBN naive"):
         assert (points[layer].collectives, points[layer].collective_bytes) == (0, 0)
     statistics, similarity = 4 * 2 * (2 * 8 + 2), 4 * (8 * 4 * 4 + 1)
-    synchronised = points["UBN synchronised"]
-    assert (synchronised.collectives, synchronised.collective_bytes) == (3, 2 * statistics + similarity)
+    synchronized = points["UBN synchronized"]
+    assert (synchronized.collectives, synchronized.collective_bytes) == (3, 2 * statistics + similarity)
     with pytest.raises(ValueError, match=r"counts: received \[0\]; valid: one rank"):
         list(benchmark.grow_ranks((0,)))
 

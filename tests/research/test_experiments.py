@@ -14,7 +14,7 @@ from research.experiments import EXPERIMENTS, Experiment, collect, cost, get_exp
 from ubn_zoo.evaluation.metrics import (
     EpochMetrics,
     LayerSimilarity,
-    read_labelled_metrics,
+    read_labeled_metrics,
     write_metrics,
     write_similarity,
 )
@@ -100,7 +100,7 @@ def test_plans_fill_in_what_they_start_from() -> None:
 def test_what_is_collected_is_what_the_runs_measured(runs: Path, tmp_path: Path) -> None:
     tables = collect(SMALL, runs, tmp_path)
     assert [path.name for path in tables] == ["small.csv", "small_similarity.csv"]
-    rows = read_labelled_metrics(tables[0])
+    rows = read_labeled_metrics(tables[0])
     assert [(label, each.seed, each.epoch, each.top1) for label, each in rows] == [
         ("BatchNorm", 0, 1, 40.0),
         ("BatchNorm", 0, 2, 50.0),

@@ -191,7 +191,7 @@ def test_files_are_written_in_one_step(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "rmsprop"])
-def test_an_optimiser_goes_on_with_the_memory_format_it_had(name: str, tmp_path: Path) -> None:
+def test_an_optimizer_goes_on_with_the_memory_format_it_had(name: str, tmp_path: Path) -> None:
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)

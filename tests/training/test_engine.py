@@ -74,16 +74,16 @@ def test_twins_start_from_the_same_function() -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "gated", "centred", "kernel"),
+    ("norm", "gated", "centered", "kernel"),
     [("ubn", True, True, 5), ("rbn", False, True, 1), ("bnet", False, False, 5)],
 )
-def test_norms_are_settings_of_one_layer(norm: str, gated: bool, centred: bool, kernel: int) -> None:
+def test_norms_are_settings_of_one_layer(norm: str, gated: bool, centered: bool, kernel: int) -> None:
     model = build_model(change(norm=norm, kernel_size=5, threshold=0.3))
     layers = [module for module in model.modules() if isinstance(module, UnifiedBatchNorm2d)]
     assert layers
     for layer in layers:
         assert layer.threshold == (0.3 if gated else None)
-        assert (layer.center_weight is not None) == (layer.scale_weight is not None) == centred
+        assert (layer.center_weight is not None) == (layer.scale_weight is not None) == centered
         assert layer.weight.shape[-1] == kernel
     assert (gate_state(model) is not None) == gated
 
@@ -124,7 +124,7 @@ def test_norm_parameters_and_biases_decay_only_if_asked(norm: str, norm_decay: b
         assert decay[id(parameter)] == (0.0 if plain and not norm_decay else 0.25), name
 
 
-def test_optimiser_options() -> None:
+def test_optimizer_options() -> None:
     optimizer = build_optimizer(change(optimizer="sgd", momentum=0.8), nn.Linear(2, 2))
     assert isinstance(optimizer, torch.optim.SGD)
     assert all(group["nesterov"] and group["momentum"] == 0.8 for group in optimizer.param_groups)
@@ -353,12 +353,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(TrainingError, match="num_classes: received null"):
         build_model(change(num_classes=None))
     with pytest.raises(TrainingError, match="the loss is nan at epoch 1 after update 1 of 8.*lower lr"):
-        spoilt = build_model(RECIPE)
-        nn.init.constant_(next(spoilt.parameters()), math.nan)
-        train(RECIPE, spoilt)
+        spoiled = build_model(RECIPE)
+        nn.init.constant_(next(spoiled.parameters()), math.nan)
+        train(RECIPE, spoiled)
 
 
-def test_a_spoilt_state_is_not_saved() -> None:
+def test_a_spoiled_state_is_not_saved() -> None:
     saved: list[Snapshot] = []
 
     class Spoiling(nn.Module):

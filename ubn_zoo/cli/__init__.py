@@ -19,7 +19,7 @@ from ubn_zoo import __version__
 from ubn_zoo.hub.fetch import HubError
 from ubn_zoo.hub.manifest import ManifestError, Metric, load_manifest
 from ubn_zoo.models import CheckpointError
-from ubn_zoo.models import catalog as catalogue
+from ubn_zoo.models import catalog as catalog
 from ubn_zoo.models.catalog import Entry, UnknownModelError
 from ubn_zoo.recipes.schema import list_recipes, load_recipe, recipe_path
 from ubn_zoo.release import convert as checkpoints
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     publishing.add_argument("--tag", help="name of these weights in model.tag, if not the checkpoint's")
     publishing.add_argument("--private", action="store_true", help="in a private repository")
     publishing.add_argument("--dry-run", action="store_true", help="check and show only; nothing is sent or written")
-    publishing.add_argument("--licence", metavar="ID", help="of the weights, for example apache-2.0")
+    publishing.add_argument("--license", metavar="ID", help="of the weights, for example apache-2.0")
     publishing.add_argument("--dataset", metavar="NAME", help="data of training and measurement, for example CIFAR-10")
     publishing.add_argument("--split", default="test", help="part of it that a run was measured on (default: test)")
     publishing.add_argument("--recipe", metavar="FILE", help="recipe of the run, where the checkpoint has none")
@@ -150,12 +150,12 @@ def _guarded(run: Callable[[], int]) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    found = catalogue.entries(options.filter, tags=options.tags, pretrained=options.pretrained)
+    found = catalog.entries(options.filter, tags=options.tags, pretrained=options.pretrained)
     if options.json:
         print(json.dumps([_json(entry) for entry in found], indent=2))
         return 0
     if not found:
-        hint = catalogue.similar_names(options.filter.strip("*"))
+        hint = catalog.similar_names(options.filter.strip("*"))
         raise UnknownModelError(f"no model matches {options.filter!r}; {hint}")
     rows = [
         (entry.architecture, entry.tag or "-", _millions(entry.params), _source(entry), _metrics(entry) or "-")
@@ -166,7 +166,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    entry = catalogue.describe(options.name)
+    entry = catalog.describe(options.name)
     if options.json:
         print(json.dumps(_json(entry), indent=2))
         return 0
@@ -180,7 +180,7 @@ def _info(options: argparse.Namespace) -> int:
         "classes": str(entry.num_classes),
         "input": f"{size}, {data.interpolation}, crop {data.crop_pct:g} ({data.crop_mode})",
         "mean, std": f"{_numbers(data.mean)}; {_numbers(data.std)}",
-        "licence": entry.licence or "not stated by upstream",
+        "license": entry.license or "not stated by upstream",
         "data": entry.data,
         "origin": entry.origin or "not stated by upstream",
         "recipe": f"{entry.recipe.name} (sha256 {entry.recipe.sha256})" if entry.recipe else None,
@@ -219,19 +219,19 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _download(options: argparse.Namespace) -> int:
-    for entry in [catalogue.describe(name) for name in options.names]:
+    for entry in [catalog.describe(name) for name in options.names]:
         print(checkpoints.download(entry, options.cache_dir), flush=True)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     if options.names:
-        wanted = [catalogue.describe(name) for name in options.names]
+        wanted = [catalog.describe(name) for name in options.names]
     else:
         wanted = checkpoints.present(options.cache_dir)
     if options.all:
         named = {entry.name for entry in wanted}
-        wanted += [catalogue.describe(record.id) for record in load_manifest() if record.id not in named]
+        wanted += [catalog.describe(record.id) for record in load_manifest() if record.id not in named]
     width = max((len(entry.name) for entry in wanted), default=0)
     failed = 0
     for finding in checkpoints.verify(wanted, options.cache_dir):
@@ -244,7 +244,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    output = options.output or f"{catalogue.describe(options.name).name}.safetensors"
+    output = options.output or f"{catalog.describe(options.name).name}.safetensors"
     checkpoints.convert(
         options.name,
         output,
@@ -264,7 +264,7 @@ def _publish(options: argparse.Namespace) -> int:
         tag=options.tag,
         private=options.private,
         dry_run=options.dry_run,
-        licence=options.licence,
+        license=options.license,
         dataset=options.dataset,
         split=options.split,
         recipe=options.recipe,

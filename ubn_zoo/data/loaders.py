@@ -84,7 +84,7 @@ class TrainBatches(Protocol):
             first_step: Updates of the epoch that are left out, as they were made before.
 
         Yields:
-            Images (n, 3, H, W), normalised, float32, and labels (n,), int64, both on the rank's device.
+            Images (n, 3, H, W), normalized, float32, and labels (n,), int64, both on the rank's device.
         """
 
 
@@ -113,7 +113,7 @@ class TestBatches(Protocol):
         """At most `count` of the images of all ranks, evenly spread; the first ones of a stream.
 
         Returns:
-            (n, 3, H, W), normalised, on the rank's device.
+            (n, 3, H, W), normalized, on the rank's device.
         """
 
 

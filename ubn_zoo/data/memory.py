@@ -218,6 +218,6 @@ class Normalizer:
         self._shift = (-torch.tensor(mean, device=device) / torch.tensor(std, device=device))[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise (N, 3, H, W) of uint8."""
+        """Normalize (N, 3, H, W) of uint8."""
         values = images.to(self._scale.device, memory_format=torch.channels_last)
         return torch.addcmul(self._shift, values.float(), self._scale)

@@ -127,7 +127,7 @@ def measure(
 
     Args:
         model: Takes the images on the ranks' device, gives (n, classes).
-        batches: Images (n, 3, H, W), normalised, and labels (n,), on the ranks' device.
+        batches: Images (n, 3, H, W), normalized, and labels (n,), on the ranks' device.
         ranks: This process.
         amp: Autocast's dtype; None for the model's own precision.
         on_batch: Called after every batch with the images that this rank has done.

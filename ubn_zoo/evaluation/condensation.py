@@ -27,7 +27,7 @@ __all__ = [
     "format_table",
     "measure_similarity",
     "norm_layers",
-    "summarise_similarity",
+    "summarize_similarity",
 ]
 
 DEFAULT_THRESHOLD = 0.15  # the layer's own default
@@ -62,7 +62,7 @@ class SimilaritySummary:
 
 
 def norm_layers(model: nn.Module, images: Tensor | None = None) -> dict[str, nn.Module]:
-    """The norm layers that are measured: UBN, and BatchNorm over images, timm's and the synchronised kinds included.
+    """The norm layers that are measured: UBN, and BatchNorm over images, timm's and the synchronized kinds included.
 
     Args:
         model: Any model; one wrapped for data parallelism or compilation is looked into.
@@ -107,7 +107,7 @@ def measure_similarity(
     Args:
         model: Any model with norm layers, on any device. Wrapped by `torch.compile` or DistributedDataParallel it is
             measured uncompiled and by this rank alone.
-        images: Normalised images, (N, 3, H, W), floating point; or batches of them, which are taken as they are. A
+        images: Normalized images, (N, 3, H, W), floating point; or batches of them, which are taken as they are. A
             batch of one image has no pairs and is passed over. They are moved to the model's device; their dtype has
             to be what the model takes.
         epoch: Epochs done, for the rows.
@@ -187,7 +187,7 @@ def _check_images(images: Tensor) -> None:
         )
     if images.ndim != 4 or not images.is_floating_point():
         shown = f"{tuple(images.shape)} {images.dtype}"
-        raise ValueError(f"images: received {shown}; valid: (N, 3, H, W), floating point, normalised for the model")
+        raise ValueError(f"images: received {shown}; valid: (N, 3, H, W), floating point, normalized for the model")
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -300,7 +300,7 @@ def compare_layers(
     ]
 
 
-def summarise_similarity(
+def summarize_similarity(
     sources: Mapping[str, Sequence[LayerSimilarity]], *, epoch: int | None = None, threshold: float = DEFAULT_THRESHOLD
 ) -> tuple[SimilaritySummary, ...]:
     """Feature similarity over all layers, of several models or runs.

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 __all__ = [
     "EpochMetrics",
     "LayerSimilarity",
-    "read_labelled_metrics",
-    "read_labelled_similarity",
+    "read_labeled_metrics",
+    "read_labeled_similarity",
     "read_metrics",
     "read_similarity",
     "write_metrics",
@@ -31,7 +31,7 @@ class EpochMetrics:
 
     Attributes:
         model: Architecture.
-        norm: Normalisation.
+        norm: Normalization.
         seed: The run's seed.
         epoch: Epochs done, from 1.
         step: Updates done.
@@ -131,9 +131,9 @@ def _write(path: str | os.PathLike[str], kind: Any, rows: Sequence[Any], variant
     temporary.replace(target)
 
 
-def _read(path: str | os.PathLike[str], kind: type[_Row], *, labelled: bool) -> tuple[tuple[str, _Row], ...]:
+def _read(path: str | os.PathLike[str], kind: type[_Row], *, labeled: bool) -> tuple[tuple[str, _Row], ...]:
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind)
-    names = [*([_VARIANT] if labelled else []), *(field.name for field in fields)]
+    names = [*([_VARIANT] if labeled else []), *(field.name for field in fields)]
     kinds: Mapping[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
     rows = []
     with Path(path).open(encoding="utf-8", newline="") as file:
@@ -144,7 +144,7 @@ def _read(path: str | os.PathLike[str], kind: type[_Row], *, labelled: bool) -> 
         for values in reader:
             if len(values) != len(names):
                 raise ValueError(f"{path}, line {reader.line_num}: received {len(values)} values; valid: {len(names)}")
-            label = values.pop(0) if labelled else ""
+            label = values.pop(0) if labeled else ""
             parsed: dict[str, Any] = {}
             for field, value in zip(fields, values, strict=True):
                 base, _, optional = str(field.type).partition(" | ")
@@ -179,12 +179,12 @@ def read_metrics(path: str | os.PathLike[str]) -> tuple[EpochMetrics, ...]:
     Raises:
         ValueError: The file has other columns, or a value that is not of its column's kind.
     """
-    return tuple(row for _, row in _read(path, EpochMetrics, labelled=False))
+    return tuple(row for _, row in _read(path, EpochMetrics, labeled=False))
 
 
-def read_labelled_metrics(path: str | os.PathLike[str]) -> tuple[tuple[str, EpochMetrics], ...]:
+def read_labeled_metrics(path: str | os.PathLike[str]) -> tuple[tuple[str, EpochMetrics], ...]:
     """Read what `write_metrics` wrote with variants: pairs of variant and row. Otherwise as `read_metrics`."""
-    return _read(path, EpochMetrics, labelled=True)
+    return _read(path, EpochMetrics, labeled=True)
 
 
 def write_similarity(
@@ -203,9 +203,9 @@ def read_similarity(path: str | os.PathLike[str]) -> tuple[LayerSimilarity, ...]
     Raises:
         ValueError: The file has other columns, or a value that is not of its column's kind.
     """
-    return tuple(row for _, row in _read(path, LayerSimilarity, labelled=False))
+    return tuple(row for _, row in _read(path, LayerSimilarity, labeled=False))
 
 
-def read_labelled_similarity(path: str | os.PathLike[str]) -> tuple[tuple[str, LayerSimilarity], ...]:
+def read_labeled_similarity(path: str | os.PathLike[str]) -> tuple[tuple[str, LayerSimilarity], ...]:
     """Read what `write_similarity` wrote with variants: pairs of variant and row. Otherwise as `read_similarity`."""
-    return _read(path, LayerSimilarity, labelled=True)
+    return _read(path, LayerSimilarity, labeled=True)

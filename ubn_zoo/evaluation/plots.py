@@ -43,12 +43,12 @@ _NAMED_LAYERS = 80  # with more, every second, third ... is named
 class Style:
     """How a group of points and lines looks."""
 
-    colour: str
+    color: str
     marker: str
     dashes: Any
 
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, with grey in the place of its yellow: that is too pale
+# Okabe and Ito's palette, which the color-blind can tell apart, with gray in the place of its yellow: that is too pale
 # for lines on white. Markers and dashes tell groups apart in black and white.
 STYLES = (
     Style("#0072B2", "o", "-"),
@@ -109,7 +109,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, labe
     axes.plot(
         x,
         y,
-        color=style.colour,
+        color=style.color,
         linestyle=style.dashes,
         marker=style.marker if len(x) <= _MARKED_EPOCHS else None,
         markersize=4 if len(x) > 1 else 8,
@@ -226,12 +226,12 @@ def _draw_similarity(rows: Sequence[LayerSimilarity], name: str, path: Path) -> 
     left, *others = figure.subplots(1, 2 if gated else 1, sharey=True, squeeze=False)[0]
     values = grid(lambda row: row.similarity)
     thresholds = sorted({row.threshold for row in rows if row.threshold is not None and 0 < row.threshold < 1})
-    # Condensed layers show in another colour than the rest, whatever the threshold.
+    # Condensed layers show in another color than the rest, whatever the threshold.
     norm = TwoSlopeNorm(vmin=0, vcenter=thresholds[0] if thresholds else DEFAULT_THRESHOLD, vmax=1)
-    colours = left.pcolormesh(_edges(epochs), range(len(layers) + 1), values, cmap="PuOr_r", norm=norm)
+    colors = left.pcolormesh(_edges(epochs), range(len(layers) + 1), values, cmap="PuOr_r", norm=norm)
     # Without those whose labels would run into the threshold's.
     ticks = [norm.vcenter, *(tick for tick in (0.0, 0.25, 0.5, 0.75, 1.0) if abs(tick - norm.vcenter) > 0.08)]
-    bar = figure.colorbar(colours, ax=left, ticks=ticks, format="%g", pad=0.02, aspect=30)
+    bar = figure.colorbar(colors, ax=left, ticks=ticks, format="%g", pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=8)
     left.set_title(f"Feature similarity of held-out images (white: threshold {norm.vcenter:g})", fontsize=9)
     left.set_facecolor("0.85")  # where nothing was measured
@@ -277,9 +277,9 @@ def _draw_range(
     moved = [x + shift for x in xs]
     _line(axes, moved, mean, style, label)
     if len(xs) == 1:
-        axes.vlines(moved, low, high, color=style.colour, linewidth=2)
+        axes.vlines(moved, low, high, color=style.color, linewidth=2)
     else:
-        axes.fill_between(moved, low, high, color=style.colour, alpha=0.15, linewidth=0)
+        axes.fill_between(moved, low, high, color=style.color, alpha=0.15, linewidth=0)
 
 
 def _shifts(count: int, single: bool) -> list[float]:
@@ -441,7 +441,7 @@ def draw_scores(
         spread = statistics.stdev(scores) if len(scores) > 1 else None
         axes.plot(scores, [index] * len(scores), "o", color="0.6", markersize=4, zorder=3)
         axes.errorbar(
-            statistics.fmean(scores), index, xerr=spread, fmt="D", color=_TEST.colour, capsize=4, markersize=8, zorder=2
+            statistics.fmean(scores), index, xerr=spread, fmt="D", color=_TEST.color, capsize=4, markersize=8, zorder=2
         )
     labels = [f"{label} ({_counted(len(scores), 'run')})" for label, scores in groups.items()]
     axes.set_yticks(range(len(groups)), labels)

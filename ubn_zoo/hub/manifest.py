@@ -69,7 +69,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_]{0,99}")
 _TAG = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 _METRIC = re.compile(r"[a-z0-9][a-z0-9_@-]{0,49}")
-_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -141,7 +141,7 @@ class InputSpec:
         mean: Mean per channel, of pixel values scaled to 0..1.
         std: Standard deviation per channel, of pixel values scaled to 0..1.
         interpolation: Resampling filter of the resize.
-        crop_pct: Side of the centre crop over the side of the resized image.
+        crop_pct: Side of the center crop over the side of the resized image.
         crop_mode: How the crop is taken.
     """
 
@@ -265,7 +265,7 @@ class Record:
         params: Number of parameters of the model.
         input: What the model expects of an image.
         num_classes: Number of outputs of the classifier; 0 without one.
-        licence: SPDX identifier of the weights' licence.
+        license: SPDX identifier of the weights' license.
         origin: Where the weights come from.
         recipe: How they were trained; None for weights that this project did not train.
         metrics: Measured figures; the first one is the headline.
@@ -287,7 +287,7 @@ class Record:
     params: int
     input: InputSpec
     num_classes: int
-    licence: str
+    license: str
     origin: Origin
     recipe: Recipe | None
     metrics: tuple[Metric, ...]
@@ -314,7 +314,7 @@ class Record:
             _fail("bytes", self.bytes, f"at least one byte for each of the {self.params} parameters")
         _check_instance("input", self.input, InputSpec)
         _check_integer("num_classes", self.num_classes, 0, MAX_CLASSES)
-        _check_text("licence", self.licence, pattern=_LICENCE, valid="a licence identifier such as apache-2.0")
+        _check_text("license", self.license, pattern=_LICENSE, valid="a license identifier such as apache-2.0")
         _check_instance("origin", self.origin, Origin)
         if self.recipe is not None:
             _check_instance("recipe", self.recipe, Recipe)

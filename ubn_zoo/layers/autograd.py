@@ -21,7 +21,7 @@ __all__ = [
     "depthwise",
     "depthwise_kernel_grad",
     "differentiable_backward",
-    "finalise",
+    "finalize",
     "instance_means",
     "statistics",
 ]
@@ -61,7 +61,7 @@ def instance_means(input: Tensor) -> Tensor:
 def statistics(
     input: Tensor, center_weight: Tensor | None, samples: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Means of the instances, statistics of the batch once it is centred by them, and the similarity of its samples.
+    """Means of the instances, statistics of the batch once it is centered by them, and the similarity of its samples.
 
     Args:
         input: (N, C, H, W), not empty.
@@ -86,13 +86,13 @@ def statistics(
             norms.append(norm[: compared - chunk.start])
             total = _add_units(total, values.permute(0, 2, 3, 1) if channels_last else values, norms[-1])
     instance_mean, squares = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (means, deviations))
-    centred = instance_mean
+    centered = instance_mean
     if center_weight is not None:
-        centred = torch.addcmul(instance_mean, center_weight.to(instance_mean.dtype), instance_mean)
-    mean = centred.mean(0)
+        centered = torch.addcmul(instance_mean, center_weight.to(instance_mean.dtype), instance_mean)
+    mean = centered.mean(0)
     # Variance within instances and between their means.
     within = squares.sum(0).mul_(input.shape[1] / input.numel())
-    var = (centred - mean).square_().mean(0).add_(within)
+    var = (centered - mean).square_().mean(0).add_(within)
     if total is None:
         return instance_mean, mean, var, None if samples is None else torch.ones_like(mean[0])
     present = (torch.cat(norms) if len(norms) > 1 else norms[0]) > 0
@@ -122,7 +122,7 @@ def _add_units(total: Tensor | None, values: Tensor, norms: Tensor) -> Tensor:
     return torch.mv(vectors, weights) if total is None else total.addmv_(vectors, weights)
 
 
-def finalise(
+def finalize(
     mean: Tensor,
     var: Tensor,
     similarity: Tensor | None,
@@ -136,12 +136,12 @@ def finalise(
     threshold: float | None,
     moving: bool,
 ) -> tuple[Tensor, Tensor, Tensor | bool]:
-    """Decides the gate, moves the running state in place and selects the statistics to normalise with.
+    """Decides the gate, moves the running state in place and selects the statistics to normalize with.
 
     Gradients flow to the batch's statistics where they have any: those of several ranks do.
 
     Args:
-        mean: (C,) of the batch, centred.
+        mean: (C,) of the batch, centered.
         var: (C,) biased.
         similarity: Of the batch's samples, from :func:`statistics`; None for a gate that is always open.
         running_mean: (C,) buffer.
@@ -180,7 +180,7 @@ def _broadcast(values: Tensor) -> Tensor:
 
 
 class _Scales(NamedTuple):
-    """What normalises, x_hat = (x + shift) * scale = x * scale + offset, and what calibrates, without gradients."""
+    """What normalizes, x_hat = (x + shift) * scale = x * scale + offset, and what calibrates, without gradients."""
 
     scale: Tensor  # (C,)
     shift: Tensor  # (N, C), and so are the others
@@ -271,14 +271,14 @@ class _Sums(NamedTuple):
     """What the backward pass needs of the output's gradient, times the calibration factor, over H and W: (N, C)."""
 
     grad: Tensor  # the sum of it
-    grad_normalized: Tensor  # of what it means for the normalised features
+    grad_normalized: Tensor  # of what it means for the normalized features
     projection: Tensor  # of the products of the latter with these
 
 
 class _CalibratedAffine(torch.autograd.Function):
     """Steps 3 to 6, differentiated through the batch statistics where the gate is open.
 
-    ``mean`` and ``var`` are the statistics to normalise with, as constants; ``gate`` says whether they were computed
+    ``mean`` and ``var`` are the statistics to normalize with, as constants; ``gate`` says whether they were computed
     from this very batch or are running ones.
     """
 
@@ -320,7 +320,7 @@ class _CalibratedAffine(torch.autograd.Function):
         if bias is not None:
             grad_bias = sums.grad.sum(0).to(bias.dtype)
 
-        # What the normalised features receive, summed over H and W, and its product with them.
+        # What the normalized features receive, summed over H and W, and its product with them.
         total, moment = sums.grad_normalized, sums.projection
         if scales.factor is not None:
             logits = sums.projection
@@ -367,7 +367,7 @@ def _sums(
     """Sweep 1: the gradient of the output carried back through the depthwise kernel, in chunks, sums, and the kernel's.
 
     The calibration factor is put into the features, which are needed for products only: into the (N, C) numbers that
-    normalise them, at no cost, instead of into the gradient.
+    normalize them, at no cost, instead of into the gradient.
     """
     scale, shift, offset, _, factor = scales
     if factor is None:
@@ -411,11 +411,11 @@ def _grad_center_weight(instance_mean: Tensor, instance_grad: Tensor, gate: Tens
     # one from blowing up rounding errors.
     if gate is False:
         return (instance_mean * instance_grad).sum(0)
-    centre = instance_mean.mean(0)
-    gradient = ((instance_mean - centre) * instance_grad).sum(0)
+    center = instance_mean.mean(0)
+    gradient = ((instance_mean - center) * instance_grad).sum(0)
     if gate is True:
         return gradient
-    return gradient + (1 - gate.to(centre.dtype)) * centre * instance_grad.sum(0)
+    return gradient + (1 - gate.to(center.dtype)) * center * instance_grad.sum(0)
 
 
 def _grad_input(
@@ -494,7 +494,7 @@ def calibrated_affine(
     Args:
         input: (N, C, H, W), not empty.
         instance_mean: (N, C), without gradient.
-        mean: (C,) statistics to normalise with, without gradient.
+        mean: (C,) statistics to normalize with, without gradient.
         var: (C,) likewise.
         gate: Whether ``mean`` and ``var`` are those of this batch, as a boolean or a boolean scalar on the device.
         weight: (C, 1, k, k) or None; the other parameters as in :func:`functional.calibrated_affine`.

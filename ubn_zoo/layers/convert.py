@@ -132,8 +132,8 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
     """Replaces every BatchNorm2d of a model by UBN; the result computes the same function in evaluation.
 
     Converted are ``torch.nn.BatchNorm2d`` and ``SyncBatchNorm`` and timm's ``BatchNormAct2d`` and
-    ``SyncBatchNormAct`` (the synchronised ones stay synchronised). Statistics, momentum, eps, training mode, hooks,
-    ``requires_grad`` flags, device, dtype and module sharing are kept. Parameters are new tensors: make the optimiser
+    ``SyncBatchNormAct`` (the synchronized ones stay synchronized). Statistics, momentum, eps, training mode, hooks,
+    ``requires_grad`` flags, device, dtype and module sharing are kept. Parameters are new tensors: make the optimizer
     afterwards.
 
     A BatchNorm without an affine gets no scaling calibration, which would change its function.
@@ -150,11 +150,11 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
 
     Raises:
         ValueError: There is no BatchNorm in the model.
-        TypeError: A BatchNorm has a forward of its own, or is lazy and not yet initialised; an unknown setting.
+        TypeError: A BatchNorm has a forward of its own, or is lazy and not yet initialized; an unknown setting.
     """
     found: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_batchnorm(module)}
     if not found:
-        already = "it has UBN layers already" if any(ubn_layers(model)) else "other normalisations have no UBN variant"
+        already = "it has UBN layers already" if any(ubn_layers(model)) else "other normalizations have no UBN variant"
         raise ValueError(f"found no BatchNorm2d in {type(model).__name__}; {already}")
     for name, module in found.items():
         _check_convertible(name, module)
@@ -195,7 +195,7 @@ def convert_sync_ubn(model: nn.Module, process_group: ProcessGroup | None = None
         ValueError: There is no UBN layer in the model.
     """
     group = SyncGroup(process_group)
-    for layer in _layers_of(model, "synchronise"):
+    for layer in _layers_of(model, "synchronize"):
         layer._sync = group
     return model
 

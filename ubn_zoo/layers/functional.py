@@ -2,10 +2,10 @@
 
 Source: Wang et al., "Unified Batch Normalization", arXiv 2311.15993. Its parts come from three papers: the gate on
     feature
-condensation is its own, centring and scaling calibration are RBN (Gao et al., CVPR 2021), the depthwise affine is BNET
+condensation is its own, centering and scaling calibration are RBN (Gao et al., CVPR 2021), the depthwise affine is BNET
 (Xu et al., arXiv 2011.14150).
 
-Everything here is differentiable, free of host synchronisation, scriptable and exportable. Statistics are computed in
+Everything here is differentiable, free of host synchronization, scriptable and exportable. Statistics are computed in
 float32 for half-precision inputs and in the input's own precision otherwise.
 
 Shapes used throughout: ``input`` is (N, C, H, W); a *per-instance* quantity is (N, C), a *per-channel* quantity is
@@ -76,21 +76,21 @@ def instance_moments(input: Tensor) -> Tuple[Tensor, Tensor]:
 def batch_statistics(
     instance_mean: Tensor, instance_var: Tensor, center_weight: Optional[Tensor] = None
 ) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel of the centred features x' = x + center_weight * mean_hw(x).
+    """Mean and biased variance per channel of the centered features x' = x + center_weight * mean_hw(x).
 
     Args:
         instance_mean: (N, C), from :func:`instance_moments`.
         instance_var: (N, C), likewise.
-        center_weight: (C,) or None for no centring calibration.
+        center_weight: (C,) or None for no centering calibration.
 
     Returns:
         Two (C,) tensors.
     """
-    centred = instance_mean
+    centered = instance_mean
     if center_weight is not None:
-        centred = (1 + center_weight.to(instance_mean.dtype)) * instance_mean
-    mean = centred.mean(0)
-    return mean, (instance_var + (centred - mean).square()).mean(0)
+        centered = (1 + center_weight.to(instance_mean.dtype)) * instance_mean
+    mean = centered.mean(0)
+    return mean, (instance_var + (centered - mean).square()).mean(0)
 
 
 def update_similarity_gate(running_similarity: Tensor, similarity: Tensor, momentum: float, threshold: float) -> Tensor:
@@ -155,17 +155,17 @@ def calibrated_affine(
     scale_bias: Optional[Tensor] = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Centring, normalisation, scaling calibration and depthwise affine (steps 3 to 6) for given statistics.
+    """Centering, normalization, scaling calibration and depthwise affine (steps 3 to 6) for given statistics.
 
-    The normalised features are x_hat = a x + b with a = 1 / sqrt(var + eps) per channel and
+    The normalized features are x_hat = a x + b with a = 1 / sqrt(var + eps) per channel and
     b = (center_weight * instance_mean - mean) a per instance; their mean over H and W follows from ``instance_mean``,
     so the calibration factor f = sigmoid(scale_weight * mean_hw(x_hat) + scale_bias) needs no second look at them.
 
     Args:
         input: (N, C, H, W).
         instance_mean: (N, C) mean of ``input`` over H and W.
-        mean: (C,) mean to normalise with.
-        var: (C,) biased variance to normalise with.
+        mean: (C,) mean to normalize with.
+        var: (C,) biased variance to normalize with.
         weight: (C, 1, k, k) depthwise kernel, applied with zero padding (k - 1) / 2; None for no affine.
         bias: (C,), added to the depthwise convolution.
         center_weight: (C,) or None.
@@ -184,7 +184,7 @@ def calibrated_affine(
         weights = center_weight.to(mean.dtype)
         shift = weights * (instance_mean - origin) + (weights * origin - mean)
     offset = (shift * scale).expand(instance_mean.shape)
-    # The product and the sum are rounded to the input's precision once, after the normalisation.
+    # The product and the sum are rounded to the input's precision once, after the normalization.
     output = (promote(input) * scale[:, None, None] + offset[:, :, None, None]).to(input.dtype)
     if weight is not None:
         channels, _, size, _ = weight.shape
@@ -225,13 +225,13 @@ def unified_batch_norm(
 
     Args:
         input: (N, C, H, W), not empty.
-        running_mean: (C,) buffer, or None to normalise with batch statistics always (training and evaluation).
+        running_mean: (C,) buffer, or None to normalize with batch statistics always (training and evaluation).
         running_var: (C,) buffer, goes with ``running_mean``.
         running_similarity: Scalar buffer r of the gate; None switches the gate off.
         num_batches_tracked: Integer scalar buffer, grows by one per training step whatever the gate says.
         weight: (C, 1, k, k) depthwise kernel or None.
         bias: (C,) or None.
-        center_weight: (C,) centring calibration or None.
+        center_weight: (C,) centering calibration or None.
         scale_weight: (C,) scaling calibration or None.
         scale_bias: (C,) or None.
         training: Whether this is a training step.

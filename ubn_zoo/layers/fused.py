@@ -1,7 +1,7 @@
 """The layer's steps as operators over the Triton kernels of :mod:`.kernels`, for eager mode and compilers alike.
 
 The operators live in the namespace ``ubn_zoo`` of ``torch.ops``. Each has a fake implementation, so that graphs with
-them can be traced, and `calibrated_affine` is differentiable. What moves buffers is an operator of its own, `finalise`;
+them can be traced, and `calibrated_affine` is differentiable. What moves buffers is an operator of its own, `finalize`;
 `folded_affine` is for inference.
 Triton is imported when the first of them runs: without it, without a GPU that it supports, or with the environment
 variable ``UBN_ZOO_TRITON=0`` the layer never calls them.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import autograd
 
-__all__ = ["calibrated_affine", "dense", "finalise", "folded_affine", "instance_means", "statistics", "usable"]
+__all__ = ["calibrated_affine", "dense", "finalize", "folded_affine", "instance_means", "statistics", "usable"]
 
 # Types of devices whose tensors go through the kernels. Tests add "cpu", where Triton's interpreter runs them.
 DEVICES = {"cuda"}
@@ -163,12 +163,12 @@ def _(input: Tensor, center_weight: Tensor | None, samples: int) -> tuple[Tensor
 
 
 @_operator(
-    "finalise(Tensor mean, Tensor var, Tensor? similarity, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "finalize(Tensor mean, Tensor var, Tensor? similarity, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor(c!) running_similarity, Tensor? batches, float momentum, SymInt count, float similarity_momentum, "
     "float threshold, bool moving) -> (Tensor mean, Tensor var, Tensor gate)"
 )
-def _finalise(mean: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    found = _launch("finalise", mean.device, mean, *arguments)
+def _finalize(mean: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    found = _launch("finalize", mean.device, mean, *arguments)
     for buffer in arguments[2:5]:
         # So that autograd sees that they moved, should a backward pass still need them as they were.
         if arguments[-1] and not buffer.is_inference():
@@ -176,7 +176,7 @@ def _finalise(mean: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return cast("tuple[Tensor, ...]", found)
 
 
-@_fake("finalise")
+@_fake("finalize")
 def _(mean: Tensor, var: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(mean), torch.empty_like(var), mean.new_empty([], dtype=torch.bool)
 
@@ -292,8 +292,8 @@ def statistics(
         samples: How many leading samples are compared; None for no similarity.
 
     Returns:
-        Instance means (N, C), mean and biased variance (C,) of the centred features as
-        :func:`functional.batch_statistics` has them, and partial sums of the similarity, for :func:`finalise`: their
+        Instance means (N, C), mean and biased variance (C,) of the centered features as
+        :func:`functional.batch_statistics` has them, and partial sums of the similarity, for :func:`finalize`: their
         sum is that of :func:`functional.feature_similarity`.
     """
     center = None if center_weight is None else center_weight.detach()
@@ -301,7 +301,7 @@ def statistics(
     return instance_mean, mean, var, None if samples is None else similarity
 
 
-def finalise(
+def finalize(
     mean: Tensor,
     var: Tensor,
     similarity: Tensor | None,
@@ -315,12 +315,12 @@ def finalise(
     threshold: float | None,
     moving: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`autograd.finalise`, of the same arguments; ``similarity`` is what :func:`statistics` returned."""
+    """:func:`autograd.finalize`, of the same arguments; ``similarity`` is what :func:`statistics` returned."""
     if threshold is None:
         similarity = None
     return cast(
         "tuple[Tensor, Tensor, Tensor]",
-        torch.ops.ubn_zoo.finalise(
+        torch.ops.ubn_zoo.finalize(
             mean,
             var,
             similarity,

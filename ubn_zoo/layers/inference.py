@@ -93,7 +93,7 @@ class InferenceNorm2d(nn.Module):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises (N, C, H, W), keeping its dtype and memory format."""
+        """Normalizes (N, C, H, W), keeping its dtype and memory format."""
         if torch.jit.is_scripting():
             return self._compute(input)
         return self._guarded(input)
@@ -262,22 +262,22 @@ def _depthwise_convolution(constants: _Constants, like: Tensor) -> nn.Module:
 def _inference_norm(constants: _Constants, norm: Any, folded: bool) -> nn.Module:
     """A norm for what a convolution returns with scale and mean folded into it, or for the norm's own input."""
     mean, scale, kernel, bias, center, scale_weight, scale_bias = constants
-    # x_hat = slope * input + shift + centring * mean_hw(input)
+    # x_hat = slope * input + shift + centering * mean_hw(input)
     if folded:
         slope = torch.ones_like(scale)
-        centring = torch.zeros_like(scale) if center is None else center
-        shift = centring * scale * mean
+        centering = torch.zeros_like(scale) if center is None else center
+        shift = centering * scale * mean
     else:
         slope = scale
-        centring = torch.zeros_like(scale) if center is None else center * scale
+        centering = torch.zeros_like(scale) if center is None else center * scale
         shift = -scale * mean
-    factor_slope = None if scale_weight is None else scale_weight * (slope + centring)
+    factor_slope = None if scale_weight is None else scale_weight * (slope + centering)
     factor_shift = None if scale_weight is None or scale_bias is None else scale_bias + scale_weight * shift
 
     one_tap = kernel.shape[2] == 1
     if one_tap:
         gain = kernel[:, 0, 0, 0]
-        slope, shift, centring = gain * slope, gain * shift + bias, gain * centring
+        slope, shift, centering = gain * slope, gain * shift + bias, gain * centering
     shifted = one_tap or not folded or center is not None
 
     def vector(tensor: Optional[Tensor], present: bool = True) -> Optional[Tensor]:
@@ -289,7 +289,7 @@ def _inference_norm(constants: _Constants, norm: Any, folded: bool) -> nn.Module
     return InferenceNorm2d(
         vector(slope, one_tap or not folded),
         vector(shift, shifted),
-        vector(centring, center is not None),
+        vector(centering, center is not None),
         affine(kernel),
         affine(bias),
         vector(factor_slope),
@@ -311,7 +311,7 @@ def _replacements(norm: Any, conv: Optional[nn.Module]) -> Tuple[nn.Module, Opti
         gain = constants.kernel[:, 0, 0, 0] * scale
         replaced, scaled = nn.Identity(), _scaled_convolution(conv, gain, constants.bias - gain * mean)
     else:
-        # The mean goes into the convolution's bias and not behind the kernel, which pads what is normalised with zeros.
+        # The mean goes into the convolution's bias and not behind the kernel, which pads what is normalized with zeros.
         scaled = _scaled_convolution(conv, scale, -scale * mean)
         if constant:
             replaced = _depthwise_convolution(constants, scaled.weight.detach())
@@ -327,7 +327,7 @@ def _replacements(norm: Any, conv: Optional[nn.Module]) -> Tuple[nn.Module, Opti
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    # Subclasses may standardise their weights, or do anything else; these are known to apply them as they are.
+    # Subclasses may standardize their weights, or do anything else; these are known to apply them as they are.
     return type(module) in (nn.Conv2d, Conv2dSame)
 
 
@@ -378,7 +378,7 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
     f = sigmoid(u mean_hw(x_hat) + v), K a depthwise kernel. Where a convolution feeds it and nothing else:
 
     - 1 / sqrt(var + eps) and the mean fold into the convolution's weight and bias, always. The mean has to go before
-      the kernel, which pads the normalised features with zeros: behind it the shift would differ at the borders.
+      the kernel, which pads the normalized features with zeros: behind it the shift would differ at the borders.
     - A constant calibration (w = 0, u = 0, as after conversion from BatchNorm, or switched off) folds into K and bias.
       What is left is a depthwise convolution, and nothing at all where K has one tap: that folds as BatchNorm does.
     - A trained w or u depends on the instance and cannot fold. The mean per instance stays, one reading of the

@@ -5,7 +5,7 @@ layouts: a sample is addressed by c * channel_stride + position * column_stride,
 sample are 32 bits wide, those of samples 64. Sums are taken in DTYPE, float32 or float64, in a fixed order: partial
 results go through a workspace, and there are no atomic operations.
 
-The normalised features are x_hat = a (x + shift) with a = 1 / sqrt(var + eps) per channel and
+The normalized features are x_hat = a (x + shift) with a = 1 / sqrt(var + eps) per channel and
 shift = center_weight * instance_mean - mean per instance. The shift is added to the input first: behind a product a
 large mean would be lost to its rounding. Norms prepared for inference are given as x_hat = slope x + shift, whose
 product is not rounded: the two are one operation.
@@ -15,7 +15,7 @@ the cache after the first time, and added to as many unfinished rows as there ar
 loads for k * k products. Rows outside the image are skipped, columns outside are zeros made by a mask. ROWS rows are
 loaded before the first of them is used, so that enough bytes are on their way at any time.
 
-Sizes are not specialised: a network has many, and each would be compiled anew. What is known of their divisibility
+Sizes are not specialized: a network has many, and each would be compiled anew. What is known of their divisibility
 comes as VECTOR, by which loads are widened.
 
 This module imports triton; whoever may have to do without imports it late.
@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["affine", "affine_backward", "finalise", "folded_affine", "instance_means", "statistics"]
+__all__ = ["affine", "affine_backward", "finalize", "folded_affine", "instance_means", "statistics"]
 
 # Slots for partial sums of the similarity: enough programs to read at the memory's full speed.
 SIMILARITY_SLOTS = 512
@@ -48,7 +48,7 @@ PROGRAMS = 2112
 
 @triton.jit
 def _program(tiles, channel_blocks, CHANNELS_LAST: tl.constexpr):
-    """Tile, channel block and sample of this program; neighbours in memory are neighbours in time."""
+    """Tile, channel block and sample of this program; neighbors in memory are neighbors in time."""
     index = tl.program_id(0)
     if CHANNELS_LAST:
         block = index % channel_blocks
@@ -186,10 +186,10 @@ def _combine_kernel(
             tl.store(norms + n * tl.num_programs(0) + tl.program_id(0), norm, mask=n < samples)
         number += 1.0
         within += sample_m2
-        centred = gain * sample_mean
-        deviation = tl.where(valid, centred - mean, 0.0)
+        centered = gain * sample_mean
+        deviation = tl.where(valid, centered - mean, 0.0)
         mean += deviation * (1.0 / number)
-        m2 += deviation * tl.where(valid, centred - mean, 0.0)
+        m2 += deviation * tl.where(valid, centered - mean, 0.0)
     count = tl.maximum((N - lane + BLOCK_N - 1) // BLOCK_N, 0).to(DTYPE)
     count = tl.broadcast_to(count[:, None], (BLOCK_N, BLOCK_C))
     mean_of_all, m2_of_all, total = _merged(mean, m2, count, 0)
@@ -243,7 +243,7 @@ def _similarity_kernel(
 
 
 @triton.jit(do_not_specialize=["C"])
-def _finalise_kernel(
+def _finalize_kernel(
     mean,  # (C,)
     var,  # (C,)
     similarity,  # (SLOTS,) partial sums; None for a gate that is open always
@@ -297,7 +297,7 @@ def _finalise_kernel(
 
 
 @triton.jit
-def _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS: tl.constexpr, DTYPE: tl.constexpr):
+def _normalization(sample, c, C, instance_mean, mean, var, center_weight, EPS: tl.constexpr, DTYPE: tl.constexpr):
     """Scale and shift of x_hat = scale (x + shift), and the instance mean, of channels `c`."""
     present = c < C
     average = tl.load(instance_mean + sample * C.to(tl.int64) + c, mask=present, other=0.0)
@@ -326,10 +326,10 @@ def _folded(sample, c, C, instance_mean, slope, shift, center, DTYPE: tl.constex
 
 
 @triton.jit
-def _factor(c, C, normalised_mean, scale_weight, scale_bias, DTYPE: tl.constexpr):
+def _factor(c, C, normalized_mean, scale_weight, scale_bias, DTYPE: tl.constexpr):
     """The calibration factor."""
     slope = tl.load(scale_weight + c, mask=c < C, other=0.0).to(DTYPE)
-    logit = slope * normalised_mean + tl.load(scale_bias + c, mask=c < C, other=0.0).to(DTYPE)
+    logit = slope * normalized_mean + tl.load(scale_bias + c, mask=c < C, other=0.0).to(DTYPE)
     return 1.0 / (1.0 + tl.exp(-logit))
 
 
@@ -349,7 +349,7 @@ def _taps(weight, c, C, KERNEL: tl.constexpr, FLIPPED: tl.constexpr, DTYPE: tl.c
 
 @triton.jit
 def _columns(c, w, channels, W, KERNEL: tl.constexpr):
-    """Columns of the horizontal neighbours of columns `w`, one tile per tap.
+    """Columns of the horizontal neighbors of columns `w`, one tile per tap.
 
     They are unsigned, so that those outside to the left are huge, and so are those of channels and columns that are
     only there to fill a block: one comparison with W, or with 0 for a row outside, makes the mask.
@@ -382,7 +382,7 @@ def _load_rows(source, first, H, W, row_stride, column_stride, columns, ROWS: tl
 
 @triton.jit
 def _shifts(columns, W, shift, KERNEL: tl.constexpr):
-    """The shift of every horizontal neighbour: the padding is of x_hat, not of the input, so 0 outside."""
+    """The shift of every horizontal neighbor: the padding is of x_hat, not of the input, so 0 outside."""
     shifts = ()
     for j in tl.static_range(KERNEL):
         shifts = shifts + (tl.where(columns[j] < _width(W, True), shift[:, None], 0.0),)
@@ -429,9 +429,9 @@ def _affine_kernel(
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     w = tile % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
 
-    # The normalisation's scale is part of the gain, a prepared norm's slope stays with the input.
+    # The normalization's scale is part of the gain, a prepared norm's slope stays with the input.
     if mean is not None:
-        gain, addend, average = _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
+        gain, addend, average = _normalization(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
         factor_mean = (average + addend) * gain
     else:
         slopes, addend, factor_mean = _folded(sample, c, C, instance_mean, slope, shift, center_weight, DTYPE)
@@ -462,12 +462,12 @@ def _affine_kernel(
             for j in tl.static_range(KERNEL):
                 value = rows[t * KERNEL + j].to(DTYPE)
                 if slope is not None:
-                    centred = tl.fma(value, tl.broadcast_to(slopes[:, None], value.shape), shifts[j] * valid)
+                    centered = tl.fma(value, tl.broadcast_to(slopes[:, None], value.shape), shifts[j] * valid)
                 else:
-                    centred = value + shifts[j] * valid
+                    centered = value + shifts[j] * valid
                 added = ()
                 for i in tl.static_range(KERNEL):
-                    added = added + (sums[i] + taps[(KERNEL - 1 - i) * KERNEL + j] * centred,)
+                    added = added + (sums[i] + taps[(KERNEL - 1 - i) * KERNEL + j] * centered,)
                 sums = added
             h = first + t - HALF
             result = sums[0] * gain[:, None] + offset[:, None]
@@ -536,7 +536,7 @@ def _sums_kernel(
     before = zero
 
     for sample in tl.range(index * group, tl.minimum(index * group + group, N)):
-        scale, shift, average = _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
+        scale, shift, average = _normalization(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
         # The gradient is multiplied by the calibration factor first of all.
         factor = 1.0
         if scale_weight is not None:
@@ -578,15 +578,15 @@ def _sums_kernel(
                 for t in tl.static_range(ROWS):
                     valid = (first + t < H).to(DTYPE)
                     meeting = window + (gradients[t].to(DTYPE) * factor,)
-                    centred = ()
+                    centered = ()
                     for j in tl.static_range(KERNEL):
-                        centred = centred + (rows[t * KERNEL + j].to(DTYPE) + shifts[j] * valid,)
+                        centered = centered + (rows[t * KERNEL + j].to(DTYPE) + shifts[j] * valid,)
                     added, longer = (), ()
                     for i in tl.static_range(KERNEL):
                         # Tap i joins an output row to the input row i - HALF below it.
                         longer = longer + (strip_sums[i] + meeting[KERNEL - 1 - i] * valid,)
                         for j in tl.static_range(KERNEL):
-                            added = added + (products[i * KERNEL + j] + meeting[KERNEL - 1 - i] * centred[j],)
+                            added = added + (products[i * KERNEL + j] + meeting[KERNEL - 1 - i] * centered[j],)
                     products, strip_sums = added, longer
                     window = ()
                     for i in tl.static_range(1, KERNEL):
@@ -621,25 +621,25 @@ def _instance_sums(sums, n, c, valid, N, C, strips):
     """The three sums per instance, over strips."""
     size = N.to(tl.int64) * C
     place = n[:, None].to(tl.int64) * C + c[None, :]
-    of_normalised = tl.load(sums + place, mask=valid, other=0.0)
+    of_normalized = tl.load(sums + place, mask=valid, other=0.0)
     of_ones = tl.load(sums + strips * size + place, mask=valid, other=0.0)
     of_all = tl.load(sums + 2 * strips * size + place, mask=valid, other=0.0)
     for _ in tl.range(1, strips):
         place += size
-        of_normalised += tl.load(sums + place, mask=valid, other=0.0)
+        of_normalized += tl.load(sums + place, mask=valid, other=0.0)
         of_ones += tl.load(sums + strips * size + place, mask=valid, other=0.0)
         of_all += tl.load(sums + 2 * strips * size + place, mask=valid, other=0.0)
-    return of_normalised, of_ones, of_all
+    return of_normalized, of_ones, of_all
 
 
 @triton.jit
-def _through_factor(c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE: tl.constexpr):
+def _through_factor(c, C, n_mean, of_normalized, of_all, bias, scale_weight, scale_bias, DTYPE: tl.constexpr):
     """The gradient with respect to the logit of the calibration factor, per instance, and the logit's slope."""
     present = c < C
     slope = tl.load(scale_weight + c, mask=present, other=0.0).to(DTYPE)[None, :]
     logit = slope * n_mean + tl.load(scale_bias + c, mask=present, other=0.0).to(DTYPE)[None, :]
     factor = 1.0 / (1.0 + tl.exp(-logit))
-    output = of_normalised
+    output = of_normalized
     if bias is not None:
         output += tl.load(bias + c, mask=present, other=0.0).to(DTYPE)[None, :] * of_all
     return output * (1.0 - factor), slope
@@ -685,29 +685,29 @@ def _parameters_kernel(
     if gate is not None:
         opened = tl.load(gate).to(DTYPE)
     scale = tl.rsqrt(tl.load(var + c, mask=present, other=1.0).to(DTYPE) + EPS)[None, :]
-    centre_of_norm = tl.load(mean + c, mask=present, other=0.0).to(DTYPE)[None, :]
+    center_of_norm = tl.load(mean + c, mask=present, other=0.0).to(DTYPE)[None, :]
     center = tl.zeros([1, BLOCK_C], DTYPE)
     if center_weight is not None:
         center += tl.load(center_weight + c, mask=present, other=0.0).to(DTYPE)[None, :]
 
-    bias_total, logit_total, moment_total, sum_total, product_total, centre = zero, zero, zero, zero, zero, zero
+    bias_total, logit_total, moment_total, sum_total, product_total, center = zero, zero, zero, zero, zero, zero
     for first in tl.range(0, N, BLOCK_N):
         n = first + lane
         valid = (n[:, None] < N) & present[None, :]
-        of_normalised, of_ones, of_all = _instance_sums(sums, n, c, valid, N, C, strips)
+        of_normalized, of_ones, of_all = _instance_sums(sums, n, c, valid, N, C, strips)
         average = tl.load(instance_mean + n[:, None].to(tl.int64) * C + c[None, :], mask=valid, other=0.0)
-        centre += average
-        n_mean = (average + (center * average - centre_of_norm)) * scale
+        center += average
+        n_mean = (average + (center * average - center_of_norm)) * scale
         if scale_weight is not None:
-            logit, slope = _through_factor(c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE)
+            logit, slope = _through_factor(c, C, n_mean, of_normalized, of_all, bias, scale_weight, scale_bias, DTYPE)
             logit_total += logit
             moment_total += logit * n_mean
             of_ones += slope * logit
-            of_normalised += slope * logit * n_mean
+            of_normalized += slope * logit * n_mean
         bias_total += of_all
         sum_total += of_ones
-        product_total += of_normalised
-    # Means over the batch of what normalisation takes off, where its statistics are the batch's own.
+        product_total += of_normalized
+    # Means over the batch of what normalization takes off, where its statistics are the batch's own.
     mean_total = opened * tl.sum(sum_total, 0)[None, :] / count
     product_mean = opened * tl.sum(product_total, 0)[None, :] / count
     tl.store(slopes + c[None, :], -scale * scale * product_mean, mask=present[None, :])
@@ -717,18 +717,18 @@ def _parameters_kernel(
         tl.store(grad_scale_bias + c, tl.sum(logit_total, 0).to(grad_scale_bias.dtype.element_ty), mask=present)
         tl.store(grad_scale_weight + c, tl.sum(moment_total, 0).to(grad_scale_weight.dtype.element_ty), mask=present)
 
-    centre = tl.sum(centre, 0)[None, :] / N
+    center = tl.sum(center, 0)[None, :] / N
     center_total, instance_total = zero, zero
     for first in tl.range(0, N, BLOCK_N):
         n = first + lane
         valid = (n[:, None] < N) & present[None, :]
-        of_normalised, of_ones, of_all = _instance_sums(sums, n, c, valid, N, C, strips)
+        of_normalized, of_ones, of_all = _instance_sums(sums, n, c, valid, N, C, strips)
         place = n[:, None].to(tl.int64) * C + c[None, :]
         average = tl.load(instance_mean + place, mask=valid, other=0.0)
-        n_mean = (average + (center * average - centre_of_norm)) * scale
+        n_mean = (average + (center * average - center_of_norm)) * scale
         instance_grad, offset = of_ones, zero
         if scale_weight is not None:
-            logit, slope = _through_factor(c, C, n_mean, of_normalised, of_all, bias, scale_weight, scale_bias, DTYPE)
+            logit, slope = _through_factor(c, C, n_mean, of_normalized, of_all, bias, scale_weight, scale_bias, DTYPE)
             instance_grad += slope * logit
             offset = slope * logit / pixels
         instance_grad = scale * (instance_grad - pixels * (mean_total + product_mean * n_mean))
@@ -736,10 +736,10 @@ def _parameters_kernel(
         tl.store(offsets + place, offset, mask=valid)
         # Through batch statistics these gradients sum up to 0: with the mean taken off first, a large one does not blow
         # up their rounding errors.
-        center_total += tl.where(valid, (average - centre) * instance_grad, 0.0)
+        center_total += tl.where(valid, (average - center) * instance_grad, 0.0)
         instance_total += tl.where(valid, instance_grad, 0.0)
     if grad_center_weight is not None:
-        total = tl.sum(center_total, 0)[None, :] + (1.0 - opened) * centre * tl.sum(instance_total, 0)[None, :]
+        total = tl.sum(center_total, 0)[None, :] + (1.0 - opened) * center * tl.sum(instance_total, 0)[None, :]
         tl.store(grad_center_weight + c[None, :], total.to(grad_center_weight.dtype.element_ty), mask=present[None, :])
 
     if grad_weight is not None:
@@ -799,7 +799,7 @@ def _input_gradient_kernel(
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     w = tile % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
 
-    gain, shift, average = _normalisation(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
+    gain, shift, average = _normalization(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
     if scale_weight is not None:
         gain *= _factor(c, C, (average + shift) * gain, scale_weight, scale_bias, DTYPE)
     offset = tl.load(offsets + sample * C.to(tl.int64) + c, mask=c < C, other=0.0)
@@ -1003,7 +1003,7 @@ def instance_means(input: Tensor) -> Tensor:
 def statistics(
     input: Tensor, center_weight: Optional[Tensor], samples: int
 ) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Instance means (N, C), mean and biased variance (C,) of the centred features of a dense tensor.
+    """Instance means (N, C), mean and biased variance (C,) of the centered features of a dense tensor.
 
     The fourth result holds partial sums of the similarity between the first ``samples`` samples, None for 0.
     """
@@ -1095,7 +1095,7 @@ def parameter_blocks(samples: int, channels: int) -> Tuple[int, int]:
     return min(8, triton.next_power_of_2(channels)), min(128, triton.next_power_of_2(samples))
 
 
-def finalise(
+def finalize(
     mean: Tensor,
     var: Tensor,
     similarity: Optional[Tensor],
@@ -1109,7 +1109,7 @@ def finalise(
     threshold: float,
     moving: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Moves the running state in place; returns the statistics to normalise with and the gate.
+    """Moves the running state in place; returns the statistics to normalize with and the gate.
 
     Args:
         mean: (C,) of the batch.
@@ -1128,7 +1128,7 @@ def finalise(
     channels = mean.shape[0]
     mean_used, var_used = torch.empty_like(mean), torch.empty_like(var)
     gate = torch.empty([], dtype=torch.bool, device=mean.device)
-    _finalise_kernel[(1,)](
+    _finalize_kernel[(1,)](
         mean,
         var,
         similarity,

@@ -85,8 +85,8 @@ class UnifiedBatchNorm2d(nn.Module):
     """Unified Batch Normalization over (N, C, H, W) inputs, a drop-in replacement of ``torch.nn.BatchNorm2d``.
 
     A running cosine similarity between samples gates the statistics: while features are condensed (similarity above
-    ``threshold``) the batch's statistics normalise and the running ones move; otherwise the running statistics
-    normalise and stay as they are. Centring and scaling are calibrated per instance, and the affine is a depthwise
+    ``threshold``) the batch's statistics normalize and the running ones move; otherwise the running statistics
+    normalize and stay as they are. Centering and scaling are calibrated per instance, and the affine is a depthwise
     convolution. Source: Wang et al., arXiv 2311.15993; the equations are in :mod:`ubn_zoo.layers.functional`.
 
     With the parts switched off one by one this layer is RBN (``threshold=None, depthwise_affine=False``), BNET
@@ -101,7 +101,7 @@ class UnifiedBatchNorm2d(nn.Module):
         eps: Added to the variance.
         momentum: Weight of a batch in the running statistics; None for a cumulative average.
         affine: Whether there is a depthwise affine (``weight`` and ``bias``).
-        track_running_stats: Whether running statistics are kept. Without them batch statistics normalise always, in
+        track_running_stats: Whether running statistics are kept. Without them batch statistics normalize always, in
             evaluation too, and there is no gate.
         threshold: Gate threshold tau on ``feature_similarity``; None switches the gate off (always batch statistics).
         similarity_momentum: Weight of a batch in ``feature_similarity``.
@@ -109,7 +109,7 @@ class UnifiedBatchNorm2d(nn.Module):
         kernel_size: Taps per side of the depthwise affine, odd.
         kernel_init: "identity" starts as BatchNorm; "kaiming" draws the depthwise kernel from
             N(0, 2 / (kernel_size^2 C)), as the authors do.
-        center_calibration: Whether there is a centring calibration (``center_weight``).
+        center_calibration: Whether there is a centering calibration (``center_weight``).
         scale_calibration: Whether there is a scaling calibration (``scale_weight``, ``scale_bias``).
         depthwise_affine: False for BatchNorm's affine, one tap per channel whatever ``kernel_size``.
         device: Of parameters and buffers.
@@ -257,7 +257,7 @@ class UnifiedBatchNorm2d(nn.Module):
         return _State(self.running_mean, self.running_var, self.num_batches_tracked, self.feature_similarity)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises (N, C, H, W), keeping its dtype and memory format; in training the buffers move."""
+        """Normalizes (N, C, H, W), keeping its dtype and memory format; in training the buffers move."""
         return self._normalize(input)
 
     def _normalize(self, input: Tensor, relu: bool = False) -> Tensor:
@@ -274,7 +274,7 @@ class UnifiedBatchNorm2d(nn.Module):
 
     @torch.jit.unused
     def _uses_kernels(self, input: Tensor) -> bool:
-        """Whether the kernels compute an input; synchronised statistics do without."""
+        """Whether the kernels compute an input; synchronized statistics do without."""
         if not fused.usable(input, self.kernel_size) or is_transformed():
             return False
         return self._sync is None or not self.training or self.frozen or not self._sync.active()
@@ -387,13 +387,13 @@ class UnifiedBatchNorm2d(nn.Module):
         similarity: Optional[Tensor],
         recomputing: bool,
     ) -> Tuple[Tensor, Tensor, Union[Tensor, bool]]:
-        """Decides the gate and moves the state; returns the statistics to normalise with and the gate."""
+        """Decides the gate and moves the state; returns the statistics to normalize with and the gate."""
         if recomputing and self._records:
             recalled, first_mean, first_var = self._recall(mean)
             return torch.where(recalled, mean, first_mean), torch.where(recalled, var, first_var), recalled
         batch_mean = mean
         # A recomputation without a record moves nothing either.
-        mean, var, gate = path.finalise(
+        mean, var, gate = path.finalize(
             mean,
             var,
             similarity,
@@ -471,7 +471,7 @@ class UnifiedBatchNorm2d(nn.Module):
         return output
 
     def _empty(self, input: Tensor) -> Tensor:
-        # Nothing to normalise; the parameters stay in the graph, with zero gradients, as DistributedDataParallel needs.
+        # Nothing to normalize; the parameters stay in the graph, with zero gradients, as DistributedDataParallel needs.
         total = torch.zeros([], dtype=input.dtype, device=input.device)
         for parameter in self.parameters(recurse=False):
             total = total + parameter.sum().to(input.dtype)
@@ -536,7 +536,7 @@ class UnifiedBatchNormAct2d(UnifiedBatchNorm2d):
         act_layer: Activation, a module class, a function that makes a module, or timm's name of one.
         act_kwargs: Arguments of the activation.
         inplace: Whether the activation may work in place, where ``act_kwargs`` does not say.
-        drop_layer: Makes the module between normalisation and activation (DropBlock, say).
+        drop_layer: Makes the module between normalization and activation (DropBlock, say).
         **settings: The keyword settings of :class:`UnifiedBatchNorm2d`, ``device`` and ``dtype`` included.
 
     Attributes:
@@ -564,7 +564,7 @@ class UnifiedBatchNormAct2d(UnifiedBatchNorm2d):
         self.act = nn.Identity() if act is None else act
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises and activates (N, C, H, W), keeping its dtype and memory format."""
+        """Normalizes and activates (N, C, H, W), keeping its dtype and memory format."""
         if torch.jit.is_scripting():
             return self.act(self.drop(self._normalize(input)))
         return self._activated(input)

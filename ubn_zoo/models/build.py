@@ -68,7 +68,7 @@ def _run_entry_point(entry_point: Callable[..., Any], builder: Callable[..., Any
 
 
 def uses_batchnorm(name: str) -> bool:
-    """Whether an architecture of timm is normalised by BatchNorm, told without building it.
+    """Whether an architecture of timm is normalized by BatchNorm, told without building it.
 
     Decided by the norm layer that timm's entry point asks for: in its arguments, else in the architecture's
     configuration, else by default of the model class.
@@ -112,7 +112,7 @@ class UbnModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that optimisers should not decay: those of UBN layers, and what timm's class names.
+        """Names of the parameters that optimizers should not decay: those of UBN layers, and what timm's class names.
 
         timm's rule by number of dimensions alone would decay the depthwise kernels, which stand where BatchNorm has its
         weight.
@@ -223,7 +223,7 @@ def build_ubn_model(
         HubError: They cannot be fetched.
         RuntimeError: There is no such tag.
         TypeError: An unknown argument or layer setting.
-        ValueError: The arguments ask for another normalisation than BatchNorm, which has no UBN variant.
+        ValueError: The arguments ask for another normalization than BatchNorm, which has no UBN variant.
     """
     settings = _check_layer_settings(ubn_kwargs)
     if isinstance(pretrained_cfg, str) and pretrained_cfg:

@@ -49,7 +49,7 @@ class Entry:
         converted_from: The BatchNorm model whose weights are converted on load; None for weights trained with UBN.
         input: What the model expects of an image.
         num_classes: Number of outputs of the classifier.
-        licence: The weights' licence; None if upstream states none.
+        license: The weights' license; None if upstream states none.
         data: What they were trained on; None if upstream states none.
         origin: Who trained them or where they come from; None if upstream states none.
         recipe: The recipe of the training run; None for weights that this project did not train.
@@ -68,7 +68,7 @@ class Entry:
     converted_from: str | None
     input: InputSpec
     num_classes: int
-    licence: str | None
+    license: str | None
     data: str | None
     origin: str | None
     recipe: Recipe | None
@@ -212,7 +212,7 @@ def _recorded(record: Record, default: bool) -> Entry:
         converted_from=None,
         input=record.input,
         num_classes=record.num_classes,
-        licence=record.licence,
+        license=record.license,
         data=record.origin.data,
         origin=record.origin.trained,
         recipe=record.recipe,
@@ -243,7 +243,7 @@ def _converted(architecture: str, tag: str, cfg: PretrainedCfg, default: bool) -
             crop_mode=cfg.crop_mode,
         ),
         num_classes=cfg.num_classes,
-        licence=cfg.license,
+        license=cfg.license,
         data=None,
         origin=cfg.origin_url,
         recipe=None,

@@ -51,7 +51,7 @@ def _native_cfg(record: Record, upstream: PretrainedCfg) -> PretrainedCfg:
         pool_size=_pool_size(record, upstream),
         first_conv=upstream.first_conv,
         classifier=upstream.classifier,
-        license=record.licence,
+        license=record.license,
         description=record.description,
         paper_name=_PAPER,
         paper_ids="arXiv:2311.15993",

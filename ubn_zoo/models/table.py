@@ -20,7 +20,7 @@ _INTRODUCTION = """\
 {models} architectures of timm {version} with Unified Batch Normalization, {weights} tags of theirs with weights.
 
 Tags that start with `bn_` are the weights of the BatchNorm sibling (the name without `_ubn`): fetched from the
-repository named here, under its licence, and converted exactly. Other tags were trained with UBN. The first tag of a
+repository named here, under its license, and converted exactly. Other tags were trained with UBN. The first tag of a
 model is the one that `pretrained=True` loads. Inputs are channels x height x width in pixels.
 """
 
@@ -33,7 +33,7 @@ def markdown() -> str:
     ]
     for module in (ubn_resnet, ubn_regnet, ubn_mobilenet):
         name = module.__name__.rpartition(".")[2]
-        text += [f"\n## {name}\n", "| Model | Tag | Weights | Input | Classes | Licence |", "|---|---|---|---|---|---|"]
+        text += [f"\n## {name}\n", "| Model | Tag | Weights | Input | Classes | License |", "|---|---|---|---|---|---|"]
         for model in timm.list_models(module=name):
             for full, cfg in arch_pretrained_cfgs(model).items():
                 source = cfg.hf_hub_id or ("in the package" if cfg.file else "none")

@@ -244,7 +244,7 @@ def check_state_dict(
         for key, value in state_dict.items()
         if key not in expected and key not in optional
     ]
-    missing, misshapen, mistyped, spoilt = [], [], [], []
+    missing, misshapen, mistyped, spoiled = [], [], [], []
     for key, target in expected.items():
         if key not in state_dict:
             if key not in optional:
@@ -256,13 +256,13 @@ def check_state_dict(
         elif not _same_dtype(value.dtype, target.dtype, weights):
             mistyped.append(f"{key}: the file has {value.dtype}, the model has {target.dtype}")
         elif value.is_floating_point() and not torch.isfinite(value).all():
-            spoilt.append(f"{key}, {_shape(value)}")
+            spoiled.append(f"{key}, {_shape(value)}")
     kinds = {
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": misshapen,
         "of another dtype": mistyped,
-        "with NaN or infinite values": spoilt,
+        "with NaN or infinite values": spoiled,
     }
     problems = [f"{len(found)} {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
     if problems:

@@ -90,7 +90,7 @@ class Recipe:
         time: How long that took, or "not yet run".
         expected: The metric to expect, or "not yet run".
         model: timm's name of the architecture, without ``_ubn``.
-        norm: Its normalisation: ``ubn``, ``bn``, or the ablations ``rbn`` (both calibrations, neither gate nor
+        norm: Its normalization: ``ubn``, ``bn``, or the ablations ``rbn`` (both calibrations, neither gate nor
             depthwise kernel) and ``bnet`` (the depthwise kernel alone).
         threshold: Gate threshold of ``ubn``; None for no gate, batch statistics always.
         kernel_size: Taps per side of the depthwise affine of ``ubn`` and ``bnet``.
@@ -118,7 +118,7 @@ class Recipe:
         test_img_size: Side in pixels of held-out images; None for ``img_size``.
         interpolation: Filter of resizing, ``bilinear`` or ``bicubic``; None for the model's.
         train_interpolation: Likewise in training, or ``random``; None for ``interpolation``.
-        crop_pct: Side of the centre crop over that of the resized image, for held-out images; None for the model's.
+        crop_pct: Side of the center crop over that of the resized image, for held-out images; None for the model's.
         mean: Mean per channel, of pixel values scaled to 0..1; None for the model's.
         std: Standard deviation per channel, of pixel values scaled to 0..1; None for the model's.
         crop: Random crop in training: ``rrc`` (of random size and ratio, resized), ``rkrc`` (resized keeping the ratio,
@@ -131,7 +131,7 @@ class Recipe:
         color_jitter: Strength of random brightness, contrast and saturation; 0 for none.
         auto_augment: timm's text for an augmentation policy, such as ``rand-m7-mstd0.5-inc1``; None for none.
         random_erasing: Probability of erasing a rectangle.
-        erasing_mode: What fills it: ``const`` (zero), ``rand`` (one colour) or ``pixel`` (noise).
+        erasing_mode: What fills it: ``const`` (zero), ``rand`` (one color) or ``pixel`` (noise).
         repeats: Augmented copies of each image in a batch; an epoch shows as many fewer images.
         mixup: Alpha of Mixup; 0 for none.
         cutmix: Alpha of CutMix; 0 for none.
@@ -140,14 +140,14 @@ class Recipe:
         mixup_off_epoch: Epoch from which on they are off; None for never.
         epochs: Passes over the training images.
         batch_size: Images per update, over all ranks and accumulated parts; an incomplete last batch is left out.
-        accumulation: Parts that a rank's share of a batch is divided in; normalisation sees one part at a time.
+        accumulation: Parts that a rank's share of a batch is divided in; normalization sees one part at a time.
         optimizer: timm's name of it.
         lr: Peak learning rate.
-        momentum: Momentum, of optimisers that have one.
-        betas: Betas, of optimisers that have them; None for their default.
-        optimizer_eps: Epsilon; None for the optimiser's default.
+        momentum: Momentum, of optimizers that have one.
+        betas: Betas, of optimizers that have them; None for their default.
+        optimizer_eps: Epsilon; None for the optimizer's default.
         weight_decay: Decay of convolution and linear weights.
-        norm_decay: Whether biases and normalisation parameters decay too.
+        norm_decay: Whether biases and normalization parameters decay too.
         layer_decay: Factor of the learning rate from one layer group to the one before it; None for the same rate.
         scheduler: ``cosine``, ``step``, ``multistep``, ``poly`` or ``constant``, after the warm-up.
         warmup_epochs: Length of the linear warm-up, in epochs.
@@ -169,7 +169,7 @@ class Recipe:
         compile: Whether ``torch.compile`` compiles the model.
         grad_checkpointing: Whether activations are computed again in the backward pass, to save memory.
         sync_norm: Whether statistics are those of all ranks.
-        seed: Seed of initialisation, order and augmentation.
+        seed: Seed of initialization, order and augmentation.
         device: ``auto`` (an accelerator if there is one), or torch's name of the device.
         threads: torch's threads on the CPU; None for torch's own choice.
         workers: Processes that load data, per rank.
@@ -620,7 +620,7 @@ def recipe_page() -> str:
     names = list_recipes()
     text = [
         _PAGE,
-        "| Recipe | Model | Data | Epochs | Batch | Optimiser | Peak rate |",
+        "| Recipe | Model | Data | Epochs | Batch | Optimizer | Peak rate |",
         "|---|---|---|---|---|---|---|",
     ]
     recipes = {name: load_recipe(name) for name in names}

@@ -157,7 +157,7 @@ def bundle(
                 "crop_mode": "center",
             },
             "num_classes": recipe.num_classes,
-            "licence": "apache-2.0",
+            "license": "apache-2.0",
             "origin": {"data": origin, "trained": f"by this project from scratch: {_command(recipe, recipe_name)}"},
             "recipe": {
                 "name": f"ubn_zoo/recipes/{recipe_path(recipe_name).name}",

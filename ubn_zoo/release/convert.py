@@ -17,7 +17,7 @@ import torch
 from ubn_zoo.hub import fetch as hub
 from ubn_zoo.hub.manifest import ManifestError, load_manifest
 from ubn_zoo.models import CheckpointError
-from ubn_zoo.models import catalog as catalogue
+from ubn_zoo.models import catalog as catalog
 from ubn_zoo.models.catalog import Entry, UnknownModelError
 
 __all__ = ["Finding", "convert", "download", "present", "verify"]
@@ -44,7 +44,7 @@ def download(entry: Entry, cache_dir: str | Path | None = None) -> Path:
     """Give the local path of an entry's file, its hash checked; fetched if need be.
 
     Args:
-        entry: An entry of the catalogue.
+        entry: An entry of the catalog.
         cache_dir: Cache folder; by default huggingface_hub's.
 
     Raises:
@@ -67,7 +67,7 @@ def present(cache_dir: str | Path | None = None) -> list[Entry]:
         cache_dir: Cache folder; by default huggingface_hub's.
     """
     found = []
-    for entry in catalogue.entries(tags=True, pretrained=True):
+    for entry in catalog.entries(tags=True, pretrained=True):
         if entry.address is None:
             found.append(entry)
         elif entry.file is not None:
@@ -81,7 +81,7 @@ def verify(entries: Sequence[Entry], cache_dir: str | Path | None = None) -> Ite
     """Check checkpoints one after another: hash, size, exact keys, shapes and dtypes, finite values, a forward pass.
 
     Args:
-        entries: Entries of the catalogue; files that are not here are fetched.
+        entries: Entries of the catalog; files that are not here are fetched.
         cache_dir: Cache folder; by default huggingface_hub's.
 
     Yields:
@@ -129,7 +129,7 @@ def convert(
         HubError: The weights cannot be fetched.
         ValueError: The output has another ending.
     """
-    entry, target = catalogue.describe(name), Path(output)
+    entry, target = catalog.describe(name), Path(output)
     if target.suffix != ".safetensors":
         raise ValueError(f"received the output {target}; valid: a name that ends in .safetensors")
     if target.exists() and not force:

@@ -129,7 +129,7 @@ class _Source:
     model: nn.Module | None = None
     architecture: str | None = None
     tag: str | None = None
-    licence: str | None = None
+    license: str | None = None
     description: str | None = None
     base_model: str | None = None
     data: str | None = None
@@ -153,7 +153,7 @@ def publish(
     tag: str | None = None,
     private: bool = False,
     dry_run: bool = False,
-    licence: str | None = None,
+    license: str | None = None,
     dataset: str | None = None,
     split: str = "test",
     recipe: str | os.PathLike[str] | None = None,
@@ -176,7 +176,7 @@ def publish(
         tag: Name of these weights in ``architecture.tag``; by default the checkpoint's own.
         private: Whether the repository is, or is made, private.
         dry_run: Whether only to check: nothing is sent, asked or written.
-        licence: SPDX identifier of the weights' licence; by default the checkpoint's own.
+        license: SPDX identifier of the weights' license; by default the checkpoint's own.
         dataset: Name of the data of training and measurement; by default the checkpoint's own.
         split: The part of it that a run's metrics were measured on.
         recipe: A recipe's file, where the checkpoint brings none.
@@ -198,7 +198,7 @@ def publish(
     book = load_manifest(manifest)
     found = _gather(source, book, dataset=dataset, split=split, cache_dir=cache_dir)
     _add_given(found, recipe=recipe, metrics=metrics, dataset=dataset, split=split)
-    given = {"tag": tag, "licence": licence, "description": description, "base_model": base_model}
+    given = {"tag": tag, "license": license, "description": description, "base_model": base_model}
     for name, value in given.items():
         if value is not None:
             setattr(found, name, value)
@@ -352,7 +352,7 @@ def _from_config(found: _Source, folder: Path) -> None:
         found.problems.append(f"config.json does not describe a model of the zoo: {error}")
         return
     found.architecture = architecture
-    found.tag, found.licence, found.description = cfg.get("tag"), cfg.get("license"), cfg.get("description")
+    found.tag, found.license, found.description = cfg.get("tag"), cfg.get("license"), cfg.get("description")
     found.labels = {name: config[name] for name in ("label_names", "label_descriptions") if name in config}
 
 
@@ -379,7 +379,7 @@ def _from_record(record: Record, cache_dir: str | os.PathLike[str] | None) -> _S
         label=record.id,
         architecture=record.architecture,
         tag=record.tag,
-        licence=record.licence,
+        license=record.license,
         description=record.description,
         data=record.origin.data,
         trained=record.origin.trained,
@@ -494,8 +494,8 @@ def _prepare(found: _Source, repo_id: str) -> tuple[Record, tuple[File, ...]]:
     _check_recipe(found)
     if not found.metrics and not any(reason.startswith("metrics") for reason in reasons):
         reasons.append(f"metrics are missing: neither {CSV} nor {JSON} is there; pass a file of metrics")
-    if not found.licence:
-        reasons.append("the licence is missing; pass its identifier, for example apache-2.0")
+    if not found.license:
+        reasons.append("the license is missing; pass its identifier, for example apache-2.0")
     if not found.tag:
         reasons.append("the tag is missing; pass a name for these weights")
     if not found.data:
@@ -564,7 +564,7 @@ def _check_weights(found: _Source, model: nn.Module, state: dict[str, Any]) -> N
 
 def _config(found: _Source, model: nn.Module) -> dict[str, Any]:
     """What timm needs to build the model from the repository."""
-    described = {"tag": found.tag, "license": found.licence, "description": _description(found), "origin_url": None}
+    described = {"tag": found.tag, "license": found.license, "description": _description(found), "origin_url": None}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         save_config_for_hf(
@@ -603,7 +603,7 @@ def _draft(found: _Source, model: nn.Module, cfg: Mapping[str, Any], repo_id: st
             "crop_mode": cfg["crop_mode"],
         },
         "num_classes": model.num_classes,
-        "licence": found.licence or "unknown",
+        "license": found.license or "unknown",
         "origin": {"data": found.data or "unknown", "trained": found.trained or "as its recipe says"},
         "recipe": recipe,
         "metrics": found.metrics or [],
@@ -633,7 +633,7 @@ def _card(record: Record, found: _Source) -> str:
     ]
     metadata = ModelCardData(
         library_name="timm",
-        license=record.licence.lower(),
+        license=record.license.lower(),
         pipeline_tag="image-classification",
         tags=["timm", "image-classification", "ubn", "pytorch"],
         datasets=sorted({_dataset_id(metric.dataset) for metric in record.metrics}),
@@ -654,7 +654,7 @@ def _card(record: Record, found: _Source) -> str:
         "input": f"{'x'.join(map(str, record.input.size))}, {record.input.interpolation}",
         "training data": record.origin.data,
         "origin": record.origin.trained,
-        "licence": record.licence,
+        "license": record.license,
         "SHA-256 of the weights": f"`{record.sha256}`",
     }
     pictures = [f"![{Path(name).stem}]({name})" for name in found.pictures]

@@ -45,7 +45,7 @@ class Snapshot:
         updates: Updates made since the start of the run.
         model: State dict of the model.
         ema: State dict of the moving average of the weights; None without one.
-        optimizer: State dict of the optimiser.
+        optimizer: State dict of the optimizer.
         progress: All else, of what JSON can hold and tensors.
     """
 
@@ -225,7 +225,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load an optimiser's state, its tensors in the memory format of their parameters, as they were."""
+    """Load an optimizer's state, its tensors in the memory format of their parameters, as they were."""
     optimizer.load_state_dict(dict(state))
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""The training engine: a [`Recipe`][ubn_zoo.recipes.schema.Recipe] as model, optimiser, schedule and loop.
+"""The training engine: a [`Recipe`][ubn_zoo.recipes.schema.Recipe] as model, optimizer, schedule and loop.
 
 Built from timm's parts and torch's; many processes are torch's DistributedDataParallel, started by torchrun. Per epoch:
 train, evaluate, one row of metrics. Random numbers are drawn from seeds made of the recipe's seed, the epoch and the
@@ -73,7 +73,7 @@ class GateState:
         low: Smallest running similarity of all layers.
         mean: Their mean.
         high: The largest.
-        open: Layers above their threshold, which normalise with batch statistics in training.
+        open: Layers above their threshold, which normalize with batch statistics in training.
         layers: How many layers have a gate.
     """
 
@@ -116,7 +116,7 @@ def model_name(recipe: Recipe) -> str:
 
 
 def complete(recipe: Recipe) -> Recipe:
-    """Fill in what a recipe leaves to its model: size, filter, crop and normalisation of the images.
+    """Fill in what a recipe leaves to its model: size, filter, crop and normalization of the images.
 
     Args:
         recipe: Not changed.
@@ -224,12 +224,12 @@ def _synchronize(recipe: Recipe, model: nn.Module, ranks: Ranks) -> nn.Module:
     if recipe.norm != "bn":
         return convert_sync_ubn(model)
     if ranks.device.type == "cpu":
-        raise TrainingError("sync_norm: torch synchronises BatchNorm on GPUs only; valid here: false, or norm=ubn")
+        raise TrainingError("sync_norm: torch synchronizes BatchNorm on GPUs only; valid here: false, or norm=ubn")
     return timm.layers.convert_sync_batchnorm(model)
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the recipe's optimiser.
+    """Build the recipe's optimizer.
 
     Biases, norms and what the model names in `no_weight_decay` decay only with ``norm_decay``; frozen parameters are
     left out.

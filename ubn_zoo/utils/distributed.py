@@ -66,7 +66,7 @@ class Ranks:
 
     @torch.no_grad()
     def equalize_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers: statistics differ where layers are not synchronised."""
+        """Give every process the first one's buffers: statistics differ where layers are not synchronized."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure feature condensation: how alike the features of different images are at every norm layer.
 
-    python scripts/analyse.py --model NAME --data-dir DIR     any model of timm, on DIR's held-out images
-    python scripts/analyse.py --runs RUN [RUN ...]            training runs side by side, from their similarity.csv
+    python scripts/analyze.py --model NAME --data-dir DIR     any model of timm, on DIR's held-out images
+    python scripts/analyze.py --runs RUN [RUN ...]            training runs side by side, from their similarity.csv
 
 Writes similarity.png, and for a model similarity.csv, into the folder --output; prints a table.
 """
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 import ubn_zoo  # noqa: F401 - registers the models with timm
 from ubn_zoo.data.memory import find_test_split
-from ubn_zoo.evaluation.condensation import compare_layers, format_table, measure_similarity, summarise_similarity
+from ubn_zoo.evaluation.condensation import compare_layers, format_table, measure_similarity, summarize_similarity
 from ubn_zoo.evaluation.metrics import LayerSimilarity, read_similarity, write_similarity
 from ubn_zoo.evaluation.plots import draw_similarity_comparison
 from ubn_zoo.layers import convert_state_dict
@@ -83,7 +83,7 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Sequence[LayerSimilarity]]:
     return {str(path.relative_to(common)): read_similarity(path / "similarity.csv") for path in paths}
 
 
-def analyse(options: argparse.Namespace) -> None:
+def analyze(options: argparse.Namespace) -> None:
     """Measure or read, draw, print."""
     options.output.mkdir(parents=True, exist_ok=True)
     sources: Mapping[str, Sequence[LayerSimilarity]]
@@ -94,18 +94,18 @@ def analyse(options: argparse.Namespace) -> None:
     else:
         sources = read_runs(options.runs)
     print(format_table(compare_layers(sources)))
-    print(f"\n{format_table([dataclasses.asdict(summary) for summary in summarise_similarity(sources)])}")
+    print(f"\n{format_table([dataclasses.asdict(summary) for summary in summarize_similarity(sources)])}")
     draw_similarity_comparison(sources, options.output / "similarity.png", title="Feature condensation")
     print(f"\nwritten: {options.output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, analyse, report errors in a line."""
+    """Parse, analyze, report errors in a line."""
     options = parse_arguments(arguments)
     try:
-        analyse(options)
+        analyze(options)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        print(f"analyse: {error}", file=sys.stderr)
+        print(f"analyze: {error}", file=sys.stderr)
         return 1
     return 0
 
