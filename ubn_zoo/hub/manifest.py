@@ -18,12 +18,13 @@ import json
 import math
 import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ubn_zoo.utils.files import write_file
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -542,7 +543,7 @@ def _load(path: Path) -> Manifest:
 
 
 def dump_manifest(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
-    """Write a manifest file, sorted by id, in one step: readers see the old file or the new one, never a part.
+    """Write a manifest file atomically, its records sorted by id.
 
     Args:
         records: The records; their ids must differ.
@@ -556,19 +557,7 @@ def dump_manifest(records: Iterable[Record], path: str | os.PathLike[str]) -> No
     data = {"schema_version": SCHEMA_VERSION, "records": [record_to_dict(record) for record in manifest]}
     content = (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     parse_manifest(content)
-    target = Path(path).resolve()
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o644)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_file(path, content)
     _load_packaged.cache_clear()
 
 

@@ -1,47 +1,112 @@
-"""The one way in which a file is written whole."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-__all__ = ["sync_folder", "write_file"]
+__all__ = ["atomic_write", "sync_folder", "write_file"]
 
 _PART = ".part"
+_ABANDONED_SECONDS = 3600.0  # since the last write to a temporary file; by then its writer is gone
 
 
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file in one step, and wait until it is on the disk: readers see all of it or the file before it.
+def write_file(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a file atomically: readers see the old file or the new one, never a part of it.
 
     Args:
-        path: The file; its folder must exist.
-        content: All of it.
+        path: The file; its folder must exist. If it is a symbolic link, the file it points to is replaced.
+        content: The new content; a string is encoded as UTF-8, its line endings unchanged.
 
     Raises:
-        OSError: It cannot be written; the file before it is still there.
+        OSError: The file cannot be written, for example because the disk is full. The error names `path`, and an
+            existing file is unchanged.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}{_PART}")
+    with atomic_write(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a temporary file that replaces `path` when the ``with`` block ends without an exception.
+
+    The new content is on the disk (``fsync``) before it replaces the old. A new file gets the permissions of any new
+    file (666 less the umask); a replaced file keeps its own.
+
+    Args:
+        path: The file; its folder must exist. If it is a symbolic link, the file it points to is replaced.
+
+    Yields:
+        The temporary file, open for writing bytes.
+
+    Raises:
+        OSError: The file cannot be written. The error names `path`, and an existing file is unchanged.
+    """
+    target = Path(os.path.realpath(path))
+    _remove_leftovers(target)
+    # Random, so that processes which write the same file at the same time do not share it.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PART}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(target.parent)
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+            temporary.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(target.parent)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        raise _naming(error, path) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+def _naming(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """The same error, naming the file that the caller asked for instead of a temporary one or none."""
+    if error.errno is None:
+        return OSError(f"{error}: {os.fspath(path)!r}")
+    return OSError(error.errno, error.strerror or os.strerror(error.errno), os.fspath(path))
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of processes that were killed while they wrote `target`."""
+    with contextlib.suppress(OSError):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.*{_PART}"):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Wait until the names of a folder's files are on the disk, where the file system supports that.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: The disk fails.
+    """
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder, and a folder may be writable but not readable.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise
