@@ -24,7 +24,7 @@ from ubn_zoo.hub import fetch as client
 from ubn_zoo.hub import manifest
 from ubn_zoo.hub.manifest import InputSpec, Manifest, Origin, Record
 from ubn_zoo.models import catalog as catalog
-from ubn_zoo.release import convert as checkpoints
+from ubn_zoo.release import verify
 
 SIBLING = "mobilenetv3_small_050"
 NAME = f"{SIBLING}_ubn"
@@ -387,9 +387,9 @@ def test_verify_compares_with_the_record(
     if "input" in change:
         change = {"input": dataclasses.replace(record.input, **change["input"])}
     book = Manifest((dataclasses.replace(record, **change),))
-    for module in (catalog, checkpoints):
+    for module in (catalog, verify):
         monkeypatch.setattr(module, "load_manifest", lambda: book)
-    (found,) = checkpoints.verify([catalog.describe(NAME)], tmp_path)
+    (found,) = verify.verify([catalog.describe(NAME)], tmp_path)
     assert (found.problem is None) == (reason is None)
     assert reason is None or reason in str(found.problem)
 

@@ -33,7 +33,7 @@ from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, write_metrics
 from ubn_zoo.hub import fetch as client
 from ubn_zoo.hub import manifest
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
-from ubn_zoo.release import convert as checkpoints
+from ubn_zoo.release.convert import convert
 from ubn_zoo.release.upload import PublishConflictError, PublishError, publish
 from ubn_zoo.training.run import run as run_recipe
 from ubn_zoo.training.run import save_weights
@@ -586,7 +586,7 @@ def test_converted_file_names_its_base(hub: HubServer, book: Path, tmp_path: Pat
     sibling = timm.create_model(SIBLING)
     hub.create(f"timm/{SIBLING}.lamb_in1k", {"model.safetensors": safetensors.torch.save(sibling.state_dict())})
     output = tmp_path / "converted.safetensors"
-    checkpoints.convert(NAME, output, cache_dir=tmp_path / "cache")
+    convert(NAME, output, cache_dir=tmp_path / "cache")
     (tmp_path / "measured.json").write_text(json.dumps(METRICS))
     facts = {"tag": "from_bn", "license": "apache-2.0", "dataset": "ImageNet-1k", "metrics": tmp_path / "measured.json"}
     record = publish(output, REPO, manifest=book, **facts).record

@@ -22,7 +22,7 @@ from ubn_zoo.models import CheckpointError
 from ubn_zoo.models import catalog as catalog
 from ubn_zoo.models.catalog import Entry, UnknownModelError
 from ubn_zoo.recipes.schema import list_recipes, load_recipe, recipe_path
-from ubn_zoo.release import convert as checkpoints
+from ubn_zoo.release import convert, verify
 from ubn_zoo.release.upload import publish
 
 __all__ = ["main"]
@@ -220,21 +220,18 @@ def _recipes(options: argparse.Namespace) -> int:
 
 def _download(options: argparse.Namespace) -> int:
     for entry in [catalog.describe(name) for name in options.names]:
-        print(checkpoints.download(entry, options.cache_dir), flush=True)
+        print(verify.download(entry, options.cache_dir), flush=True)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if options.names:
-        wanted = [catalog.describe(name) for name in options.names]
-    else:
-        wanted = checkpoints.present(options.cache_dir)
+    wanted = [catalog.describe(name) for name in options.names] if options.names else verify.present(options.cache_dir)
     if options.all:
         named = {entry.name for entry in wanted}
         wanted += [catalog.describe(record.id) for record in load_manifest() if record.id not in named]
     width = max((len(entry.name) for entry in wanted), default=0)
     failed = 0
-    for finding in checkpoints.verify(wanted, options.cache_dir):
+    for finding in verify.verify(wanted, options.cache_dir):
         failed += finding.problem is not None
         size = "-" if finding.size is None else f"{finding.size / 1e6:.1f} MB"
         result = "ok" if finding.problem is None else f"FAILED  {finding.problem}"
@@ -245,7 +242,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     output = options.output or f"{catalog.describe(options.name).name}.safetensors"
-    checkpoints.convert(
+    convert.convert(
         options.name,
         output,
         checkpoint=options.checkpoint,
