@@ -17,6 +17,7 @@ import pytest
 
 from tests.hub_server import HubServer
 from ubn_zoo.hub import fetch as client
+from ubn_zoo.hub import retry
 
 REPO = "someone/model"
 FILE = "model.safetensors"
@@ -42,9 +43,9 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setattr(client, "RETRY_SECONDS", 5.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 5.0)
 
 
 def blobs(cache: Path) -> list[Path]:
@@ -287,21 +288,21 @@ LASTING = {
 def test_lasting_faults_end_with_advice_in_time(
     hub: HubServer, revision: str, cache: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, object]
 ) -> None:
-    monkeypatch.setenv(client.RETRY_SECONDS_VARIABLE, "0.5")
+    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0.5")
     hub.fail(**fault, times=None)
     start = time.monotonic()
     with pytest.raises(client.HubUnavailableError) as caught:
         client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
     assert time.monotonic() - start < 5
-    for part in (FILE, REPO, hub.endpoint, "HF_ENDPOINT", client.RETRY_SECONDS_VARIABLE):
+    for part in (FILE, REPO, hub.endpoint, "HF_ENDPOINT", retry.RETRY_SECONDS_VARIABLE):
         assert part in str(caught.value)
     assert "Signature" not in str(caught.value)
     assert len(hub.requests) > 4
 
 
 def test_pauses_grow(hub: HubServer, revision: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE", 1.0)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 16.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 1.0)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 16.0)
     clock = [0.0]
     pauses: list[float] = []
 
@@ -309,8 +310,8 @@ def test_pauses_grow(hub: HubServer, revision: str, cache: Path, monkeypatch: py
         pauses.append(seconds)
         clock[0] += seconds
 
-    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
-    monkeypatch.setenv(client.RETRY_SECONDS_VARIABLE, "60")
+    monkeypatch.setattr(retry, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "60")
     hub.fail(method="HEAD", path=RESOLVE, drop=True, times=None)
     with pytest.raises(client.HubUnavailableError):
         client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
@@ -321,8 +322,8 @@ def test_pauses_grow(hub: HubServer, revision: str, cache: Path, monkeypatch: py
 def test_retry_seconds_must_be_a_number(
     hub: HubServer, revision: str, cache: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    monkeypatch.setenv(client.RETRY_SECONDS_VARIABLE, value)
-    with pytest.raises(ValueError, match=client.RETRY_SECONDS_VARIABLE):
+    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, value)
+    with pytest.raises(ValueError, match=retry.RETRY_SECONDS_VARIABLE):
         client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
 
 
@@ -344,7 +345,7 @@ def test_changed_file_is_not_served_while_the_hub_is_down(
     path = client.fetch(REPO, FILE, cache_dir=cache)
     path.write_bytes(OTHER)
     hub.fail(method="HEAD", times=None, status=503)
-    monkeypatch.setenv(client.RETRY_SECONDS_VARIABLE, "0.05")
+    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0.05")
     for wanted in (None, revision):
         with pytest.raises(client.HubUnavailableError):
             client.fetch(REPO, FILE, revision=wanted, cache_dir=cache)

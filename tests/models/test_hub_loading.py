@@ -21,7 +21,7 @@ import ubn_zoo
 from tests.hub_server import HubServer, sha256
 from ubn_zoo import cli
 from ubn_zoo.hub import fetch as client
-from ubn_zoo.hub import manifest
+from ubn_zoo.hub import manifest, retry
 from ubn_zoo.hub.manifest import InputSpec, Manifest, Origin, Record
 from ubn_zoo.models import catalog as catalog
 from ubn_zoo.release import verify
@@ -36,9 +36,9 @@ BODY = "/lfs/"
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setenv(client.RETRY_SECONDS_VARIABLE, "0.3")
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0.3")
 
 
 def with_random_statistics(model: nn.Module) -> nn.Module:

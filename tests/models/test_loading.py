@@ -22,6 +22,7 @@ import ubn_zoo.models
 from tests.hub_server import HubServer
 from ubn_zoo import UnifiedBatchNorm2d
 from ubn_zoo.hub import fetch as client
+from ubn_zoo.hub import retry
 from ubn_zoo.hub.manifest import Record, bundled_path, load_manifest
 from ubn_zoo.models import CheckpointError
 
@@ -35,8 +36,8 @@ REPOSITORY = Path(ubn_zoo.models.__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")

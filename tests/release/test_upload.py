@@ -31,7 +31,7 @@ from ubn_zoo import cli
 from ubn_zoo.data.loaders import MemoryTest, MemoryTrain
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, write_metrics
 from ubn_zoo.hub import fetch as client
-from ubn_zoo.hub import manifest
+from ubn_zoo.hub import manifest, retry
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
 from ubn_zoo.release.convert import convert
 from ubn_zoo.release.upload import PublishConflictError, PublishError, publish
@@ -52,9 +52,9 @@ PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setenv(client.RETRY_SECONDS_VARIABLE, "0.3")
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0.3")
     # The client's own retries wait for seconds.
     impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr(client_http, "time", impatient)

@@ -14,13 +14,11 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import math
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from huggingface_hub import (
     HfApi,
@@ -30,20 +28,23 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    EntryNotFoundError,
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, but not in __all__
 
 from ubn_zoo.hub.manifest import MAX_FILE_BYTES, Record, bundled_path
+from ubn_zoo.hub.retry import (
+    RETRY_SECONDS_VARIABLE,
+    Advice,
+    HTTPError,
+    HubAccessError,
+    HubError,
+    HubNotFoundError,
+    HubUnavailableError,
+    describe_failure,
+    endpoint,
+    retry,
+    traceable,
+)
 
 __all__ = [
     "ChecksumError",
@@ -57,46 +58,15 @@ __all__ = [
     "fetch_record",
 ]
 
-RETRY_SECONDS = 60.0
-"""After the first failure no new attempt starts later than this; an attempt under way is not broken off."""
-
-RETRY_SECONDS_VARIABLE = "UBN_ZOO_RETRY_SECONDS"
-"""Environment variable that replaces `RETRY_SECONDS`; 0 means a single attempt."""
-
-FIRST_PAUSE = 1.0
-LONGEST_PAUSE = 16.0
-"""Seconds between attempts: the first pause, doubled every time up to the longest."""
-
 SAFE_SUFFIXES = (".safetensors", ".json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar", ".npz")
 
-_PASSING_STATUS = (408, 425, 429)
 _HASH_LENGTHS = {64: "SHA-256", 40: "Git SHA-1"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
-# The base of every error of the HTTP library in use, httpx or httpx2: huggingface_hub derives its own from it.
-_HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
-
-
-class HubError(RuntimeError):
-    """A file cannot be had from the Hub; the message says why and what to do."""
-
-
-class HubUnavailableError(HubError):
-    """The Hub cannot be reached, or keeps failing, and the file is not in the cache."""
-
-
-class HubNotFoundError(HubError):
-    """The repository, the revision or the file does not exist."""
-
-
-class HubAccessError(HubError):
-    """The repository is gated, private or disabled."""
 
 
 class UnsafeFileError(HubError, ValueError):
@@ -187,13 +157,12 @@ def fetch(
         size=size,
         cache_dir=Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser().resolve(),
     )
-    limit = _retry_seconds()
     try:
-        return _from_cache(request) or _retry(lambda: _obtain(request), request, limit)
+        return _from_cache(request) or retry(lambda: _obtain(request), str(request), _advice(request))
     except _MismatchError as first:
         _logger.warning("%s: hash is %s instead of %s; fetching it again", request, first.found, first.expected)
     try:
-        return _retry(lambda: _obtain(request), request, limit)
+        return retry(lambda: _obtain(request), str(request), _advice(request))
     except _MismatchError as second:
         kind = _HASH_LENGTHS[len(second.expected)]
         raise ChecksumError(
@@ -283,113 +252,32 @@ def _checked_sha256(sha256: str) -> str:
     return sha256
 
 
-def _retry_seconds() -> float:
-    value = os.environ.get(RETRY_SECONDS_VARIABLE)
-    if value is None:
-        return RETRY_SECONDS
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"{RETRY_SECONDS_VARIABLE}: received {value!r}; valid: a number of seconds, 0 or more")
-    return seconds
-
-
-def _retry(attempt: Callable[[], _T], request: _Request, limit: float) -> _T:
-    """Call `attempt` until it succeeds, fails for good, or has been failing for `limit` seconds."""
-    pause = FIRST_PAUSE
-    deadline: float | None = None
-    while True:
-        try:
-            return attempt()
-        except (_HTTPError, OSError, RuntimeError) as error:
-            _raise_if_lasting(error, request)
-            now = time.monotonic()
-            deadline = now + limit if deadline is None else deadline
-            if now + pause > deadline:
-                raise HubUnavailableError(
-                    f"{request}: {_reason(error)}; gave up after retrying for {limit:g} s. Check the connection and "
-                    f"{constants.ENDPOINT} (set HF_ENDPOINT for a mirror), try again later, or wait longer with "
-                    f"{RETRY_SECONDS_VARIABLE}=SECONDS. Once a file is in the cache it loads without the Hub."
-                ) from error
-            _logger.warning("%s: %s; trying again in %g s", request, _reason(error), pause)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _raise_if_lasting(error: Exception, request: _Request) -> None:
-    """Return if a second attempt may succeed; otherwise raise what the error means for the user."""
-    if isinstance(error, HubError):
-        raise error
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        # The client could not ask the Hub and the cache lacks the file: what counts is why it could not ask.
-        error = error.__cause__
-    if isinstance(error, OfflineModeIsEnabled):
-        raise HubUnavailableError(
-            f"{request}: not in the cache {request.cache_dir}, and offline mode is on. Unset HF_HUB_OFFLINE and load "
-            "it once, or copy the cache of a machine that has it."
-        ) from error
-    if isinstance(error, FileMetadataError):
-        raise HubError(f"{request}: {constants.ENDPOINT} does not answer like a Hub; check HF_ENDPOINT") from error
-    if isinstance(error, HfHubHTTPError):
-        _raise_if_lasting_answer(error, request)
-    elif type(error).__name__ == "UnsupportedProtocol":
-        raise HubError(f"{request}: HF_ENDPOINT is {constants.ENDPOINT!r}; valid: http:// or https://") from error
-    elif (
-        isinstance(error, OSError)
-        and error.errno is not None
-        and not isinstance(error, (ConnectionError, TimeoutError))
-    ):
-        # The disk is full or the cache cannot be written: the system's own message is the clearest.
-        raise error
-
-
-def _raise_if_lasting_answer(error: HfHubHTTPError, request: _Request) -> None:
-    status = error.response.status_code
-    login = "ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, GatedRepoError):
-        raise HubAccessError(f"{request}: access to the repository is restricted; {login}") from error
-    if isinstance(error, DisabledRepoError):
-        raise HubAccessError(f"{request}: the repository is disabled by the Hub") from error
-    if isinstance(error, RepositoryNotFoundError):
-        raise HubNotFoundError(f"{request}: there is no such repository; if it is private, {login}") from error
-    if isinstance(error, RevisionNotFoundError):
-        raise HubNotFoundError(f"{request}: the repository has no such revision") from error
-    if isinstance(error, EntryNotFoundError):
-        _raise_missing_file(error, request)
-    if status in (401, 403):
-        raise HubAccessError(f"{request}: the Hub refuses access (HTTP {status}); {login}") from error
-    if status < 500 and status not in _PASSING_STATUS:
-        raise HubError(f"{request}: the Hub answers HTTP {status}") from error
+def _advice(request: _Request) -> Advice:
+    return Advice(
+        login="ask for access on its page, then log in with `hf auth login` or set HF_TOKEN",
+        offline=f"The cache {request.cache_dir} does not have the file: unset HF_HUB_OFFLINE and load it once, or copy "
+        "the cache of a machine that has it",
+        exhausted=f"Check the connection and {endpoint()} (set HF_ENDPOINT for a mirror), try again later, or wait "
+        f"longer with {RETRY_SECONDS_VARIABLE}=SECONDS. Once a file is in the cache it loads without the Hub",
+    )
 
 
 def _raise_missing_file(error: Exception, request: _Request) -> NoReturn:
     """Say what the repository has instead: most often an old one holds only a pickle."""
+    cause = traceable(error)
     try:
         names = HfApi().list_repo_files(request.repo_id, revision=request.revision)
-    except (_HTTPError, OSError) as listing_error:
-        raise HubNotFoundError(f"{request}: the repository has no such file") from listing_error
+    except (HTTPError, OSError):
+        raise HubNotFoundError(f"{request}: the repository has no such file") from cause
     pickles = [name for name in names if name.lower().endswith(PICKLE_SUFFIXES)]
     safe = [name for name in names if name.lower().endswith(".safetensors")]
     if pickles and not safe:
         raise UnsafeFileError(
             f"{request}: the repository offers its weights only as {', '.join(pickles[:5])}, whose loading can run "
             "code. Download that file and turn it into safetensors with `ubn-zoo convert NAME --checkpoint FILE`."
-        ) from error
+        ) from cause
     offered = f"it has {', '.join(safe[:10])}" if safe else "it has no safetensors file at all"
-    raise HubNotFoundError(f"{request}: the repository has no such file; {offered}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Describe a failure without addresses: a signed download address is a credential."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    if isinstance(error, HfHubHTTPError):
-        return f"the Hub answers HTTP {error.response.status_code}"
-    if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):
-        return "the answer was shorter than announced"
-    return f"{type(error).__name__}: {str(error)[:200]}"
+    raise HubNotFoundError(f"{request}: the repository has no such file; {offered}") from cause
 
 
 def _from_cache(request: _Request) -> Path | None:
@@ -415,7 +303,7 @@ def _obtain(request: _Request) -> Path:
     """One attempt: ask the Hub, download if needed, verify; the cache serves if the Hub cannot be asked."""
     try:
         answer = _ask(request)
-    except (_HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         cached = request.cached()
         if cached is None or (isinstance(error, HfHubHTTPError) and error.response.status_code == 404):
             raise
@@ -424,7 +312,9 @@ def _obtain(request: _Request) -> Path:
                 raise
             _verify(cached, request, None)
         if not request.pinned:
-            _logger.warning("%s: %s; using the cached commit %s", request, _reason(error), _commit(cached, request))
+            _logger.warning(
+                "%s: %s; using the cached commit %s", request, describe_failure(error), _commit(cached, request)
+            )
         return cached
     with _lock(request):
         path = Path(
@@ -443,11 +333,12 @@ def _obtain(request: _Request) -> Path:
 def _ask(request: _Request) -> _Answer:
     """Ask what the file is, at once and without huggingface_hub's own retries, which can take minutes."""
     url = hf_hub_url(request.repo_id, request.filename, revision=request.revision)
-    answer = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, library_name="ubn-zoo")
+    try:
+        answer = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, library_name="ubn-zoo")
+    except EntryNotFoundError as error:
+        _raise_missing_file(error, request)
     if answer.commit_hash is None or (request.pinned and answer.commit_hash != request.revision):
-        raise HubError(
-            f"{request}: {constants.ENDPOINT} answers for the commit {answer.commit_hash}; check HF_ENDPOINT"
-        )
+        raise HubError(f"{request}: {endpoint()} answers for the commit {answer.commit_hash}; check HF_ENDPOINT")
     if answer.size is not None:
         if request.size is not None and answer.size != request.size:
             raise ChecksumError(f"{request}: expected {request.size} bytes, the Hub has {answer.size}; not downloaded")

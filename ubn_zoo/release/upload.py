@@ -11,21 +11,19 @@ import csv
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import os
 import re
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import safetensors
 import timm
 import torch
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData, constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -33,9 +31,9 @@ from torch import nn
 from ubn_zoo import __version__
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics
 from ubn_zoo.hub import fetch as hub
-from ubn_zoo.hub.fetch import HubAccessError, HubError, HubUnavailableError
 from ubn_zoo.hub.manifest import Manifest, ManifestError, Record, add_record, load_manifest, record_from_dict
 from ubn_zoo.hub.manifest import record_to_dict as as_dict
+from ubn_zoo.hub.retry import RETRY_SECONDS_VARIABLE, Advice, Backoff, HubError, endpoint, retry
 from ubn_zoo.models import CheckpointError
 from ubn_zoo.models.catalog import UnknownModelError, describe
 from ubn_zoo.models.registry import SUFFIX
@@ -56,11 +54,15 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PICTURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.png")
 _NO_COMMIT = "0" * 40
 _TOP1 = "Top-1 accuracy (%)"
-_PASSING_STATUS = (408, 425, 429)
 _HUB_DATASETS = {"cifar-10": "cifar10", "cifar-100": "cifar100", "imagenet-1k": "imagenet-1k"}
 
-_logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
+_ADVICE = Advice(
+    login="log in with `hf auth login` or set HF_TOKEN to a token that may write there",
+    offline="Unset HF_HUB_OFFLINE to publish",
+    exhausted="Nothing was recorded; publish again later to finish it, or wait longer with "
+    f"{RETRY_SECONDS_VARIABLE}=SECONDS",
+    writing=True,
+)
 
 
 class PublishError(ValueError):
@@ -689,8 +691,8 @@ def _upload(
 ) -> tuple[str, bool]:
     """Bring a repository's main branch to hold the files; give the commit, and whether it is a new one."""
     api = HfApi(endpoint=constants.ENDPOINT, library_name="ubn-zoo", library_version=__version__)
-    request = f"{repo_id} at {constants.ENDPOINT}"
-    head, is_private = _retry(lambda: _open_repository(api, repo_id, private), request)
+    request = f"{repo_id} at {endpoint()}"
+    head, is_private = retry(lambda: _open_repository(api, repo_id, private), request, _ADVICE)
     if private and not is_private:
         raise PublishConflictError(
             f"{request}: the repository is public, but a private one was asked for; nothing was sent"
@@ -734,7 +736,7 @@ def _remote(api: HfApi, repo_id: str, revision: str, request: str) -> dict[str, 
         files = (entry for entry in entries if isinstance(entry, RepoFile))
         return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
-    return _retry(attempt, request)
+    return retry(attempt, request, _ADVICE)
 
 
 def _differing(remote: Mapping[str, str], files: Sequence[File]) -> list[str]:
@@ -747,16 +749,16 @@ def _commit(api: HfApi, repo_id: str, files: Sequence[File], head: str, title: s
     The answer to a commit may be lost after it was made. So main is looked at after every failure, and every attempt
     names the parent, by which the Hub refuses to make the same commit twice.
     """
-    patience = _Patience()
+    backoff = Backoff(request, _ADVICE)
     while True:
         failure: Exception | None = None
         try:
             # New operations every time: a committed one cannot be used again.
             operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content) for file in files]
             revision = api.create_commit(repo_id, operations, commit_message=title, parent_commit=head).oid
-        except (hub._HTTPError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
             failure = error
-            revision = _retry(lambda: str(api.repo_info(repo_id).sha), request)
+            revision = retry(lambda: str(api.repo_info(repo_id).sha), request, _ADVICE)
         if not _differing(_remote(api, repo_id, revision, request), files):
             return revision
         if failure is None:
@@ -766,60 +768,4 @@ def _commit(api: HfApi, repo_id: str, files: Sequence[File], head: str, title: s
                 f"{request}: main moved from {head} to {revision} meanwhile, so nothing was committed; look at it, "
                 "then publish again"
             ) from failure
-        patience.wait(failure, request)
-
-
-class _Patience:
-    """Pauses between attempts, growing, until they have been failing for the stated time."""
-
-    def __init__(self) -> None:
-        self._limit, self._pause = hub._retry_seconds(), hub.FIRST_PAUSE
-        self._deadline: float | None = None
-
-    def wait(self, error: Exception, request: str) -> None:
-        """Return after a pause if another attempt may succeed and is due; otherwise raise what the error means."""
-        reason = _passing_reason(error, request)
-        now = time.monotonic()
-        self._deadline = now + self._limit if self._deadline is None else self._deadline
-        if now + self._pause > self._deadline:
-            raise HubUnavailableError(
-                f"{request}: {reason}; gave up. Nothing was recorded; publish again later to finish it, or wait longer "
-                f"with {hub.RETRY_SECONDS_VARIABLE}=SECONDS"
-            ) from error
-        _logger.warning("%s: %s; trying again in %g s", request, reason, self._pause)
-        time.sleep(self._pause)
-        self._pause = min(2 * self._pause, hub.LONGEST_PAUSE)
-
-
-def _retry(attempt: Callable[[], _T], request: str) -> _T:
-    patience = _Patience()
-    while True:
-        try:
-            return attempt()
-        except (hub._HTTPError, OSError, RuntimeError, ValueError) as error:
-            patience.wait(error, request)
-
-
-def _passing_reason(error: Exception, request: str) -> str:
-    """Say what went wrong, without addresses, if a second attempt may succeed; otherwise raise what it means."""
-    if isinstance(error, HubError):
-        raise error
-    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
-        # huggingface_hub wraps what went wrong with a large file.
-        error = error.__cause__
-    if isinstance(error, OfflineModeIsEnabled):
-        raise HubUnavailableError(f"{request}: offline mode is on; unset HF_HUB_OFFLINE to publish") from error
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            raise HubAccessError(
-                f"{request}: the Hub refuses access (HTTP {status}); log in with `hf auth login` or set HF_TOKEN to a "
-                "token that may write there"
-            ) from error
-        if status < 500 and status not in _PASSING_STATUS:
-            raise HubError(f"{request}: HTTP {status}: {error.server_message or 'no reason given'}") from error
-    if isinstance(error, json.JSONDecodeError):
-        return "the answer is not JSON"
-    if isinstance(error, ValueError):
-        raise HubError(f"{request}: {error}") from error
-    return hub._reason(error)
+        backoff.wait(failure)

@@ -1,0 +1,332 @@
+"""Requests to the Hub: retries with growing pauses, and what an error of huggingface_hub means for the user.
+
+Downloads and uploads share this. An error is either temporary, and the request is repeated until the time is up, or it
+is raised at once as a `HubError` whose message says what to do. No message holds a credential.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from huggingface_hub import constants, errors
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+__all__ = [
+    "RETRY_SECONDS",
+    "RETRY_SECONDS_VARIABLE",
+    "TEMPORARY_STATUS",
+    "Advice",
+    "Backoff",
+    "HTTPError",
+    "HubAccessError",
+    "HubError",
+    "HubNotFoundError",
+    "HubUnavailableError",
+    "describe_failure",
+    "endpoint",
+    "redact",
+    "retry",
+    "traceable",
+]
+
+RETRY_SECONDS = 60.0
+"""After the first failure no new attempt starts later than this; a running attempt is not interrupted."""
+
+RETRY_SECONDS_VARIABLE = "UBN_ZOO_RETRY_SECONDS"
+"""Environment variable that overrides `RETRY_SECONDS`; 0 means a single attempt."""
+
+FIRST_PAUSE = 1.0
+LONGEST_PAUSE = 16.0
+"""Seconds between attempts: the first pause, doubled every time up to the longest."""
+
+TEMPORARY_STATUS = (408, 425, 429)
+"""HTTP statuses below 500 that are retried; all from 500 on are."""
+
+# The base of all errors of the HTTP library in use, httpx or httpx2: huggingface_hub derives its own from it.
+HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_Response: type[Any] = vars(errors)["Response"]
+
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"]*@")
+_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^?\s'\"]*)\?[^\s'\"]*")
+_SHOWN = 200  # characters of an answer or a foreign message that an error quotes
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class HubError(RuntimeError):
+    """A request to the Hub failed; the message says why and what to do."""
+
+
+class HubUnavailableError(HubError):
+    """The Hub cannot be reached, or keeps failing, and the cache does not have the file."""
+
+
+class HubNotFoundError(HubError):
+    """The repository, the revision or the file does not exist."""
+
+
+class HubAccessError(HubError):
+    """The repository is gated, private or disabled, or the token is not valid."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What to tell the user when a request fails for good.
+
+    Attributes:
+        login: How to get access.
+        offline: What to do about offline mode.
+        exhausted: What to do after the last attempt.
+        writing: Whether the request writes: HTTP 401 then speaks of the token, not of a missing repository.
+    """
+
+    login: str
+    offline: str
+    exhausted: str
+    writing: bool = False
+
+
+def redact(text: str) -> str:
+    """Remove credentials from the addresses in a text: user and password, and queries, which hold signatures."""
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
+
+
+def endpoint() -> str:
+    """The Hub's address (``HF_ENDPOINT``) without a user name or password that it may contain."""
+    return redact(constants.ENDPOINT)
+
+
+class _Redaction(logging.Filter):
+    """Removes credentials from what huggingface_hub logs about its own retries."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if redact(message) != message:
+            record.msg, record.args = redact(message), ()
+        return True
+
+
+for _name in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
+    logging.getLogger(_name).addFilter(_Redaction())
+
+
+def retry(attempt: Callable[[], _T], subject: str, advice: Advice) -> _T:
+    """Call a function until it succeeds, fails for good, or has been failing for `RETRY_SECONDS` seconds.
+
+    Args:
+        attempt: Makes requests to the Hub.
+        subject: What the requests are about; the beginning of every message.
+        advice: What to tell the user when the requests fail.
+
+    Raises:
+        HubError: The attempts failed.
+        OSError: The file system failed.
+        ValueError: An argument of the request is not valid.
+    """
+    backoff = Backoff(subject, advice)
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            backoff.wait(error)
+
+
+class Backoff:
+    """Pauses between attempts, growing, until the attempts have been failing for `RETRY_SECONDS` seconds.
+
+    Args:
+        subject: What the requests are about; the beginning of every message.
+        advice: What to tell the user when the requests fail.
+
+    Raises:
+        ValueError: The environment variable `RETRY_SECONDS_VARIABLE` is not a number of seconds.
+    """
+
+    def __init__(self, subject: str, advice: Advice) -> None:
+        self._subject, self._advice = subject, advice
+        self._limit, self._pause = _retry_seconds(), FIRST_PAUSE
+        self._deadline: float | None = None
+
+    def wait(self, error: Exception) -> None:
+        """Return after a pause if the next attempt may succeed; otherwise raise what the error means.
+
+        Args:
+            error: Why the last attempt failed.
+
+        Raises:
+            HubError: The error is permanent, or the time is up.
+            OSError: `error` itself, if the file system failed.
+            ValueError: `error` itself, if an argument of the request is not valid.
+        """
+        raise_if_permanent(error, self._subject, self._advice)
+        reason, now = describe_failure(error), time.monotonic()
+        self._deadline = now + self._limit if self._deadline is None else self._deadline
+        if now + self._pause > self._deadline:
+            raise HubUnavailableError(
+                f"{self._subject}: {reason}; gave up after retrying for {self._limit:g} s. {self._advice.exhausted}"
+            ) from traceable(error)
+        _logger.warning("%s: %s; trying again in %g s", self._subject, reason, self._pause)
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
+def _retry_seconds() -> float:
+    value = os.environ.get(RETRY_SECONDS_VARIABLE)
+    if value is None:
+        return RETRY_SECONDS
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"{RETRY_SECONDS_VARIABLE}: received {value!r}; valid: a number of seconds, 0 or more")
+    return seconds
+
+
+def raise_if_permanent(error: Exception, subject: str, advice: Advice) -> None:
+    """Return if repeating the request may help; otherwise raise what the error means for the user.
+
+    Args:
+        error: Raised by huggingface_hub.
+        subject: What the request is about.
+        advice: What to tell the user.
+
+    Raises:
+        HubError: The error is permanent.
+        Exception: `error` itself, if it did not come from the Hub: the file system, an argument, a mistake here.
+    """
+    if isinstance(error, HubError):
+        raise error
+    error = _root(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        raise HubUnavailableError(f"{subject}: offline mode is on. {advice.offline}") from error
+    if isinstance(error, FileMetadataError):
+        raise HubError(f"{subject}: {endpoint()} does not answer like a Hub; check HF_ENDPOINT") from traceable(error)
+    if isinstance(error, HfHubHTTPError):
+        _raise_if_permanent_answer(error, subject, advice)
+    elif type(error).__name__ == "UnsupportedProtocol":
+        _raise_unsupported(error, subject)
+    elif isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
+        raise HubAccessError(
+            f"{subject}: the token has characters other than ASCII, so it was not copied whole; {advice.login}"
+        ) from None
+    elif isinstance(error, (HFValidationError, UnicodeError)):
+        raise error
+    elif isinstance(error, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)):
+        return  # a connection that broke, or an answer that is not the Hub's: a proxy, a login page
+    elif isinstance(error, OSError) and error.errno is not None:
+        raise error
+    elif not isinstance(error, (OSError, RuntimeError)):
+        _raise_unexpected(error, subject)
+
+
+def _raise_if_permanent_answer(error: HfHubHTTPError, subject: str, advice: Advice) -> None:
+    status, cause = error.response.status_code, traceable(error)
+    if isinstance(error, GatedRepoError):
+        raise HubAccessError(f"{subject}: access to the repository is restricted; {advice.login}") from cause
+    if isinstance(error, DisabledRepoError):
+        raise HubAccessError(f"{subject}: the repository is disabled by the Hub") from cause
+    if isinstance(error, RepositoryNotFoundError) and not (advice.writing and status in (401, 403)):
+        raise HubNotFoundError(f"{subject}: there is no such repository; if it is private, {advice.login}") from cause
+    if isinstance(error, RevisionNotFoundError):
+        raise HubNotFoundError(f"{subject}: the repository has no such revision") from cause
+    if status in (401, 403):
+        raise HubAccessError(f"{subject}: the Hub refuses access (HTTP {status}); {advice.login}") from cause
+    if status < 500 and status not in TEMPORARY_STATUS:
+        raise HubError(f"{subject}: {_describe_answer(error.response, error.server_message)}") from cause
+
+
+def _raise_unsupported(error: Exception, subject: str) -> NoReturn:
+    if not constants.ENDPOINT.startswith(("http://", "https://")):
+        raise HubError(f"{subject}: HF_ENDPOINT is {endpoint()!r}; valid: http:// or https://") from traceable(error)
+    raise HubError(
+        f"{subject}: {endpoint()} redirects to an address that is not http:// or https://, which is not followed; "
+        "check HF_ENDPOINT and proxies"
+    ) from traceable(error)
+
+
+def _raise_unexpected(error: Exception, subject: str) -> NoReturn:
+    """Raise what it means that huggingface_hub could not read an answer; other errors are raised as they are."""
+    answer = _answer(error)
+    if answer is None:
+        raise error
+    raise HubError(
+        f"{subject}: {_describe_answer(answer, None)}, which cannot be read ({type(error).__name__}: {error}); "
+        "check HF_ENDPOINT, and that huggingface_hub is up to date"
+    ) from traceable(error)
+
+
+def _root(error: Exception) -> Exception:
+    """What went wrong, where huggingface_hub wraps it."""
+    # The cache does not have the file: what counts is why the Hub could not be asked.
+    wrapper = isinstance(error, LocalEntryNotFoundError) or type(error) is RuntimeError
+    return error.__cause__ if wrapper and isinstance(error.__cause__, Exception) else error
+
+
+def _answer(error: Exception) -> Any:
+    """The answer that the client was reading when it failed with an error; None if there was none."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    answers = (value for frame in reversed(frames) for value in frame.f_locals.values())
+    return next((value for value in answers if isinstance(value, _Response)), None)
+
+
+def _describe_answer(answer: Any, message: str | None) -> str:
+    if not message:
+        try:
+            message = answer.text
+        except Exception:  # a body that was streamed, cut off, or is in no encoding
+            message = ""
+    shown = " ".join("".join(sign if sign.isprintable() else " " for sign in redact(message)).split())
+    return f"the Hub answers HTTP {answer.status_code}" + (f": {shown[:_SHOWN]}" if shown else "")
+
+
+def describe_failure(error: Exception) -> str:
+    """Say in a few words why a request failed, without credentials.
+
+    Args:
+        error: Raised by huggingface_hub.
+    """
+    error = _root(error)
+    if isinstance(error, HubError):
+        return redact(str(error))
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub answers HTTP {error.response.status_code}"
+    if isinstance(error, json.JSONDecodeError):
+        return "the answer is not JSON"
+    if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):
+        return "the answer was shorter than announced"
+    return f"{type(error).__name__}: {redact(str(error))[:_SHOWN]}"
+
+
+def traceable(error: BaseException) -> BaseException | None:
+    """Give an error for ``raise ... from``: None if a traceback that shows it would show a credential.
+
+    Args:
+        error: The error, whose causes are looked at too.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if redact(str(link)) != str(link):
+            return None
+        link = link.__cause__ or link.__context__
+    return error
