@@ -1,4 +1,4 @@
-"""The book of checkpoints: what is valid, what is refused and how, and writing it."""
+"""The manifest: which content is valid, how invalid content is refused, and how the file is written."""
 
 from __future__ import annotations
 
@@ -95,8 +95,7 @@ NULLABLE = [("repo_id",), ("revision",), ("recipe",), ("metrics", 0, "measured",
 
 
 def test_packaged_manifest_is_the_one_at_the_root() -> None:
-    packaged = Path(manifest.__file__).parents[1] / "weights_manifest.json"
-    assert packaged.read_bytes() == (REPOSITORY / "weights_manifest.json").read_bytes()
+    assert manifest.PACKAGED_MANIFEST.read_bytes() == (REPOSITORY / "weights_manifest.json").read_bytes()
     assert manifest.load_manifest() == manifest.load_manifest(REPOSITORY / "weights_manifest.json")
     assert manifest.load_manifest() is manifest.load_manifest()
 
@@ -111,7 +110,7 @@ def test_bundled_files_are_what_their_records_claim() -> None:
         path = manifest.bundled_path(record)
         assert path.stat().st_size == record.bytes
         assert hashlib.sha256(path.read_bytes()).hexdigest() == record.sha256
-    folder = Path(manifest.__file__).parents[1] / "weights"
+    folder = manifest.BUNDLED_WEIGHTS
     recorded = {record.file for record in manifest.load_manifest().find(source="bundled")}
     assert {path.name for path in folder.glob("*.safetensors")} == recorded
     assert sum(path.stat().st_size for path in folder.glob("*")) <= 30 * 10**6
@@ -396,7 +395,7 @@ def test_records_made_by_code_are_checked_too() -> None:
         dataclasses.replace(record, sha256="0" * 40)
     with pytest.raises(ManifestError, match="metrics: received"):
         dataclasses.replace(record, metrics=list(record.metrics))
-    with pytest.raises(ManifestError, match="more than one"):
+    with pytest.raises(ManifestError, match="more than one record"):
         Manifest((record, record))
 
 
@@ -458,5 +457,5 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_bundled_path_wants_a_bundled_file() -> None:
     with pytest.raises(ManifestError, match="source: received 'hub'"):
         manifest.bundled_path(record_from_dict(hosted()))
-    with pytest.raises(FileNotFoundError, match="install ubn-zoo again"):
+    with pytest.raises(FileNotFoundError, match="reinstall ubn-zoo"):
         manifest.bundled_path(record_from_dict(at(("file",), "nowhere.safetensors")))

@@ -234,7 +234,7 @@ def test_recorded_model_loads_by_name_in_a_fresh_process(
         f"package = types.ModuleType('ubn_zoo'); package.__path__ = [{str(Path(ubn_zoo.__file__).parent)!r}]\n"
         "sys.modules['ubn_zoo'] = package\n"
         "from ubn_zoo.hub import manifest\n"
-        f"manifest._PACKAGED_MANIFEST = pathlib.Path({str(book)!r})\n"
+        f"manifest.PACKAGED_MANIFEST = pathlib.Path({str(book)!r})\n"
         "from ubn_zoo import models\n"
         "import timm, torch\n"
         f"model = timm.create_model('{NAME}.seven', pretrained=True, cache_dir={str(tmp_path / 'cache')!r}).eval()\n"

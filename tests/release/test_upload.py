@@ -195,7 +195,7 @@ def test_published_from_one_process_loads_in_fresh_ones(
     assert (record.file, record.bytes) == ("model.safetensors", len(published["model.safetensors"]))
     assert record.sha256 == sha256(published["model.safetensors"])
     assert record.params == sum(parameter.numel() for parameter in trained.parameters())
-    assert record.recipe == manifest.Recipe(name="recipe.yaml", sha256=sha256(published["recipe.yaml"]))
+    assert record.recipe == manifest.RecipeReference(name="recipe.yaml", sha256=sha256(published["recipe.yaml"]))
     (metric,) = record.metrics
     assert (metric.name, metric.value, metric.dataset, metric.split) == ("top1", 62.25, "CIFAR-10", "test")
     assert (metric.measured.seeds, metric.measured.commit) == ((0,), "1" * 40)
@@ -212,7 +212,7 @@ def test_published_from_one_process_loads_in_fresh_ones(
         f"package = types.ModuleType('ubn_zoo'); package.__path__ = [{str(Path(ubn_zoo.__file__).parent)!r}]\n"
         "sys.modules['ubn_zoo'] = package\n"
         "from ubn_zoo.hub import manifest\n"
-        f"manifest._PACKAGED_MANIFEST = pathlib.Path({str(book)!r})\n"
+        f"manifest.PACKAGED_MANIFEST = pathlib.Path({str(book)!r})\n"
         "from ubn_zoo import models\n"
         "import timm\n"
         f"model = timm.create_model('{ID}', pretrained=True)\n"

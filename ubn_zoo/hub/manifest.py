@@ -1,11 +1,10 @@
-"""The book of checkpoints: ``weights_manifest.json`` as frozen, validated records.
+"""Read and write the manifest of checkpoints, ``weights_manifest.json``, as frozen, validated records.
 
-The file is one JSON object, ``{"schema_version": 1, "records": [...]}``, and every record has exactly the fields of
-[`Record`][ubn_zoo.hub.manifest.Record]: none may be missing, none may be added, and a field that does not apply is
-``null``. Nothing is guessed or repaired: whatever is not valid raises
-[`ManifestError`][ubn_zoo.hub.manifest.ManifestError], so a manifest from a stranger can be read safely.
+The file is one JSON object, ``{"schema_version": 1, "records": [...]}``. Every record has exactly the fields of
+[`Record`][ubn_zoo.hub.manifest.Record]; a field that does not apply is ``null``. Nothing is guessed or repaired:
+invalid content raises [`ManifestError`][ubn_zoo.hub.manifest.ManifestError], so an untrusted manifest is safe to read.
 
-Records are validated when they are built, whether from JSON or by Python code, so holding one means that it is valid.
+Records are validated when they are created, from JSON or in Python, so every `Record` object is valid.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from typing import Any, TypeVar
 from ubn_zoo.utils.files import write_file
 
 __all__ = [
+    "BUNDLED_WEIGHTS",
+    "PACKAGED_MANIFEST",
     "SCHEMA_VERSION",
     "InputSpec",
     "Manifest",
@@ -34,7 +35,7 @@ __all__ = [
     "Measurement",
     "Metric",
     "Origin",
-    "Recipe",
+    "RecipeReference",
     "Record",
     "add_record",
     "bundled_path",
@@ -47,7 +48,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
-# Limits far above anything the zoo holds: what passes them is a mistake or an attack, not a checkpoint.
+# Limits far above anything in the zoo: a value beyond them is a mistake or an attack.
 MAX_MANIFEST_BYTES = 4 * 2**20
 MAX_RECORDS = 10_000
 MAX_TEXT = 2_000
@@ -62,8 +63,11 @@ INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 CROP_MODES = ("border", "center", "squash")
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_PACKAGED_MANIFEST = _PACKAGE / "weights_manifest.json"
-_BUNDLED_WEIGHTS = _PACKAGE / "weights"
+PACKAGED_MANIFEST = _PACKAGE / "weights_manifest.json"
+"""The manifest that is installed with the package."""
+
+BUNDLED_WEIGHTS = _PACKAGE / "weights"
+"""Folder of the checkpoints that are installed with the package."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -76,7 +80,7 @@ _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class ManifestError(ValueError):
-    """A manifest is not valid; the message names the record, the field, what was received and what is valid."""
+    """A manifest is not valid; the message names the record, the field, the value received and what is valid."""
 
 
 def _fail(field: str, received: object, valid: str) -> typing.NoReturn:
@@ -87,7 +91,7 @@ def _fail(field: str, received: object, valid: str) -> typing.NoReturn:
 
 
 def _check_text(field: str, value: object, *, pattern: re.Pattern[str] | None = None, valid: str = "") -> None:
-    """A non-empty string without control characters, so that it can be printed; of `pattern` if one is given."""
+    """Check for a non-empty string of printable characters that matches `pattern`, if given."""
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
         _fail(field, value, valid or f"a printable, non-empty string of at most {MAX_TEXT} characters")
     if pattern is not None and not pattern.fullmatch(value):
@@ -122,7 +126,7 @@ def _check_instance(field: str, value: object, cls: type) -> None:
 
 
 def _check_file(field: str, value: object, *, folders: bool) -> None:
-    """A relative path of plain names, which also rules out ``..``, backslashes, drive letters and schemes."""
+    """Check for a relative path of plain names: no ``..``, backslash, drive letter or scheme."""
     where = "a relative path" if folders else "a file name"
     valid = f"{where} of letters, digits, '.', '_' and '-' ending in .safetensors, without '..' or a leading '/'"
     _check_text(field, value, valid=valid)
@@ -135,15 +139,15 @@ def _check_file(field: str, value: object, *, folders: bool) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpec:
-    """What the model expects of an image, in timm's terms.
+    """The preprocessing of images that the model expects, in timm's terms.
 
     Attributes:
         size: Channels, height and width in pixels.
-        mean: Mean per channel, of pixel values scaled to 0..1.
-        std: Standard deviation per channel, of pixel values scaled to 0..1.
-        interpolation: Resampling filter of the resize.
-        crop_pct: Side of the center crop over the side of the resized image.
-        crop_mode: How the crop is taken.
+        mean: Per-channel mean of pixel values scaled to [0, 1].
+        std: Per-channel standard deviation of pixel values scaled to [0, 1].
+        interpolation: Resampling filter of the resize, one of `INTERPOLATIONS`.
+        crop_pct: Size of the center crop divided by the size of the resized image.
+        crop_mode: How the image is cropped, one of `CROP_MODES`.
     """
 
     size: tuple[int, int, int]
@@ -172,7 +176,7 @@ class Origin:
 
     Attributes:
         data: The training data.
-        trained: Who or what trained them, on what: a command, a repository, a paper.
+        trained: Who or what trained them: a command, a repository, or a paper.
     """
 
     data: str
@@ -184,11 +188,11 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """The recipe of the training run.
+class RecipeReference:
+    """Which recipe the weights were trained with: its name and its hash.
 
     Attributes:
-        name: Its name, or the path it has in this repository.
+        name: Name of the recipe, or its path in this repository.
         sha256: SHA-256 of the recipe file, 64 lower-case hexadecimal digits.
     """
 
@@ -206,8 +210,8 @@ class Measurement:
 
     Attributes:
         command: The command that repeats the measurement.
-        seeds: Random seeds of the runs that the value is the mean of; empty where chance plays no part.
-        commit: The project's commit at the time, 40 hexadecimal digits; None if it was not under version control.
+        seeds: Random seeds of the runs whose mean the value is; empty if the measurement is deterministic.
+        commit: Commit of this project that was used, 40 hexadecimal digits; None if unknown.
     """
 
     command: str
@@ -225,13 +229,13 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One measured figure.
+    """One measured result.
 
     Attributes:
-        name: For example ``top1``.
-        value: The figure; accuracies are in percent.
-        dataset: The data that it was measured on.
-        split: The part of that data.
+        name: Name of the metric, for example ``top1``.
+        value: The result; accuracies are in percent.
+        dataset: Dataset that it was measured on.
+        split: Split of that dataset.
         measured: How it was measured.
     """
 
@@ -254,26 +258,26 @@ class Record:
     """One checkpoint.
 
     Attributes:
-        id: ``architecture.tag``, the name that timm's ``create_model`` takes.
-        architecture: Name of the model.
-        tag: Name of these weights among the model's.
-        source: ``bundled`` (a file of this package) or ``hub`` (a file of a Hub repository).
+        id: ``architecture.tag``, the model name for ``timm.create_model``.
+        architecture: Name of the architecture.
+        tag: Tag of the weights; an architecture can have several.
+        source: ``bundled`` (a file in this package) or ``hub`` (a file in a Hub repository).
         repo_id: Hub repository, ``owner/name``; None if bundled.
         revision: Commit of that repository, 40 hexadecimal digits; None if bundled.
         file: Path inside the repository, or file name inside the package's ``weights`` folder.
         sha256: SHA-256 of the file, 64 lower-case hexadecimal digits.
-        bytes: Size of the file.
+        bytes: Size of the file in bytes.
         params: Number of parameters of the model.
-        input: What the model expects of an image.
-        num_classes: Number of outputs of the classifier; 0 without one.
+        input: The preprocessing of images that the model expects.
+        num_classes: Number of outputs of the classifier; 0 if the model has no classifier.
         license: SPDX identifier of the weights' license.
         origin: Where the weights come from.
-        recipe: How they were trained; None for weights that this project did not train.
-        metrics: Measured figures; the first one is the headline.
-        description: One sentence for people.
+        recipe: The training recipe; None for weights that this project did not train.
+        metrics: Measured results, the most important one first.
+        description: One sentence about the weights.
 
     Raises:
-        ManifestError: A field is not valid, or fields contradict each other.
+        ManifestError: A field is not valid, or two fields contradict each other.
     """
 
     id: str
@@ -290,7 +294,7 @@ class Record:
     num_classes: int
     license: str
     origin: Origin
-    recipe: Recipe | None
+    recipe: RecipeReference | None
     metrics: tuple[Metric, ...]
     description: str
 
@@ -304,9 +308,9 @@ class Record:
         if self.source == "hub":
             self._check_hub_address()
         elif self.repo_id is not None:
-            _fail("repo_id", self.repo_id, "null, as the source is bundled")
+            _fail("repo_id", self.repo_id, "null if the source is bundled")
         elif self.revision is not None:
-            _fail("revision", self.revision, "null, as the source is bundled")
+            _fail("revision", self.revision, "null if the source is bundled")
         _check_file("file", self.file, folders=self.source == "hub")
         _check_text("sha256", self.sha256, pattern=_SHA256, valid="64 lower-case hexadecimal digits")
         _check_integer("params", self.params, 1, MAX_PARAMS)
@@ -318,7 +322,7 @@ class Record:
         _check_text("license", self.license, pattern=_LICENSE, valid="a license identifier such as apache-2.0")
         _check_instance("origin", self.origin, Origin)
         if self.recipe is not None:
-            _check_instance("recipe", self.recipe, Recipe)
+            _check_instance("recipe", self.recipe, RecipeReference)
         _check_tuple("metrics", self.metrics)
         for metric in self.metrics:
             _check_instance("metrics", metric, Metric)
@@ -335,7 +339,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Manifest:
-    """All records, in the order of the file.
+    """All records of a manifest, in the order of the file.
 
     Raises:
         ManifestError: Two records have the same id.
@@ -347,7 +351,7 @@ class Manifest:
         seen: set[str] = set()
         for record in self.records:
             if record.id in seen:
-                raise ManifestError(f"record '{record.id}': there is more than one with this id; ids must differ")
+                raise ManifestError(f"record '{record.id}': more than one record has this id; ids must be unique")
             seen.add(record.id)
 
     def __iter__(self) -> Iterator[Record]:
@@ -357,7 +361,7 @@ class Manifest:
         return len(self.records)
 
     def get(self, name: str) -> Record:
-        """Find one record by its id.
+        """Return the record with an id.
 
         Args:
             name: ``architecture.tag``.
@@ -376,13 +380,13 @@ class Manifest:
     def find(
         self, pattern: str = "*", *, architecture: str | None = None, tag: str | None = None, source: str | None = None
     ) -> tuple[Record, ...]:
-        """Find records, in the order of the file.
+        """Return all records that match, in the order of the file.
 
         Args:
-            pattern: Shell-style wildcard that the id must match.
+            pattern: Shell-style wildcard for the id.
             architecture: Only records of this architecture.
             tag: Only records of this tag.
-            source: Only ``bundled`` or only ``hub`` records.
+            source: Only records of this source, ``bundled`` or ``hub``.
         """
         wanted = {"architecture": architecture, "tag": tag, "source": source}
         return tuple(
@@ -413,7 +417,7 @@ def _within(field: str, call: Callable[[], _T]) -> _T:
 
 
 def _build(cls: type[_T], data: object) -> _T:
-    """Build a record class from parsed JSON: exactly its fields, lists as tuples, objects as record classes."""
+    """Create an instance of a record class from a parsed JSON object that has exactly the fields of the class."""
     names = _field_names(cls)
     if not isinstance(data, dict):
         raise ManifestError(f"received {type(data).__name__}; valid: an object with the fields {', '.join(names)}")
@@ -428,7 +432,7 @@ def _build(cls: type[_T], data: object) -> _T:
 
 
 def _convert(field: str, value: object, wanted: Any) -> object:
-    """Bring a JSON value into the shape of a field's type; what does not fit is left for the field's own check."""
+    """Convert a JSON value to a field's type; a value that does not fit is returned for the field's own check."""
     if isinstance(wanted, types.UnionType):
         if value is None:
             return None
@@ -444,13 +448,13 @@ def _convert(field: str, value: object, wanted: Any) -> object:
 
 
 def record_from_dict(data: object) -> Record:
-    """Build a record from parsed JSON.
+    """Create a record from a parsed JSON object.
 
     Args:
         data: An object with exactly the fields of `Record`.
 
     Raises:
-        ManifestError: It is not valid; the message names the record and the field.
+        ManifestError: The object is not a valid record; the message names the record and the field.
     """
     name = data.get("id") if isinstance(data, dict) else None
     shown = f"'{name}'" if isinstance(name, str) and name.isprintable() and len(name) <= 200 else "without a valid id"
@@ -461,7 +465,7 @@ def record_from_dict(data: object) -> Record:
 
 
 def record_to_dict(record: Record) -> dict[str, Any]:
-    """Turn a record into what JSON can hold, the inverse of `record_from_dict`."""
+    """Convert a record to a JSON-serializable dict; the inverse of `record_from_dict`."""
     return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(record)))
 
 
@@ -477,23 +481,24 @@ def _no_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
-            raise ManifestError(f"{key[:100]!r}: the field occurs twice in one object")
+            raise ManifestError(f"{key[:100]!r}: the field occurs twice in the same object")
         found[key] = value
     return found
 
 
 def _no_constant(name: str) -> typing.NoReturn:
-    raise ManifestError(f"received {name}; valid: numbers that are finite")
+    raise ManifestError(f"received {name}; valid: finite numbers")
 
 
 def parse_manifest(content: bytes | str) -> Manifest:
-    """Read a manifest from the content of its file.
+    """Parse the content of a manifest file.
 
     Args:
         content: UTF-8 bytes, or text.
 
     Raises:
-        ManifestError: It is too large, not UTF-8, not JSON, of another schema version, or a record is not valid.
+        ManifestError: The content is too large, is not UTF-8 or JSON, has another schema version, or has a record
+            that is not valid.
     """
     if len(content) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"received a manifest of {len(content)} bytes; valid: at most {MAX_MANIFEST_BYTES}")
@@ -518,7 +523,7 @@ def load_manifest(path: str | os.PathLike[str] | None = None) -> Manifest:
     """Read a manifest file.
 
     Args:
-        path: The file; by default the one that this package carries, which is read once per process.
+        path: The file; by default `PACKAGED_MANIFEST`, which is read once per process.
 
     Raises:
         ManifestError: The file cannot be read, or is not a valid manifest; the message names the file.
@@ -528,7 +533,7 @@ def load_manifest(path: str | os.PathLike[str] | None = None) -> Manifest:
 
 @functools.lru_cache(maxsize=1)
 def _load_packaged() -> Manifest:
-    return _load(_PACKAGED_MANIFEST)
+    return _load(PACKAGED_MANIFEST)
 
 
 def _load(path: Path) -> Manifest:
@@ -546,11 +551,11 @@ def dump_manifest(records: Iterable[Record], path: str | os.PathLike[str]) -> No
     """Write a manifest file atomically, its records sorted by id.
 
     Args:
-        records: The records; their ids must differ.
-        path: The file; its folder must exist. Where it is a symbolic link, the file that it points to is written.
+        records: The records; their ids must be unique.
+        path: The file; its folder must exist. If it is a symbolic link, the file it points to is written.
 
     Raises:
-        ManifestError: Two records have the same id, or the file would be larger than a reader accepts.
+        ManifestError: Two records have the same id, or the file would exceed the size limit.
         OSError: The file cannot be written.
     """
     manifest = Manifest(tuple(sorted(records, key=lambda record: record.id)))
@@ -566,17 +571,17 @@ def add_record(record: Record, path: str | os.PathLike[str] | None = None, *, re
 
     Args:
         record: The new record.
-        path: The file; by default the one that this package carries.
-        replace: Whether the record may take the place of one with the same id.
+        path: The file; by default `PACKAGED_MANIFEST`.
+        replace: Whether to replace an existing record with the same id.
 
     Returns:
         The manifest as written.
 
     Raises:
-        ManifestError: The file is not valid, or has the id already and `replace` is not set.
+        ManifestError: The file is not valid, or it has a record with this id and `replace` is false.
         OSError: The file cannot be written.
     """
-    target = _PACKAGED_MANIFEST if path is None else Path(path)
+    target = PACKAGED_MANIFEST if path is None else Path(path)
     records = {known.id: known for known in _load(target)}
     if record.id in records and not replace:
         raise ManifestError(f"record '{record.id}': already in {target}; pass replace=True to overwrite it")
@@ -586,18 +591,18 @@ def add_record(record: Record, path: str | os.PathLike[str] | None = None, *, re
 
 
 def bundled_path(record: Record) -> Path:
-    """Give the path of a bundled checkpoint's file.
+    """Return the path of a bundled checkpoint.
 
     Args:
         record: A record whose source is ``bundled``.
 
     Raises:
-        ManifestError: The record's file is not bundled.
-        FileNotFoundError: The installation lacks the file.
+        ManifestError: The record's source is not ``bundled``.
+        FileNotFoundError: The file is missing from the installation.
     """
     if record.source != "bundled":
         raise ManifestError(f"record '{record.id}': source: received {record.source!r}; valid: 'bundled'")
-    path = _BUNDLED_WEIGHTS / record.file
+    path = BUNDLED_WEIGHTS / record.file
     if not path.is_file():
-        raise FileNotFoundError(f"record '{record.id}': {path} is missing; install ubn-zoo again")
+        raise FileNotFoundError(f"record '{record.id}': {path} is missing; reinstall ubn-zoo")
     return path

@@ -18,7 +18,7 @@ import torch
 from timm.models import PretrainedCfg
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
-from ubn_zoo.hub.manifest import InputSpec, Metric, Recipe, Record, load_manifest
+from ubn_zoo.hub.manifest import InputSpec, Metric, RecipeReference, Record, load_manifest
 from ubn_zoo.models.registry import SUFFIX
 
 __all__ = ["Entry", "UnknownModelError", "count_parameters", "describe", "entries", "parameter_counts", "similar_names"]
@@ -71,7 +71,7 @@ class Entry:
     license: str | None
     data: str | None
     origin: str | None
-    recipe: Recipe | None
+    recipe: RecipeReference | None
     metrics: tuple[Metric, ...]
     description: str | None
 

@@ -61,7 +61,7 @@ def safetensors_filename(filename: str | None) -> str:
 
 def bundled_file(record: manifest.Record) -> str:
     """Where a bundled record's file belongs. That it is there is for loading to see: importing must not fail by it."""
-    return str(Path(manifest.__file__).resolve().parents[1] / "weights" / record.file)
+    return str(manifest.BUNDLED_WEIGHTS / record.file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

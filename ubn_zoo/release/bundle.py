@@ -109,7 +109,7 @@ def bundle(
         state = {name: tensor.half() if name in names else tensor for name, tensor in state.items()}
     model.load_state_dict(state)
     content = tensor_bytes(state)
-    target = Path(manifest.__file__).resolve().parents[1] / "weights" if weights is None else Path(weights)
+    target = manifest.BUNDLED_WEIGHTS if weights is None else Path(weights)
     file = f"{architecture}.{tag}.safetensors"
     total = sum(path.stat().st_size for path in target.glob("*.safetensors") if path.name != file) + len(content)
     if len(content) > MAX_BYTES or total > MAX_BYTES_IN_ALL:
