@@ -49,6 +49,7 @@ RECIPE = parse_recipe(MINIMAL)
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 OPENING = ("source", "command", "hardware", "time", "expected")
 OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "keep_checkpoints")
+PUBLISHED = ("data_name", "data_license", "license")
 
 NEEDED = [
     "cifar10_full",
@@ -89,6 +90,9 @@ OTHER: dict[str, list[Any]] = {
     "test_split": ["val"],
     "train_samples": [1, 1000],
     "test_samples": [1000],
+    "data_name": ["CIFAR-10 (JPEG)"],
+    "data_license": ["cc-by-4.0"],
+    "license": ["apache-2.0", "MIT"],
     "input_key": ["jpg"],
     "target_key": ["cls"],
     "num_classes": [1, 1000],
@@ -170,6 +174,9 @@ WRONG: dict[str, list[Any]] = {
     "dataset": ["imagenet", "folder/x", "hfds", "hfds/", "hfids", "wds/x", ""],
     "train_samples": [0, -5],
     "test_samples": [0],
+    "data_name": ["", " ", "two\nlines"],
+    "data_license": ["all mine!"],
+    "license": ["", "mit\n", "<b>"],
     "num_classes": [0, 1_000_001],
     "img_size": [0, 16_385],
     "test_img_size": [0, 16_385],
@@ -442,8 +449,8 @@ def test_the_everyday_settings_have_these_names() -> None:
 def test_what_a_recipe_says_and_where_it_runs_decide_nothing(name: str, value: object) -> None:
     changed = dataclasses.replace(RECIPE, **{name: value})
     same = decisive_settings(changed) == decisive_settings(RECIPE)
-    assert same == (name in (*OPENING, *OPERATIONAL) or value == FIELDS[name].default)
-    assert set(decisive_settings(RECIPE)) == set(FIELDS) - {*OPENING, *OPERATIONAL}
+    assert same == (name in (*OPENING, *OPERATIONAL, *PUBLISHED) or value == FIELDS[name].default)
+    assert set(decisive_settings(RECIPE)) == set(FIELDS) - {*OPENING, *OPERATIONAL, *PUBLISHED}
 
 
 # The recipes of the package

@@ -118,6 +118,7 @@ def test_a_run_leaves_all_that_is_needed_to_use_repeat_and_publish_it(images: Pa
     assert start["seed"] == RECIPE.seed
     assert start["data"]["classes"] == ["horizontal", "vertical"]
     assert start["data"]["test_images"] == 32
+    assert (start["data"]["test_split"], start["base"]) == ("test", None)
     assert len(start["data"]["train"]) == 64
 
     # As timm loads it: settings of the layers, classes and preprocessing included.

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -42,10 +43,13 @@ NORMS = ("ubn", "bn", "rbn", "bnet")
 DESCRIPTIVE = ("source", "command", "hardware", "time", "expected")
 # How a run is carried out, not what it computes: a run may go on with other values of these.
 OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "keep_checkpoints")
+# What publishing says about the weights; it changes no result.
+PUBLISHED = ("data_name", "data_license", "license")
 DATASETS = ("folder", "memory", "wds", "hfds", "hfids")
 NAMED_DATASETS = ("hfds", "hfids")
 
 _RECIPES = Path(__file__).resolve().parent
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 
 _PAGE = """\
 # Recipes
@@ -111,6 +115,9 @@ class Recipe:
         train_samples: Training images in an epoch: at most that many, spread evenly over a folder; the number of images
             of a stream, where its description does not have it. None for all.
         test_samples: Likewise of the held-out images.
+        data_name: The data's name for people, such as ``CIFAR-10``, as a model card shows it; None if it has none.
+        data_license: SPDX identifier of the data's license; None if it is not known.
+        license: SPDX identifier of the license that the trained weights are published under; None if that is open.
         input_key: Column or file ending of the image; None for the reader's default.
         target_key: Column of the class; None for the reader's default.
         num_classes: Outputs of the classifier; None for the classes of the data.
@@ -204,6 +211,9 @@ class Recipe:
     test_split: str | None = None
     train_samples: int | None = None
     test_samples: int | None = None
+    data_name: str | None = None
+    data_license: str | None = None
+    license: str | None = None
     input_key: str | None = None
     target_key: str | None = None
     num_classes: int | None = None
@@ -291,6 +301,12 @@ class Recipe:
                 _fail(key, list(values), f"a list of {length} numbers")
             for value in values:
                 _check_range(key, value, low, high)
+        if self.data_name is not None and not (self.data_name.strip() and self.data_name.isprintable()):
+            _fail("data_name", self.data_name, "one line of text that is not empty")
+        for key in ("data_license", "license"):
+            value = getattr(self, key)
+            if value is not None and not _LICENSE.fullmatch(value):
+                _fail(key, value, "an SPDX identifier such as apache-2.0")
         self._check_model()
         self._check_data()
         self._check_schedule()
@@ -598,7 +614,7 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 def decisive_settings(recipe: Recipe) -> dict[str, Any]:
     """The values that decide a run's result: not what its recipe says about itself, nor how it is carried out."""
-    left_out = (*DESCRIPTIVE, *OPERATIONAL)
+    left_out = (*DESCRIPTIVE, *OPERATIONAL, *PUBLISHED)
     return {key: value for key, value in dataclasses.asdict(recipe).items() if key not in left_out}
 
 

@@ -32,9 +32,11 @@ from torch import nn
 
 from ubn_zoo import __version__
 from ubn_zoo.data.loaders import TestBatches, TrainBatches, class_names, describe, open_test, open_train
+from ubn_zoo.data.readers import find_test_split
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, read_metrics, write_metrics, write_similarity
 from ubn_zoo.evaluation.plots import draw_run
 from ubn_zoo.recipes.schema import Recipe, decisive_settings, dump_recipe, load_recipe
+from ubn_zoo.training.base import base_weights
 from ubn_zoo.training.checkpoint import Snapshot, newest_snapshot, remove_unfinished, save_snapshot, tensor_bytes
 from ubn_zoo.training.engine import TrainingError, build_model, complete, fit
 from ubn_zoo.utils.distributed import Ranks
@@ -95,7 +97,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _environment(recipe: Recipe, ranks: Ranks, data: Mapping[str, Any], updates: int) -> dict[str, Any]:
-    """Versions, hardware, code and data of one start of a run."""
+    """Versions, hardware, code, base weights and data of one start of a run."""
     device = {
         "name": device_name(ranks.device),
         "machine": platform.machine(),
@@ -122,6 +124,7 @@ def _environment(recipe: Recipe, ranks: Ranks, data: Mapping[str, Any], updates:
         "threads": torch.get_num_threads(),
         "hardware": device,
         "versions": versions,
+        "base": base_weights(recipe),
         "data": dict(data),
     }
 
@@ -322,9 +325,11 @@ def _run(
     on_epoch: Callable[[EpochMetrics], None] | None,
 ) -> Run:
     recipe = complete(recipe)
+    split = recipe.test_split
     if data is None:
         train = open_train(recipe, data_dir, ranks)
         test = open_test(recipe, data_dir, ranks, train.classes)
+        split = split or find_test_split(recipe, data_dir, recipe.dataset.partition("/")[0])
     else:
         train, test = data
     found = len(train.classes) or None
@@ -345,7 +350,7 @@ def _run(
     updates = 0 if start is None else start.updates
     events: _Events | None = None
     if ranks.first:
-        _note_start(folder, _environment(recipe, ranks, describe(train, test), updates))
+        _note_start(folder, _environment(recipe, ranks, {**describe(train, test), "test_split": split}, updates))
         events = _Events(folder, updates)
     if on_start is not None:
         on_start(recipe, updates)
