@@ -18,7 +18,8 @@ REPOSITORY = Path(__file__).parents[1]
 # Files outside docs/ that pages link to.
 OUTSIDE = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "results/README.md", "results/*.csv"]
 
-_LINK = re.compile(r"\]\((?![a-z]+:|[/#])([^)\s#]+)")
+# Code first, so that an example of a link stays as it is.
+_LINK = re.compile(r"```.*?```|`[^`]*`|\]\((?![a-z]+:|[/#])([^)\s#]+)", re.DOTALL)
 # mkdocstrings shows a Sphinx role such as :func:`name` as text followed by code.
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):<code>[~.]?")
 
@@ -38,6 +39,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = here if page.file.generated_by else f"docs/{here}"
 
     def adapted(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
         return "](" + posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(here) or ".")
 
