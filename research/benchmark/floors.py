@@ -16,14 +16,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ubn_zoo.layers import UnifiedBatchNorm2d
+from ubn_zoo.layers import VARIANTS, UnifiedBatchNorm2d
 from ubn_zoo.layers.autograd import chunks, depthwise, depthwise_kernel_grad
 
 from .turns import Timing, milliseconds
 
 __all__ = ["WITH_CONVOLUTION", "NormCosts", "convolution_step", "copy_step", "norm_costs", "traffic"]
 
-WITH_CONVOLUTION = ("ubn", "bnet", "naive")
+WITH_CONVOLUTION = (*(kind for kind, variant in VARIANTS.items() if variant.depthwise), "naive")
 _REPEATS = 5
 _GPU_COPIES = 20
 
@@ -39,7 +39,7 @@ def traffic(kind: str, mode: str) -> int:
         return 8
     if mode == "folded" or (mode == "fused" and kind == "bn"):
         return 0
-    return 2 if kind in ("bn", "bnet") else 3
+    return 2 if kind in VARIANTS and not VARIANTS[kind].calibrated else 3
 
 
 def copy_step(features: Tensor) -> tuple[Callable[[], object], int]:

@@ -28,6 +28,7 @@ _KIND_STYLES = {
     "bnet": STYLES[4],
     "naive": STYLES[1],
 }
+_KIND_STYLES |= {kind: STYLES[5] for kind in KINDS if kind not in _KIND_STYLES}
 _LAYER_STYLES = {KINDS[kind]: style for kind, style in _KIND_STYLES.items()} | {SYNCHRONIZED: STYLES[3]}
 _TARGET = "#B00020"
 _LINE_POINTS = 40

@@ -17,7 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ubn_zoo.layers import UnifiedBatchNorm2d
+from ubn_zoo.layers import VARIANTS, UnifiedBatchNorm2d
 
 __all__ = [
     "KINDS",
@@ -32,15 +32,14 @@ __all__ = [
     "take_turns",
 ]
 
-# What a norm layer is called, by kind; the layers of the kinds between are UBN's with parts switched off.
-KINDS = {"bn": "BatchNorm2d", "ubn": "UBN", "rbn": "RBN", "bnet": "BNET", "naive": "UBN naive"}
-# Settings of `UnifiedBatchNorm2d` that make each kind.
+# Settings of `UnifiedBatchNorm2d` that make each kind of norm layer; BatchNorm, the baseline, is torch's own.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ubn": {},
-    "rbn": {"threshold": None, "depthwise_affine": False},
-    "bnet": {"threshold": None, "center_calibration": False, "scale_calibration": False},
+    **{name: dict(variant.settings) for name, variant in VARIANTS.items() if not variant.plain},
     "naive": {},
 }
+# Titles by kind, the baseline first.
+KINDS = {"bn": VARIANTS["bn"].title, **{kind: VARIANTS[kind].title for kind in SETTINGS if kind in VARIANTS}}
+KINDS["naive"] = "UBN naive"
 _WARM_UP = 2
 
 

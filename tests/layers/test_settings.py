@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import ubn_zoo
+from research import benchmark
+from ubn_zoo.layers import VARIANTS, variant_settings
+from ubn_zoo.recipes.schema import NORMS
 
 from .common import PARAMETERS, assert_step, make_layer, random_input, step
 from .tolerances import OUTPUT
@@ -143,3 +146,29 @@ def test_kaiming_follows_the_seed() -> None:
 
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
+
+
+def test_named_variants() -> None:
+    assert {name: dict(variant.settings) for name, variant in VARIANTS.items()} == {
+        "ubn": {},
+        "bn": BATCHNORM,
+        "rbn": RBN,
+        "bnet": BNET,
+    }
+    assert [name for name, variant in VARIANTS.items() if variant.plain] == ["bn"]
+    assert [name for name, variant in VARIANTS.items() if not variant.depthwise] == ["bn", "rbn"]
+    assert [name for name, variant in VARIANTS.items() if not variant.calibrated] == ["bn", "bnet"]
+
+
+def test_variants_are_the_choices_everywhere() -> None:
+    assert tuple(VARIANTS) == NORMS
+    assert set(benchmark.KINDS) == {*VARIANTS, "naive"}
+
+
+def test_variant_settings_of_a_layer() -> None:
+    free = {"threshold": 0.3, "kernel_size": 5, "kernel_init": "kaiming"}
+    assert variant_settings("ubn", **free) == free
+    assert variant_settings("bnet", **free) == {**free, **BNET}
+    assert variant_settings("rbn", **free) == RBN
+    with pytest.raises(ValueError, match="variant: received 'gn'; valid: ubn, bn, rbn, bnet"):
+        variant_settings("gn")

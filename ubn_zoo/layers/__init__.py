@@ -4,8 +4,10 @@ from . import functional
 from .convert import convert_batchnorm, convert_state_dict, convert_sync_ubn, freeze_ubn, unfreeze_ubn
 from .inference import fuse
 from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
+from .variants import VARIANTS, variant_settings
 
 __all__ = [
+    "VARIANTS",
     "UnifiedBatchNorm2d",
     "UnifiedBatchNormAct2d",
     "convert_batchnorm",
@@ -15,4 +17,5 @@ __all__ = [
     "functional",
     "fuse",
     "unfreeze_ubn",
+    "variant_settings",
 ]

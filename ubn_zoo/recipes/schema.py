@@ -24,6 +24,8 @@ from typing import Any
 import timm.optim
 import yaml
 
+from ubn_zoo.layers.variants import VARIANTS
+
 __all__ = [
     "NORMS",
     "Recipe",
@@ -39,7 +41,7 @@ __all__ = [
     "recipe_sha256",
 ]
 
-NORMS = ("ubn", "bn", "rbn", "bnet")
+NORMS = tuple(VARIANTS)
 DESCRIPTIVE = ("source", "command", "hardware", "time", "expected")
 # How a run is carried out, not what it computes: a run may go on with other values of these.
 OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "keep_checkpoints")

@@ -35,7 +35,7 @@ from ubn_zoo.data.loaders import TestBatches, TrainBatches
 from ubn_zoo.evaluation.accuracy import Accuracy, measure
 from ubn_zoo.evaluation.condensation import measure_similarity
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity
-from ubn_zoo.layers import UnifiedBatchNorm2d, convert_sync_ubn
+from ubn_zoo.layers import VARIANTS, UnifiedBatchNorm2d, convert_sync_ubn, variant_settings
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.training.checkpoint import Snapshot, restore_optimizer
 from ubn_zoo.utils.distributed import Ranks
@@ -108,7 +108,7 @@ class Outcome:
 
 def model_name(recipe: Recipe) -> str:
     """Timm's name of a recipe's model, with its tag: the BatchNorm sibling for ``bn``, the UBN twin for all others."""
-    if recipe.norm == "bn":
+    if VARIANTS[recipe.norm].plain:
         # The twins' tags of upstream's weights are upstream's own behind this.
         tag = (recipe.pretrained_tag or "").removeprefix("bn_")
         return recipe.model + (f".{tag}" if tag else "")
@@ -149,12 +149,9 @@ def complete(recipe: Recipe) -> Recipe:
 
 def layer_settings(recipe: Recipe) -> dict[str, Any]:
     """Settings of the UBN layers that make a model the recipe's norm; not for ``bn``, which has none."""
-    kernel = {"kernel_size": recipe.kernel_size, "kernel_init": recipe.kernel_init}
-    if recipe.norm == "rbn":
-        return {"threshold": None, "depthwise_affine": False}
-    if recipe.norm == "bnet":
-        return {"threshold": None, "center_calibration": False, "scale_calibration": False, **kernel}
-    return {"threshold": recipe.threshold, **kernel}
+    return variant_settings(
+        recipe.norm, threshold=recipe.threshold, kernel_size=recipe.kernel_size, kernel_init=recipe.kernel_init
+    )
 
 
 def build_model(recipe: Recipe, device: torch.device | None = None) -> nn.Module:
@@ -173,7 +170,7 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> nn.Module
         raise TrainingError("num_classes: received null; valid: the number of classes, as the data does not name them")
     seed_everything(recipe.seed)
     arguments: dict[str, Any] = {"num_classes": recipe.num_classes, "pretrained": recipe.pretrained}
-    if recipe.norm != "bn":
+    if not VARIANTS[recipe.norm].plain:
         arguments["ubn_kwargs"] = layer_settings(recipe)
     for key in ("drop_rate", "drop_path_rate"):
         if getattr(recipe, key):
@@ -221,7 +218,7 @@ def _set_training(recipe: Recipe, model: Any) -> None:
 
 
 def _synchronize(recipe: Recipe, model: nn.Module, ranks: Ranks) -> nn.Module:
-    if recipe.norm != "bn":
+    if not VARIANTS[recipe.norm].plain:
         return convert_sync_ubn(model)
     if ranks.device.type == "cpu":
         raise TrainingError("sync_norm: torch synchronizes BatchNorm on GPUs only; valid here: false, or norm=ubn")
