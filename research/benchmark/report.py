@@ -1,4 +1,4 @@
-"""The page ``docs/speed.md``, made of the tables under ``results/``."""
+"""The page ``docs/speed.md``, made from the tables in ``results/``."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ _INTRODUCTION = """\
 
 <!-- Written by `python -m research.benchmark --report` from results/benchmark_*.csv; edit that instead. -->
 
-Times are medians of steps that took turns with BatchNorm's in one run, and a ratio is the median, with its quartiles,
-of the ratios to BatchNorm within a turn. A training step is forward, loss and backward, without the optimizer. Images
-and weights are random: no time depends on them.
+Each time is the median of steps that alternate with BatchNorm's in one run. Each ratio is the median of the ratios to
+BatchNorm's time within a turn; quartiles are in parentheses. A training step is forward, loss and backward, without the
+optimizer. Images and weights are random, because no time depends on them.
 """
 
 _FLOORS = """\
-A *floor* is the least time for the bytes that have to move, at the bandwidth of a copy of the same size in the same
-run. BatchNorm and UBN in training both have to move 8 times the layer's input: forward reads it twice and writes it
-once, backward reads input and gradient twice each and writes once. In inference BatchNorm and BNET move it twice, UBN
-and RBN three times, and a fused BatchNorm is gone altogether. So by its bytes UBN in training need not take longer than
-BatchNorm. What stands in its way in plain torch is the depthwise convolution, an operation of its own: its time
-*alone*, in training with its backward, is beside the floor. The *limit* of plain torch is the ratio if UBN
-took BatchNorm's time and these convolutions on top, and the gate and the calibrations cost nothing.
+A *floor* is the least time that the necessary memory traffic takes, at the bandwidth of a copy of the same size in the
+same run. In training both BatchNorm and UBN have to move 8 times the bytes of the layer's input: the forward pass reads
+it twice and writes once; the backward pass reads input and gradient twice each and writes once. In inference BatchNorm
+and BNET move them twice, UBN and RBN three times, and a fused BatchNorm disappears. So by its traffic, UBN in training
+need not take longer than BatchNorm. In plain torch the depthwise convolution prevents that, because it is an operation
+of its own. Its time *alone*, including its backward pass in training, stands beside the floor. The *limit* of plain
+torch is the ratio that UBN would reach if it took BatchNorm's time plus these convolutions, and the gate and the
+calibrations cost nothing.
 
-On a CPU inference after `ubn_zoo.fuse` is held against BatchNorm's model as it is, on a GPU against BatchNorm's fused
-as well; the stricter ratio of a CPU is among the models below. Where two tables time the same, the first of them
-counts, and is in the pictures; with more models in turn the caches are colder, and ratios larger.
+On a CPU, the targets compare inference after `ubn_zoo.fuse` with the BatchNorm model as it is; on a GPU, with the
+BatchNorm model fused as well. The tables of models below have that stricter ratio for a CPU too. Where two tables
+measured the same thing, this section and the plots use the first. With more models in turn the caches are colder, and
+ratios larger.
 """
 
 _RANKS = """\
-Ranks are processes of one machine with a thread and a batch of their own each, joined by gloo; more than there are
-cores take turns on them. UBN synchronized computes the equations as UBN naive does: sharing costs the difference
-between these two. torch's SyncBatchNorm computes on GPUs only.
+Ranks are processes of one machine, each with one thread and a batch of its own, connected by gloo. When there are more
+ranks than cores, they share the cores. UBN synchronized computes the same equations as UBN naive, so the difference of
+the two is the cost of sharing. torch's SyncBatchNorm computes only on GPUs.
 """
-_RANKS_HEAD = ("ranks", "layer", "step (ms)", "all-reduces", "bytes given to them by a rank")
+_RANKS_HEAD = ("ranks", "layer", "step (ms)", "all-reduces", "bytes passed in by a rank")
 
 _HARDWARE = {"cpu": "CPU", "cuda": "GPU"}
 _MODES = {
@@ -152,7 +154,7 @@ def _targets(measured: _Measured) -> list[str]:
     head += ["their depthwise convolutions alone (ms)", "limit of plain torch"]
     text = ["## Targets\n", _FLOORS, _grid(head, rows) + "\n"]
     if not any(timing.device == "cuda" for timing, _ in measured.timings):
-        text.append("No GPU was there to measure on: no figure of one is claimed.\n")
+        text.append("No GPU was available for measurements, so no GPU figure is claimed.\n")
     return text
 
 
@@ -198,9 +200,10 @@ def _models(measured: _Measured) -> list[str]:
         return [*text, "Not measured.\n"]
     head = ["", "what", "batch", "step (ms, quartiles)", "ratio", "memory (MB)", "ratio"]
     text.append(
-        "Fused models are measured against the BatchNorm model fused as well. `_rbn`, `_bnet` and `_naive` are\n"
-        "settings of the same layer: RBN's and BNET's parts alone, and the equations of `functional` op by op.\n"
-        "Memory is the most that tensors take at a time: parameters, gradients and features, not the optimizer.\n"
+        "Ratios of fused models are to the BatchNorm model fused as well. `_rbn` and `_bnet` are settings of the\n"
+        "same layer, with the parts of RBN or BNET alone; `_naive` computes the equations of `functional` one\n"
+        "operation at a time. Memory is the peak memory of tensors: parameters, gradients and features, without the\n"
+        "optimizer.\n"
     )
     order = list(_MODES)
     for heading, timings in _devices(found):
@@ -217,9 +220,10 @@ def _layers(measured: _Measured) -> list[str]:
     if not found:
         return [*text, "Not measured.\n"]
     text.append(
-        "Ratios to BatchNorm2d. Over the floor: how many times the least traffic's time a layer takes. Over the\n"
-        "convolution: how many times the time of the depthwise convolution alone a UBN layer takes. Where it is said,\n"
-        "the C library keeps what is freed between steps: fresh pages would cost more than the arithmetic.\n"
+        'Ratios are to BatchNorm2d. "Over the floor" is the layer\'s time divided by its floor, "over the\n'
+        'convolution" the time of a UBN layer divided by that of its depthwise convolution alone. "Freed memory\n'
+        'kept" below a table means that the C library kept freed memory between steps; new pages would cost more\n'
+        "than the arithmetic.\n"
     )
     for heading, timings in _devices(found):
         text.append(heading)
@@ -279,10 +283,10 @@ def _growth(measured: _Measured) -> list[str]:
     if not measured.points:
         return [*text, "Not measured.\n"]
     text.append(
-        "A training step of one layer as one size varies. Lines are fitted by least squares of relative errors:\n"
-        "time = fixed + slope * size, where the size is the input's number of elements, or the number of ranks. R² is\n"
-        "the part of the variance that the line explains, the exponent that of the power law time ~ size^exponent. A\n"
-        "fixed part below zero means that small inputs stay in the cache and large ones do not.\n"
+        "The time of one layer's training step while one size varies. Lines are fitted by least squares of relative\n"
+        "errors: time = fixed + slope * size, where size is the number of elements of the input, or the number of\n"
+        "ranks. R² is the share of the variance that the line explains; the exponent is that of the power law time ~\n"
+        "size^exponent. A negative fixed part means that small inputs stay in the cache and large ones do not.\n"
     )
     for source, points in _by_source(measured.points).items():
         head = ["varied", "layer", "fixed (ms)", "slope", "R²", "exponent"]
@@ -310,7 +314,8 @@ def _profile(measured: _Measured) -> list[str]:
     if not measured.shares:
         return [*text, "Not measured.\n"]
     text.append(
-        "Milliseconds of a step by torch's profiler, which slows small operations down, and their share of the step.\n"
+        "Milliseconds of a step, and the share of the step. Measured by torch's profiler, which slows small\n"
+        "operations down.\n"
     )
     for source, shares in _by_source(measured.shares).items():
         models: dict[str, dict[str, Share]] = {}

@@ -88,18 +88,18 @@ class Planned:
 _INTRODUCTION = """\
 # Results
 
-<!-- Written by `python -m research.experiments report` from results/*.csv; edit ubn_zoo/experiments.py instead. -->
+<!-- Written by `python -m research.experiments report` from results/*.csv; edit research/experiments instead. -->
 
-Paired runs: the same recipe, first weights, order and augmentation of images for all variants of a seed. Accuracies are
-those of all held-out images after the last epoch, never of the best one; mean ± standard deviation over seeds, and the
-difference to the first variant, seed by seed. No validation split was held apart: settings are compared on the same
-held-out images that accuracies are of. After MobileNet's first results ResNet's and RegNet's training images were cut
-to 20,000, for want of time, and the threshold of 0.3 was added for them.
+Paired runs: all variants of a seed use the same recipe, initial weights, order of images and augmentation. Accuracies
+are those of all held-out images after the last epoch, never of the best epoch: mean ± standard deviation over seeds.
+Differences to the first variant are taken seed by seed. No validation split was held out: settings were compared on the
+same held-out images. After the first results of MobileNet, the training images of ResNet and RegNet were reduced to
+20,000 to save time, and a threshold of 0.3 was added to their variants.
 
-Schedules are short, so that one or two CPU cores can run them: what is said here is about early training of small
-models, and a longer run may end otherwise. Similarity is the mean over norm layers of the
-cosine similarity of held-out images' features after the last epoch, of the first seed. A step is the time of a training
-step over that of the first variant, both in one run on a quiet machine (`experiments.py cost NAME`).
+Schedules are short, so that one or two CPU cores can run them. These results describe early training of small models;
+a longer run may end differently. "Mean similarity" is the cosine similarity of held-out images' features after the last
+epoch of the first seed, averaged over norm layers. "Step" is the time of a training step divided by that of the first
+variant, both measured in one run on an idle machine (`python -m research.experiments cost NAME`).
 """
 
 _COST = ("batch_size", "img_size", "median", "lower", "upper", "minimum", "maximum", "ratio")
@@ -124,10 +124,9 @@ EXPERIMENTS = (
             "UBN, kaiming kernels": (*_UBN, "kernel_init=kaiming"),
         },
         note=(
-            "RBN's calibrations alone bring nothing here, BNET's depthwise kernel brings most. With both, the gate is "
-            "worth a point over none, and a threshold of 0.3 nearly three more; at 0.15, the paper's, UBN and BNET are "
-            "even. Kernels that start at random end between "
-            "48.9 and 57.8: identity is the layer's default for that reason."
+            "RBN's calibrations alone gain nothing here; BNET's depthwise kernel gains most. With both, the gate adds "
+            "a point, and a threshold of 0.3 nearly three more. At 0.15, the paper's threshold, UBN and BNET are even. "
+            "Kernels that start at random end between 48.9 and 57.8, which is why identity is the layer's default."
         ),
     ),
     Experiment(
@@ -137,7 +136,7 @@ EXPERIMENTS = (
         settings=("epochs=6",),
         variants=_TWINS,
         seeds=(0,),
-        note="One seed, so no spread. All but one gate stay open: the gain is that of the calibrations and the kernel.",
+        note="One seed, so no spread. All gates but one stay open: the calibrations and the kernel bring the gain.",
     ),
     Experiment(
         name="clothing",
@@ -149,8 +148,8 @@ EXPERIMENTS = (
             "UBN from scratch": _UBN,
         },
         note=(
-            "Each fine-tunes the weights of its own norm, one training of each: part of the difference is that of what "
-            "they start from. 372 held-out photographs: one of them is 0.27 %."
+            "Each variant fine-tunes weights of its own norm, from one training run each, so part of the difference "
+            "comes from the initial weights. There are 372 held-out photographs; one of them is 0.27 %."
         ),
     ),
     Experiment(
@@ -159,7 +158,7 @@ EXPERIMENTS = (
         recipe="cifar10_small",
         settings=("model=resnet10t", "img_size=32", "train_samples=20000"),
         variants=_THRESHOLDS,
-        note="The threshold does not matter here: with either, 13 of 14 gates stay open.",
+        note="The threshold makes no difference here: with either value, 13 of 14 gates stay open.",
     ),
     Experiment(
         name="cifar10_regnet",
@@ -167,7 +166,7 @@ EXPERIMENTS = (
         recipe="cifar10_small",
         settings=("train_samples=20000",),
         variants=_THRESHOLDS,
-        note="The higher threshold gains nothing here either, so the layer's default stays at the paper's 0.15.",
+        note="The higher threshold gains nothing here either, so the layer keeps the paper's 0.15 as its default.",
     ),
     Experiment(
         name="cifar10_equal_time",
@@ -176,9 +175,10 @@ EXPERIMENTS = (
         settings=("model=mobilenetv3_small_050", "epochs=7"),
         variants={"BatchNorm, 7 epochs": ("norm=bn",)},
         note=(
-            "Where time counts and not epochs, BatchNorm wins here: after 7 epochs it is past what any variant of UBN "
-            "reached in 4. The 7 were set before steps were timed on a quiet machine: at UBN's 1.61 the same time is "
-            "6.5 epochs, so BatchNorm had 8 % more of it than UBN, and 6 % more than with a threshold of 0.3."
+            "When time counts and not epochs, BatchNorm wins here: after 7 epochs it is above what any variant of UBN "
+            "reached in 4. The 7 epochs were chosen before steps were timed on an idle machine. At UBN's ratio of 1.61 "
+            "the same time would be 6.5 epochs, so BatchNorm had 8 % more time than UBN, and 6 % more than UBN with a "
+            "threshold of 0.3."
         ),
     ),
     Experiment(

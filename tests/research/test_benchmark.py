@@ -452,7 +452,7 @@ def test_page_says_what_was_not_measured(tmp_path: Path) -> None:
     assert page.count("not measured on a GPU") == 5
     assert page.count("| not measured |") == sum(target.device == "cpu" for target in TARGETS)
     assert page.count("\nNot measured.\n") == 4
-    assert "No GPU was there" in page
+    assert "No GPU was available" in page
 
 
 def test_page_tells_met_targets_from_others(tmp_path: Path) -> None:
@@ -497,7 +497,7 @@ def test_page_takes_the_best_of_a_gpu(tmp_path: Path) -> None:
     assert worst[:3] == ["1.25", "1.40 (1.39 to 1.41)", "**no**"]
     memory = row(page, "GPU: resnet50, peak memory of a training step, bfloat16 autocast")
     assert memory[:4] == ["1.05", "1.10", "**no**", "800 → 880 MB"]
-    assert "No GPU was there" not in page
+    assert "No GPU was available" not in page
     # One kind of hardware needs no heading, two do.
     assert "### GPU" not in page
     assert "speed_models_gpu.png" in page and "speed_layers_gpu.png" in page
