@@ -70,7 +70,9 @@ class _Source:
     environment: str
 
     def line(self) -> str:
-        return f"{self.date}, {self.environment}: [{self.file}](../results/{self.file}), `{self.command}`"
+        # Tables keep the command that was run; readers need the one that repeats it today.
+        command = self.command.replace("scripts/benchmark.py", "-m research.benchmark")
+        return f"{self.date}, {self.environment}: [{self.file}](../results/{self.file}), `{command}`"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
