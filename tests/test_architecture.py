@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from ubn_zoo import errors
+
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "ubn_zoo"
 
 # From the innermost room outwards: each may import those before its own line, and only those.
 ROOMS = [
+    {"errors"},
     {"utils"},
     {"layers"},
     {"hub"},
@@ -105,6 +108,19 @@ def test_guard_sees_every_form_of_import(tmp_path: Path) -> None:
     ]:
         source.write_text(text)
         assert rooms_imported(source, tmp_path) == ({room} if room else set()), text
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_errors_are_defined_in_one_place(path: Path) -> None:
+    classes = [node.name for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ClassDef)]
+    found = {name for name in classes if name.endswith("Error") and not name.startswith("_")}
+    assert found == (set(errors.__all__) if room_of(path) == "errors" else set())
+
+
+def test_errors_have_one_base_class_and_are_what_python_calls_them() -> None:
+    kinds = [getattr(errors, name) for name in errors.__all__ if name != "UbnZooError"]
+    assert all(issubclass(kind, errors.UbnZooError) for kind in kinds)
+    assert all(issubclass(kind, (ImportError, LookupError, OSError, RuntimeError, ValueError)) for kind in kinds)
 
 
 def test_package_is_typed() -> None:

@@ -16,11 +16,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ubn_zoo import __version__
-from ubn_zoo.hub.fetch import HubError
-from ubn_zoo.hub.manifest import ManifestError, Metric, load_manifest
-from ubn_zoo.models import CheckpointError
+from ubn_zoo.errors import UbnZooError, UnknownModelError
+from ubn_zoo.hub.manifest import Metric, load_manifest
 from ubn_zoo.models import catalog as catalog
-from ubn_zoo.models.catalog import Entry, UnknownModelError
+from ubn_zoo.models.catalog import Entry
 from ubn_zoo.recipes.schema import list_recipes, load_recipe, recipe_path
 from ubn_zoo.release import convert, verify
 from ubn_zoo.release.upload import publish
@@ -140,7 +139,7 @@ def _guarded(run: Callable[[], int]) -> int:
         # The reader (`| head`) has seen enough; Python would complain again when it closes the stream at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CheckpointError, HubError, ManifestError, UnknownModelError, OSError, ValueError) as error:
+    except (UbnZooError, OSError, ValueError) as error:
         print(f"ubn-zoo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ubn_zoo import __version__
 from ubn_zoo.data.loaders import MemoryTest, MemoryTrain, normalization, test_input
 from ubn_zoo.data.memory import ImageSet, Normalizer
+from ubn_zoo.errors import QuickstartError
 from ubn_zoo.evaluation.accuracy import predict, predict_as_configured
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.hub.manifest import load_manifest
@@ -42,10 +43,6 @@ GRID = (5, 10)
 FILES = ("model/config.json", "model/model.safetensors", "logits.safetensors")
 PICTURE = "predictions.png"
 INSTALL = 'pip install "ubn-zoo[quickstart]"'
-
-
-class QuickstartError(RuntimeError):
-    """The quickstart cannot run, or what it saved does not read back; the message says what to do."""
 
 
 def _require(*packages: str) -> None:

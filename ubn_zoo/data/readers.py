@@ -35,6 +35,7 @@ from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ubn_zoo.data.memory import TEST_SPLITS, ImageSet, find_images, load_image_folder, name_order
+from ubn_zoo.errors import DataError
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.seeds import mixed_seed, seed_everything
@@ -64,14 +65,6 @@ _EXTRA = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 _SIZED_FILES = 200_000
 # timm's readers want a number of images; this one stands for a number that nothing says.
 _UNKNOWN = 10**12
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file or folder and says how to mend it."""
-
-    def __init__(self, message: str) -> None:
-        # A loader's worker passes an error on as a text with its traceback in front.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ubn_zoo.data.loaders import MemoryTest, TestBatches, open_test
 from ubn_zoo.data.memory import ImageSet, Normalizer, resize
 from ubn_zoo.data.readers import Feed
+from ubn_zoo.errors import EvaluationError
 from ubn_zoo.hub.manifest import load_manifest
 from ubn_zoo.models import read_checkpoint
 from ubn_zoo.recipes.schema import DATASETS, NAMED_DATASETS
@@ -41,10 +42,6 @@ __all__ = [
 
 _BINS = 15
 _RESIZES = ("bilinear", "bicubic")
-
-
-class EvaluationError(ValueError):
-    """Model, weights, images and results file do not go together; the message says what was received and is valid."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, but not in __all__
 
+from ubn_zoo.errors import ChecksumError, UnsafeFileError
 from ubn_zoo.hub.manifest import MAX_FILE_BYTES, Record, bundled_path
 from ubn_zoo.hub.retry import (
     RETRY_SECONDS_VARIABLE,
@@ -67,14 +68,6 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 _logger = logging.getLogger(__name__)
-
-
-class UnsafeFileError(HubError, ValueError):
-    """Loading the file could run code, or its name could leave the cache folder."""
-
-
-class ChecksumError(HubError):
-    """A file is not the one that was asked for: its hash or size differs."""
 
 
 class _MismatchError(Exception):

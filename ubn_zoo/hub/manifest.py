@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ubn_zoo.errors import ManifestError
 from ubn_zoo.utils.files import write_file
 
 __all__ = [
@@ -77,10 +78,6 @@ _METRIC = re.compile(r"[a-z0-9][a-z0-9_@-]{0,49}")
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-
-
-class ManifestError(ValueError):
-    """A manifest is not valid; the message names the record, the field, the value received and what is valid."""
 
 
 def _fail(field: str, received: object, valid: str) -> typing.NoReturn:

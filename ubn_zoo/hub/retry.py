@@ -30,6 +30,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ubn_zoo.errors import HubAccessError, HubError, HubNotFoundError, HubUnavailableError
+
 __all__ = [
     "RETRY_SECONDS",
     "RETRY_SECONDS_VARIABLE",
@@ -71,22 +73,6 @@ _SHOWN = 200  # characters of an answer or a foreign message that an error quote
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-class HubError(RuntimeError):
-    """A request to the Hub failed; the message says why and what to do."""
-
-
-class HubUnavailableError(HubError):
-    """The Hub cannot be reached, or keeps failing, and the cache does not have the file."""
-
-
-class HubNotFoundError(HubError):
-    """The repository, the revision or the file does not exist."""
-
-
-class HubAccessError(HubError):
-    """The repository is gated, private or disabled, or the token is not valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

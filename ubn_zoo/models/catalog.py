@@ -18,19 +18,13 @@ import torch
 from timm.models import PretrainedCfg
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
+from ubn_zoo.errors import UnknownModelError
 from ubn_zoo.hub.manifest import InputSpec, Metric, RecipeReference, Record, load_manifest
 from ubn_zoo.models.registry import SUFFIX
 
 __all__ = ["Entry", "UnknownModelError", "count_parameters", "describe", "entries", "parameter_counts", "similar_names"]
 
 _COUNTS = Path(__file__).with_name("parameter_counts.json")
-
-
-class UnknownModelError(LookupError):
-    """The zoo has no such model or weights; the message lists similar names."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ import torch
 from timm.models import PretrainedCfg, load_pretrained
 from torch import Tensor, nn
 
+from ubn_zoo.errors import CheckpointError
 from ubn_zoo.hub import fetch as hub
 from ubn_zoo.hub import manifest
 from ubn_zoo.layers import convert_state_dict
@@ -38,10 +39,6 @@ _SAFE_NAME = "model.safetensors"
 _PICKLE_ENDINGS = (".pth", ".pt", ".bin", ".tar")
 _SOURCE_FIELDS = ("source", "url", "file", "hf_hub_id", "hf_hub_filename", "state_dict")
 _SHOWN = 5  # keys of one kind of problem that an error lists
-
-
-class CheckpointError(RuntimeError):
-    """Weights cannot be read or do not fit the model; the message names the file, the keys and both shapes."""
 
 
 def safetensors_filename(filename: str | None) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import timm.optim
 import yaml
 
+from ubn_zoo.errors import RecipeError
 from ubn_zoo.layers.variants import VARIANTS
 
 __all__ = [
@@ -62,10 +63,6 @@ A recipe is a training run as a file. `ubn-zoo recipes NAME` prints it, and `--s
 it, for example `--set norm=bn` for the BatchNorm twin. `Recipe` in `ubn_zoo/recipe.py` explains every key. Figures of
 others are theirs, with BatchNorm; "not yet run" says that this project has none of its own yet.
 """
-
-
-class RecipeError(ValueError):
-    """A recipe is not valid; the message names the key, what was received and what is valid."""
 
 
 def _fail(key: str, received: object, valid: str) -> typing.NoReturn:

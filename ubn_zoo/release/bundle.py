@@ -18,6 +18,7 @@ import timm
 import torch
 
 from ubn_zoo.data.loaders import open_test
+from ubn_zoo.errors import BundleError
 from ubn_zoo.evaluation.accuracy import measure
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics
 from ubn_zoo.hub import manifest
@@ -32,10 +33,6 @@ __all__ = ["bundle", "main"]
 
 MAX_BYTES = 12 * 10**6
 MAX_BYTES_IN_ALL = 30 * 10**6
-
-
-class BundleError(ValueError):
-    """A run cannot be bundled; the message says why."""
 
 
 def _settings(recipe: Recipe, base: Recipe, classes: int | None) -> list[str]:

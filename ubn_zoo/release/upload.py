@@ -29,6 +29,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ubn_zoo import __version__
+from ubn_zoo.errors import PublishConflictError, PublishError
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics
 from ubn_zoo.hub import fetch as hub
 from ubn_zoo.hub.manifest import Manifest, ManifestError, Record, add_record, load_manifest, record_from_dict
@@ -63,18 +64,6 @@ _ADVICE = Advice(
     f"{RETRY_SECONDS_VARIABLE}=SECONDS",
     writing=True,
 )
-
-
-class PublishError(ValueError):
-    """A checkpoint is not fit to be public; the message lists every reason, and `reasons` has them one by one."""
-
-    def __init__(self, source: str, reasons: Sequence[str]) -> None:
-        super().__init__(f"{source} cannot be published: " + "; ".join(reasons))
-        self.reasons = tuple(reasons)
-
-
-class PublishConflictError(HubError):
-    """The repository has what this publication would overwrite; nothing was changed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

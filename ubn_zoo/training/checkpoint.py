@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ubn_zoo.errors import SnapshotError
 from ubn_zoo.utils.files import sync_folder, write_file
 
 __all__ = ["Snapshot", "SnapshotError", "newest_snapshot", "save_snapshot"]
@@ -29,10 +30,6 @@ _FORMAT = 1
 _STATE = "state.json"
 _PART = ".part"
 _logger = logging.getLogger(__name__)
-
-
-class SnapshotError(ValueError):
-    """A snapshot is not complete, or was changed after it was written; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ubn_zoo import models  # noqa: F401 - registers the zoo with timm
 from ubn_zoo.data.loaders import TestBatches, TrainBatches
+from ubn_zoo.errors import TrainingError
 from ubn_zoo.evaluation.accuracy import Accuracy, measure
 from ubn_zoo.evaluation.condensation import measure_similarity
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity
@@ -59,10 +60,6 @@ __all__ = [
 # Updates between looks at the loss and at other ranks on an accelerator, where a look waits for the device.
 _PULSE = 20
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message says what was found and what to change."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from torch import nn
 from ubn_zoo import __version__
 from ubn_zoo.data.loaders import TestBatches, TrainBatches, class_names, describe, open_test, open_train
 from ubn_zoo.data.readers import find_test_split
+from ubn_zoo.errors import RunError
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, read_metrics, write_metrics, write_similarity
 from ubn_zoo.evaluation.plots import draw_run
 from ubn_zoo.recipes.schema import Recipe, decisive_settings, dump_recipe, load_recipe
@@ -56,10 +57,6 @@ EVENTS = "events"
 
 _LOST = ("connection closed by peer", "connection reset", "timed out", "broken pipe", "nccl", "socket closed")
 _logger = logging.getLogger(__name__)
-
-
-class RunError(RuntimeError):
-    """A run cannot start or go on; the message says why, what is kept, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

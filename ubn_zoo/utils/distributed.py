@@ -14,11 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from ubn_zoo.errors import RanksError
+
 __all__ = ["Ranks", "RanksError", "joined"]
-
-
-class RanksError(RuntimeError):
-    """The environment does not describe a process group, or it cannot be formed; the message says how to start one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

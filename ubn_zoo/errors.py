@@ -1,0 +1,139 @@
+"""Every error that the package raises on purpose, under one base class.
+
+Each is also the built-in error that it is by nature (`ValueError`, `LookupError`, ...), so either can be caught. The
+message names what was received, what is valid, and how to fix it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "ChecksumError",
+    "DataError",
+    "EvaluationError",
+    "HubAccessError",
+    "HubError",
+    "HubNotFoundError",
+    "HubUnavailableError",
+    "InvalidArgumentError",
+    "ManifestError",
+    "MissingPackageError",
+    "PublishConflictError",
+    "PublishError",
+    "QuickstartError",
+    "RanksError",
+    "RecipeError",
+    "RunError",
+    "SnapshotError",
+    "TrainingError",
+    "UbnZooError",
+    "UnknownModelError",
+    "UnsafeFileError",
+]
+
+
+class UbnZooError(Exception):
+    """Base class of the errors of this package."""
+
+
+class InvalidArgumentError(UbnZooError, ValueError):
+    """An argument is not valid; the message names it, the value received, and what is valid."""
+
+
+class MissingPackageError(UbnZooError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
+
+
+class RanksError(UbnZooError, RuntimeError):
+    """The environment does not describe a process group, or none can be formed; the message says how to start one."""
+
+
+class HubError(UbnZooError, RuntimeError):
+    """A request to the Hub failed; the message says why and what to do."""
+
+
+class HubUnavailableError(HubError):
+    """The Hub is unreachable or keeps failing, and the cache does not have the file."""
+
+
+class HubNotFoundError(HubError):
+    """The repository, the revision or the file does not exist."""
+
+
+class HubAccessError(HubError):
+    """The repository is gated, private or disabled, or the token is not valid."""
+
+
+class UnsafeFileError(HubError, ValueError):
+    """Loading the file could run code, or its name could leave the cache folder."""
+
+
+class ChecksumError(HubError):
+    """A file's hash or size differs from the expected one."""
+
+
+class PublishConflictError(HubError):
+    """The repository already holds files that this publication would overwrite; nothing was changed."""
+
+
+class ManifestError(UbnZooError, ValueError):
+    """A manifest is not valid; the message names the record, the field, the value received and what is valid."""
+
+
+class RecipeError(UbnZooError, ValueError):
+    """A recipe is not valid; the message names the key, the value received and what is valid."""
+
+
+class UnknownModelError(UbnZooError, LookupError):
+    """The zoo has no such model or weights; the message lists similar names."""
+
+
+class CheckpointError(UbnZooError, RuntimeError):
+    """Weights cannot be read or do not fit the model; the message names the file, the keys and both shapes."""
+
+
+class DataError(UbnZooError, ValueError):
+    """Data cannot be used; the message names the file or folder and the fix."""
+
+    def __init__(self, message: str) -> None:
+        # A loader's worker passes its error on as text that starts with the traceback.
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+class EvaluationError(UbnZooError, ValueError):
+    """Model, weights, images or results file do not fit each other; the message says what was received and is valid."""
+
+
+class TrainingError(UbnZooError, RuntimeError):
+    """Training cannot start or continue; the message says what was found and what to change."""
+
+
+class SnapshotError(UbnZooError, ValueError):
+    """A snapshot is incomplete, or was changed after it was written; the message names the file."""
+
+
+class RunError(UbnZooError, RuntimeError):
+    """A run cannot start or continue; the message says why, what is kept, and what to do."""
+
+
+class QuickstartError(UbnZooError, RuntimeError):
+    """The quickstart cannot run, or the model it saved does not read back; the message says what to do."""
+
+
+class BundleError(UbnZooError, ValueError):
+    """A run cannot be bundled with the package; the message says why."""
+
+
+class PublishError(UbnZooError, ValueError):
+    """A checkpoint is not fit for publication.
+
+    Attributes:
+        reasons: Every reason; the message lists them all.
+    """
+
+    def __init__(self, source: str, reasons: Sequence[str]) -> None:
+        super().__init__(f"{source} cannot be published: " + "; ".join(reasons))
+        self.reasons = tuple(reasons)
