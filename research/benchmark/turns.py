@@ -295,15 +295,11 @@ def check_kinds(kinds: Sequence[str]) -> None:
         raise ValueError(f"settings: received {list(kinds)}; valid: {', '.join(SETTINGS)}, each beside BatchNorm")
 
 
-def _never(_input: Tensor) -> bool:
-    return False
-
-
 def as_naive(module: nn.Module) -> nn.Module:
     """Lets UBN layers compute as :mod:`ubn_zoo.layers.functional` spells it out, differentiated op by op."""
     for layer in module.modules():
         if isinstance(layer, UnifiedBatchNorm2d):
-            layer.__dict__.update(_eager=layer._reference, _uses_kernels=_never)
+            layer._equations_only = True
     return module
 
 

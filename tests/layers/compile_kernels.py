@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ubn_zoo.layers import kernels
+from ubn_zoo.layers.kernels import backward, forward, inference, statistics
 
 _TYPES = {
     torch.float16: "fp16",
@@ -57,15 +57,20 @@ def launches_of(
 ) -> list[tuple[str, Any, dict[str, Any]]]:
     """All launches of a training step, of an evaluation and of the fused inference of one layer."""
     launches: list[tuple[str, Any, dict[str, Any]]] = []
-    originals = {name: value for name, value in vars(kernels).items() if name.endswith("_kernel")}
-    for name, value in originals.items():
-        setattr(kernels, name, Recorder(name, value, launches))
+    originals = [
+        (module, name, value)
+        for module in (statistics, forward, backward)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel")
+    ]
+    for module, name, value in originals:
+        setattr(module, name, Recorder(name, value, launches))
     try:
         channels = shape[1]
         kind = getattr(torch, dtype)
-        statistics = torch.float64 if kind == torch.float64 else torch.float32
+        precision = torch.float64 if kind == torch.float64 else torch.float32
 
-        def tensor(*size: int, dtype: torch.dtype = statistics) -> torch.Tensor:
+        def tensor(*size: int, dtype: torch.dtype = precision) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
 
         x = tensor(*shape, dtype=kind)
@@ -74,25 +79,25 @@ def launches_of(
         weight = tensor(channels, 1, kernel, kernel) if parameters else None
         vectors = [tensor(channels) if parameters else None for _ in range(4)]
         running = tensor(channels), tensor(channels), tensor(dtype=torch.float32)
-        kernels.instance_means(x)
-        instance_mean, mean, var, similarity = kernels.statistics(x, vectors[1], 16 if parameters else 0)
-        batches = None if parameters else tensor(dtype=torch.int64)
-        mean, var, gate = kernels.finalize(mean, var, similarity, *running, batches, 0.1, 4, 0.1, 0.15, True)
+        statistics.instance_means(x)
+        instance_mean, mean, var, similarity = statistics.statistics(x, vectors[1], 16 if parameters else 0)
+        batches, momentum = tensor(dtype=torch.int64), 0.1 if parameters else None
+        mean, var, gate = statistics.finalize(mean, var, similarity, *running, batches, momentum, 4, 0.1, 0.15, True)
         for relu in (False, True):
-            kernels.affine(x, instance_mean, mean, var, weight, *vectors, 1e-5, relu)
+            forward.affine(x, instance_mean, mean, var, weight, *vectors, 1e-5, relu)
             opened = None if closed else gate
-            kernels.affine_backward(
+            backward.affine_backward(
                 x, x if relu else None, x, instance_mean, mean, var, opened, weight, *vectors, 1e-5, True, True
             )
         bias, *rest = vectors
         for slope in (None, mean) if parameters else (mean,):
             # Behind a convolution, which takes the slope, or alone.
-            kernels.folded_affine(
+            inference.folded_affine(
                 x, instance_mean if parameters else None, slope, mean, rest[0], weight, bias, *rest[1:], parameters
             )
     finally:
-        for name, value in originals.items():
-            setattr(kernels, name, value)
+        for module, name, value in originals:
+            setattr(module, name, value)
     return launches
 
 

@@ -25,7 +25,7 @@ from .tolerances import EXPORTED, OUTPUT
 
 F32, F64 = torch.float32, torch.float64
 deprecated = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-InferenceNorm2d = ubn_zoo.layers.inference.InferenceNorm2d
+InferenceNorm2d = ubn_zoo.layers.fusion.InferenceNorm2d
 
 
 def images(*shape: int, dtype: torch.dtype = F64, mean: float = 0.4) -> Tensor:

@@ -24,7 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 import ubn_zoo
 from research.benchmark.turns import as_naive
-from ubn_zoo.layers import functional, fused
+from ubn_zoo.layers import functional
+from ubn_zoo.layers.kernels import operators
+from ubn_zoo.layers.parameters import State
 
 from . import reference
 from .common import (
@@ -54,11 +56,11 @@ if not NATIVE:
         patch.setenv("TRITON_INTERPRET", "1")
         from triton.runtime.interpreter import InterpretedFunction
 
-        from ubn_zoo.layers import kernels
-    if not isinstance(kernels.tl.sum, InterpretedFunction):
+        from ubn_zoo.layers.kernels import backward, forward, inference, launching, statistics
+    if not isinstance(launching.tl.sum, InterpretedFunction):
         pytest.skip("triton was imported without its interpreter before", allow_module_level=True)
 else:
-    from ubn_zoo.layers import kernels
+    from ubn_zoo.layers.kernels import backward, forward, inference, launching, statistics
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -72,7 +74,7 @@ both_gates = pytest.mark.parametrize("gate", [OPEN, SHUT], ids=["open", "shut"])
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Sends the tensors of these tests through the kernels; lists the launchers that were called."""
     called: list[str] = []
-    launch = fused._launch
+    launch = operators._launch
 
     def recorded(name: str, *arguments: Any) -> Any:
         called.append(name)
@@ -80,8 +82,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     if not NATIVE:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(fused, "DEVICES", {"cpu"})
-    monkeypatch.setattr(fused, "_launch", recorded)
+        monkeypatch.setattr(operators, "DEVICES", {"cpu"})
+    monkeypatch.setattr(operators, "_launch", recorded)
     yield called
 
 
@@ -198,16 +200,16 @@ class TestAgainstReference:
         """A map so large that statistics, sums and rows are split, and small maps that are summed up in groups."""
         x, grad_y = random_input((2, 2, 40, 70), dtype=F32)
         for last in (False, True):
-            assert kernels.statistics_blocks(tuple(x.shape), last).pieces > 1
-            blocks = kernels.tap_blocks(tuple(x.shape), last, 3, "output")
+            assert launching.statistics_blocks(tuple(x.shape), last).pieces > 1
+            blocks = launching.tap_blocks(tuple(x.shape), last, 3, "output")
             assert blocks.pieces > 1
             assert blocks.column_blocks(70) > 1
             assert_step(*on_device(make_layer(2), x, grad_y, FORMATS[last]))
-        monkeypatch.setattr(kernels, "PROGRAMS", 1)
-        kernels.tap_blocks.cache_clear()
-        assert kernels.tap_blocks((9, 3, 3, 4), False, 3, "sums").group > 1
+        monkeypatch.setattr(launching, "PROGRAMS", 1)
+        launching.tap_blocks.cache_clear()
+        assert launching.tap_blocks((9, 3, 3, 4), False, 3, "sums").group > 1
         assert_step(*on_device(make_layer(3), *random_input((9, 3, 3, 4), dtype=F32)))
-        kernels.tap_blocks.cache_clear()
+        launching.tap_blocks.cache_clear()
 
 
 class TestLargeMean:
@@ -252,14 +254,14 @@ class TestStatistics:
         x = random_input((18, 3, 5, 4))[0].to(DEVICE).contiguous(memory_format=memory_format)
         x[3] = 0
         center = torch.tensor([0.5, -1.0, 0.1], dtype=F64, device=DEVICE)
-        instance_mean, mean, var, similarity = fused.statistics(x, center, 16)
+        instance_mean, mean, var, similarity = operators.statistics(x, center, 16)
         expected_mean, instance_var = functional.instance_moments(x)
         expected = functional.batch_statistics(expected_mean, instance_var, center)
         for found, value in ((instance_mean, expected_mean), (mean, expected[0]), (var, expected[1])):
             torch.testing.assert_close(found, value, **STATISTICS[F64].kwargs())
         torch.testing.assert_close(similarity.sum(), functional.feature_similarity(x, 16), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(fused.instance_means(x), expected_mean, **STATISTICS[F64].kwargs())
-        again = fused.statistics(x, center, 16)
+        torch.testing.assert_close(operators.instance_means(x), expected_mean, **STATISTICS[F64].kwargs())
+        again = operators.statistics(x, center, 16)
         assert all(torch.equal(*pair) for pair in zip(again, (instance_mean, mean, var, similarity), strict=True))
 
     @pytest.mark.parametrize("shape", [(1, 2, 30, 50), (257, 1, 1, 2)], ids=str)
@@ -268,7 +270,7 @@ class TestStatistics:
         self, memory_format: torch.memory_format, shape: tuple[int, ...]
     ) -> None:
         x = random_input(shape)[0].to(DEVICE).contiguous(memory_format=memory_format)
-        found = fused.statistics(x, None, None)[:3]
+        found = operators.statistics(x, None, None)[:3]
         instance_mean, instance_var = functional.instance_moments(x)
         expected = (instance_mean, *functional.batch_statistics(instance_mean, instance_var))
         for actual, value in zip(found, expected, strict=True):
@@ -276,9 +278,9 @@ class TestStatistics:
 
     def test_without_similarity(self) -> None:
         x = random_input((3, 2, 3, 3))[0].to(DEVICE)
-        assert fused.statistics(x, None, None)[3] is None
-        assert fused.statistics(x[:1], None, 16)[3].sum().item() == pytest.approx(1)
-        assert fused.statistics(torch.zeros_like(x), None, 16)[3].sum().item() == 0
+        assert operators.statistics(x, None, None)[3] is None
+        assert operators.statistics(x[:1], None, 16)[3].sum().item() == pytest.approx(1)
+        assert operators.statistics(torch.zeros_like(x), None, 16)[3].sum().item() == 0
 
     def test_deciding_without_moving(self) -> None:
         """A forward that is recomputed takes the gate as the state has it."""
@@ -287,12 +289,12 @@ class TestStatistics:
         before = [tensor.clone() for tensor in running]
         similarity = torch.full((512,), 1 / 512, device=DEVICE)
         batches = torch.tensor(3, device=DEVICE)
-        arguments = (mean, var, similarity, *running, batches, 0.1, 8, 0.9, 0.15)
-        used, _, gate = fused.finalize(*arguments, moving=False)
+        arguments = (mean, var, similarity, State(*running, batches), 8, 0.1, 0.9, 0.15)
+        used, _, gate = operators.finalize(*arguments, moving=False)
         assert not gate
         assert torch.equal(used, running[0])
         assert all(torch.equal(*pair) for pair in zip(running, before, strict=True))
-        used, _, gate = fused.finalize(*arguments, moving=True)
+        used, _, gate = operators.finalize(*arguments, moving=True)
         assert gate
         assert torch.equal(used, mean)
         assert running[2].item() == pytest.approx(0.91)
@@ -356,7 +358,7 @@ class TestAutograd:
         layer, x, grad_y = on_device(make_layer(2, gate=gate, dtype=F64), *random_input((2, 2, 3, 3)))
         found = []
         for devices in ({DEVICE}, set()):
-            monkeypatch.setattr(fused, "DEVICES", devices)
+            monkeypatch.setattr(operators, "DEVICES", devices)
             twin, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
             (grad_x,) = torch.autograd.grad(twin(leaf), leaf, grad_y, create_graph=True)
             grad_x.square().sum().backward()
@@ -519,7 +521,7 @@ class TestInference:
         x = random_input((2, 6, 3, 4), dtype=F32)[0].to(DEVICE).contiguous(memory_format=memory_format)
         constants = (norm.slope, norm.shift, norm.center, norm.weight, norm.bias, norm.factor_slope, norm.factor_shift)
         for relu in (False, True):
-            arguments = (x, fused.instance_means(x), *constants, relu)
+            arguments = (x, operators.instance_means(x), *constants, relu)
             torch.library.opcheck(torch.ops.ubn_zoo.folded_affine, arguments)
 
     @pytest.mark.parametrize("dynamic", [False, True])
@@ -629,10 +631,10 @@ class TestActivation:
 
     @pytest.mark.usefixtures("never")
     def test_groups_of_samples(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kernels, "PROGRAMS", 1)
-        kernels.tap_blocks.cache_clear()
+        monkeypatch.setattr(launching, "PROGRAMS", 1)
+        launching.tap_blocks.cache_clear()
         self.assert_step(*on_device(self.make(), *random_input((9, 3, 3, 4), dtype=F32)))
-        kernels.tap_blocks.cache_clear()
+        launching.tap_blocks.cache_clear()
 
     @pytest.mark.usefixtures("never")
     def test_gradient_of_the_other_layout(self) -> None:
@@ -665,7 +667,7 @@ class TestActivation:
         layer, x, grad_y = on_device(self.make(2, gate=gate, dtype=F64), *random_input((2, 2, 3, 3)))
         found = []
         for devices in ({DEVICE}, set()):
-            monkeypatch.setattr(fused, "DEVICES", devices)
+            monkeypatch.setattr(operators, "DEVICES", devices)
             twin = copy.deepcopy(layer)
             leaf, grad_leaf = x.clone().requires_grad_(), grad_y.clone().requires_grad_()
             (grad_x,) = torch.autograd.grad(twin(leaf), leaf, grad_leaf, create_graph=True)
@@ -737,7 +739,7 @@ class TestOperators:
     @staticmethod
     def arguments(memory_format: torch.memory_format, **settings: Any) -> tuple[Any, ...]:
         layer, x, _ = on_device(make_layer(3, **settings), *random_input((2, 3, 3, 4), dtype=F32), memory_format)
-        instance_mean, mean, var, _ = fused.statistics(x, layer.center_weight, None)
+        instance_mean, mean, var, _ = operators.statistics(x, layer.center_weight, None)
         parameters = [getattr(layer, name) for name in PARAMETERS]
         gate = torch.tensor(True, device=DEVICE)
         return (x.requires_grad_(), *parameters, instance_mean, mean, var, gate, 1e-5)
@@ -766,9 +768,9 @@ class TestOperators:
         def vector(*size: int) -> Tensor:
             return torch.rand(size, device=DEVICE)
 
-        for similarity, batches in ((None, None), (vector(512), torch.tensor(3, device=DEVICE))):
-            running = (vector(3), vector(3), vector())
-            arguments = (vector(3), vector(3), similarity, *running, batches, 0.1, 8, 0.1, 0.15, True)
+        for similarity, momentum in ((None, 0.1), (vector(512), None)):
+            state = (vector(3), vector(3), vector(), torch.tensor(3, device=DEVICE))
+            arguments = (vector(3), vector(3), similarity, *state, momentum, 8, 0.1, 0.15, True)
             torch.library.opcheck(torch.ops.ubn_zoo.finalize, arguments)
 
 
@@ -898,22 +900,23 @@ class TestDispatch:
     def test_plain_operations_without_triton(
         self, setting: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]
     ) -> None:
-        fused._is_supported.cache_clear()
+        operators._is_supported.cache_clear()
         with monkeypatch.context() as patch:
             if setting == "triton":
                 patch.setattr(importlib.util, "find_spec", lambda name: None)
             else:
                 patch.setenv(setting, "0")
             assert_step(*on_device(make_layer(3), *random_input((3, 3, 4, 5), dtype=F32)))
-        fused._is_supported.cache_clear()
+        operators._is_supported.cache_clear()
         assert not launches
 
     def test_what_the_kernels_can_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fused, "DEVICES", {"meta"})
-        monkeypatch.setattr(fused, "_is_supported", lambda kind, index, dtype: True)
+        monkeypatch.setattr(operators, "DEVICES", {"meta"})
+        monkeypatch.setattr(operators, "_is_supported", lambda kind, index, dtype: True)
+        monkeypatch.setattr(operators, "_can_compile", lambda kind, index: True)
 
         def usable(*shape: int, dtype: torch.dtype = F32, kernel_size: int = 3) -> bool:
-            return fused.usable(torch.empty(shape, dtype=dtype, device="meta"), kernel_size)
+            return operators.usable(torch.empty(shape, dtype=dtype, device="meta"), kernel_size)
 
         assert usable(2, 3, 4, 5)
         assert all(usable(2, 3, 4, 5, dtype=dtype) for dtype in (F16, BF16, F64))
@@ -933,9 +936,9 @@ class TestDispatch:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.version, "hip", None)
-        fused._is_supported.cache_clear()
-        assert [dtype for dtype in (F16, BF16, F32) if fused._is_supported("cuda", 0, dtype)] == dtypes
-        fused._is_supported.cache_clear()
+        operators._is_supported.cache_clear()
+        assert [dtype for dtype in (F16, BF16, F32) if operators._is_supported("cuda", 0, dtype)] == dtypes
+        operators._is_supported.cache_clear()
 
     def test_failure_says_how_to_do_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from triton.runtime.errors import OutOfResources
@@ -943,18 +946,18 @@ class TestDispatch:
         def fail(*arguments: Any) -> None:
             raise OutOfResources(300, 200, "shared memory")
 
-        monkeypatch.setattr(kernels, "affine", fail)
+        monkeypatch.setattr(forward, "affine", fail)
         layer, x, _ = on_device(make_layer(3), *random_input((2, 3, 4, 4), dtype=F32))
         with pytest.raises(RuntimeError, match=r"shared memory.*UBN_ZOO_TRITON=0"):
             layer(x)
 
     def test_nothing_waits_for_the_device(self) -> None:
-        for module in (fused, kernels):
+        for module in (operators, launching, statistics, forward, backward, inference):
             source = Path(module.__file__).read_text(encoding="utf-8")
             assert not any(word in source for word in (".item()", ".cpu()", "bool(", "synchronize"))
 
     def test_slots_of_the_fake_operator(self) -> None:
-        assert fused._SIMILARITY_SLOTS == kernels.SIMILARITY_SLOTS
+        assert operators._SIMILARITY_SLOTS == launching.SIMILARITY_SLOTS
 
 
 # Of ResNet-50 at batch 128, and sizes that nothing is divisible by.

@@ -2,7 +2,7 @@
 
 from . import functional
 from .convert import convert_batchnorm, convert_state_dict, convert_sync_ubn, freeze_ubn, unfreeze_ubn
-from .inference import fuse
+from .fusion import fuse
 from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
 from .variants import VARIANTS, variant_settings
 

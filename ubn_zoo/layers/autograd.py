@@ -1,19 +1,20 @@
-"""The layer in eager mode: the equations of :mod:`ubn_zoo.layers.functional` with few passes over memory.
+"""The equations of :mod:`ubn_zoo.layers.functional` with few passes over memory, for eager mode and ``torch.compile``.
 
-Statistics are taken by the operations that are fastest for the layout at hand, nothing of the input's size is saved
-but the input itself, and the backward pass is the two-sweep closed form instead of one operation per line of the
-forward. A CPU works on a batch in parts that stay in its cache, and what is left of small operations counts there: on
-the small maps of a MobileNet they cost more than the arithmetic.
+Statistics use the operations that are fastest for the memory format at hand. The input is the only tensor of its size
+that is saved for backward, which is a closed form in two sweeps. On a CPU a batch is processed in parts that stay in
+cache, and the number of small operations matters: on the small maps of a MobileNet they cost more than the arithmetic.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from . import functional as reference
+from .parameters import Parameters, State
 
 __all__ = [
     "calibrated_affine",
@@ -21,35 +22,57 @@ __all__ = [
     "depthwise",
     "depthwise_kernel_grad",
     "differentiable_backward",
+    "empty_output",
     "finalize",
     "instance_means",
     "statistics",
 ]
 
-
 # Bytes of input that each thread of a CPU works on at a time: a share of its cache, beside intermediate results.
 _CHUNK = 4 << 20
+_WHOLE = (slice(None),)
 
 
-def chunks(input: Tensor) -> list[slice]:
-    """The samples of a batch, in even runs that are small enough to stay in a CPU's cache between operations.
+def chunks(input: Tensor) -> tuple[slice, ...]:
+    """Splits a batch into even runs of samples that stay in a CPU's cache between operations.
 
-    Elementwise operations, sums and depthwise convolutions are bound by memory; so is their allocation, where a large
-    result gets fresh pages from the system each time.
+    Elementwise operations, sums and depthwise convolutions are bound by memory, and so is the allocation of large
+    results, for which the system provides fresh pages each time.
 
     Args:
         input: (N, C, H, W), not empty.
 
     Returns:
-        Slices of the first dimension; one of them all on other devices, and for compilers, which fuse operations.
+        Slices of the first dimension; a single one on other devices, and for compilers, which fuse operations.
     """
-    samples = input.shape[0]
-    size = samples
-    if input.device.type == "cpu" and not torch.compiler.is_compiling():
-        fitting = _CHUNK * torch.get_num_threads() * samples // (input.numel() * input.element_size())
-        runs = -(-samples // max(1, fitting))
-        size = -(-samples // runs)
-    return [slice(start, start + size) for start in range(0, samples, size)]
+    if input.device.type != "cpu" or torch.compiler.is_compiling():
+        return _WHOLE
+    return _runs(input.shape[0], input.numel() * input.element_size(), _CHUNK * torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1024)
+def _runs(samples: int, size: int, fitting: int) -> tuple[slice, ...]:
+    runs = -(-samples // max(1, fitting * samples // size))
+    if runs == 1:
+        return _WHOLE
+    length = -(-samples // runs)
+    return tuple(slice(start, start + length) for start in range(0, samples, length))
+
+
+def _part(tensor: Tensor, chunk: slice) -> Tensor:
+    return tensor if chunk.start is None else tensor[chunk]
+
+
+def empty_output(input: Tensor, parameters: Parameters) -> Tensor:
+    """The output for a batch without elements.
+
+    The parameters stay in the graph, with zero gradients, as DistributedDataParallel needs.
+    """
+    total = torch.zeros([], dtype=input.dtype, device=input.device)
+    for parameter in parameters:
+        if parameter is not None:
+            total = total + parameter.sum().to(input.dtype)
+    return input * total
 
 
 def instance_means(input: Tensor) -> Tensor:
@@ -61,7 +84,7 @@ def instance_means(input: Tensor) -> Tensor:
 def statistics(
     input: Tensor, center_weight: Tensor | None, samples: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Means of the instances, statistics of the batch once it is centered by them, and the similarity of its samples.
+    """Instance means, statistics of the batch after the centering calibration, and the similarity of its samples.
 
     Args:
         input: (N, C, H, W), not empty.
@@ -76,14 +99,15 @@ def statistics(
     channels_last = input.stride(1) < input.stride(3)
     means, deviations, norms, total = [], [], [], None
     for chunk in chunks(input):
-        values = reference.promote(input[chunk])
+        values = reference.promote(_part(input, chunk))
         mean, squares = _moments(values)
         means.append(mean)
         deviations.append(squares)
-        if chunk.start < compared and compared > 1:
+        start = chunk.start or 0
+        if start < compared and compared > 1:
             # |x_i|^2 follows from the moments.
             norm = torch.addcmul(squares, mean, mean, value=values.shape[2] * values.shape[3]).sum(1).sqrt_()
-            norms.append(norm[: compared - chunk.start])
+            norms.append(norm[: compared - start])
             total = _add_units(total, values.permute(0, 2, 3, 1) if channels_last else values, norms[-1])
     instance_mean, squares = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (means, deviations))
     centered = instance_mean
@@ -126,49 +150,67 @@ def finalize(
     mean: Tensor,
     var: Tensor,
     similarity: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    running_similarity: Tensor,
-    batches: Tensor,
-    momentum: float | None,
+    state: State,
     count: Tensor | int,
+    momentum: float | None,
     similarity_momentum: float,
     threshold: float | None,
     moving: bool,
 ) -> tuple[Tensor, Tensor, Tensor | bool]:
-    """Decides the gate, moves the running state in place and selects the statistics to normalize with.
+    """Decides the gate, moves the state in place and selects the statistics to normalize with.
 
-    Gradients flow to the batch's statistics where they have any: those of several ranks do.
+    Statistics that are not finite move nothing. Gradients flow to the batch's statistics where those have any, as joint
+    statistics of several ranks do.
 
     Args:
         mean: (C,) of the batch, centered.
         var: (C,) biased.
         similarity: Of the batch's samples, from :func:`statistics`; None for a gate that is always open.
-        running_mean: (C,) buffer.
-        running_var: (C,) buffer.
-        running_similarity: Scalar buffer.
-        batches: Scalar buffer, training steps seen, this one included.
-        momentum: Weight of the batch in the running statistics; None for 1 / ``batches``.
+        state: The buffers.
         count: Elements per channel, N * H * W.
-        similarity_momentum: Weight of the batch in ``running_similarity``.
-        threshold: The gate is open above it; None for always.
-        moving: False to decide by the state as it is and leave it so.
+        momentum: Weight of the batch in the running statistics; None for a cumulative average.
+        similarity_momentum: Weight of the batch in the running similarity.
+        threshold: The gate is open above it; None for a gate that is always open.
+        moving: False to decide by the present state and to leave it unchanged.
 
     Returns:
         Mean (C,), variance (C,), and the gate: a boolean scalar on the device, or True.
     """
-    gate: Tensor | None = None
-    batch_mean, batch_var = mean, var
+    gate: Tensor | bool = True
+    if not moving:
+        if similarity is not None and threshold is not None:
+            gate = state.similarity > threshold
+        return *_select(gate, mean, var, state), gate
+    new_mean = mean.detach().to(state.mean.dtype)
+    new_var = (var.detach() * (count / (count - 1))).to(state.var.dtype)
+    # Multiples of 0 are 0 where a number is finite, otherwise NaN: fewer operations than asking each number.
+    probe = torch.mul(new_var, 0).add_(new_mean, alpha=0).sum()
     if similarity is not None and threshold is not None:
-        weight = similarity_momentum if moving else 0.0
-        gate = reference.update_similarity_gate(running_similarity, similarity, weight, threshold)
-        mean = torch.where(gate, mean, running_mean.to(mean.dtype))
-        var = torch.where(gate, var, running_var.to(var.dtype))
-    if moving:
-        factor = reference.update_factor(momentum, batches, gate, running_mean)
-        unbiased_var = batch_var.detach() * (count / (count - 1))
-        reference.update_running_statistics(running_mean, running_var, batch_mean, unbiased_var, factor)
-    return mean, var, True if gate is None else gate
+        moves = probe.add_(similarity, alpha=0) == 0
+        gate = reference.update_similarity_gate(state.similarity, similarity, similarity_momentum, threshold, moves)
+        mean, var = _select(gate, mean, var, state)
+        state.batches.add_(moves)
+        moves = moves & gate
+    else:
+        moves = probe == 0
+        state.batches.add_(moves)
+    # Interpolated towards itself, a buffer keeps its last bit.
+    targets = torch.where(moves, new_mean, state.mean), torch.where(moves, new_var, state.var)
+    if momentum is not None:
+        state.mean.lerp_(targets[0], momentum)
+        state.var.lerp_(targets[1], momentum)
+    else:
+        factor = reference.update_factor(None, state.batches, state.mean)
+        state.mean.lerp_(targets[0], factor)
+        state.var.lerp_(targets[1], factor)
+    return mean, var, gate
+
+
+def _select(gate: Tensor | bool, mean: Tensor, var: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """The batch's statistics where the gate is open, otherwise the running ones."""
+    if not isinstance(gate, Tensor):
+        return mean, var
+    return torch.where(gate, mean, state.mean.to(mean.dtype)), torch.where(gate, var, state.var.to(var.dtype))
 
 
 def _instance_sum(input: Tensor) -> Tensor:
@@ -250,14 +292,15 @@ def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, scales: _
     parts = chunks(input)
     whole = torch.empty_like(input) if len(parts) > 1 else input
     for chunk in parts:
-        part = _scaled(input[chunk], planes, scales.scale, scales.shift[chunk], scales.offset[chunk], input.dtype)
+        values, shifts, offsets = (_part(tensor, chunk) for tensor in (input, scales.shift, scales.offset))
+        part = _scaled(values, planes, scales.scale, shifts, offsets, input.dtype)
         if kernel is not None and kernel.shape[2] == 1:
             part.mul_(kernel[:, 0])
             if shift is not None:
                 part.add_(_broadcast(shift))
         elif kernel is not None:
             part = depthwise(part, kernel, shift)
-        factor = None if scales.factor is None else _broadcast(scales.factor[chunk]).to(input.dtype)
+        factor = None if scales.factor is None else _broadcast(_part(scales.factor, chunk)).to(input.dtype)
         if len(parts) == 1:
             whole = part if factor is None else part.mul_(factor)
         elif factor is None:
@@ -282,8 +325,8 @@ class _CalibratedAffine(torch.autograd.Function):
     from this very batch or are running ones.
     """
 
-    # A separate `setup_context` would have torch inspect the signature at every call, which takes longer than a small
-    # layer; the transforms of torch.func, which want it, get the plain equations.
+    # With a separate `setup_context` torch inspects the signature at every call, which takes longer than a small layer.
+    # The transforms of torch.func, which need it, get the plain equations.
     @staticmethod
     def forward(
         ctx: Any,
@@ -381,8 +424,9 @@ def _sums(
     grad_weight = None
     grads, grad_sums, normalized_sums, projections = [], [], [], []
     for chunk in chunks(input):
-        grad = grad_output[chunk]
-        normalized = _scaled(input[chunk], planes, scale[chunk], shift[chunk], offset[chunk], input.dtype)
+        grad = _part(grad_output, chunk)
+        values, factors, shifts, offsets = (_part(tensor, chunk) for tensor in (input, scale, shift, offset))
+        normalized = _scaled(values, planes, factors, shifts, offsets, input.dtype)
         grad_sums.append(_instance_sum(grad))
         if kernel is not None and flipped is not None:
             if weight_needs_grad:
@@ -437,17 +481,18 @@ def _grad_input(
         if not planes:
             offset = torch.addcmul(offset, slope, scales.offset)
     for chunk in chunks(input):
-        out, grad, factor = result[chunk], grads.pop(0), _broadcast(factors[chunk])
-        terms = None if offset is None else _broadcast(offset[chunk])
+        out, grad, factor = _part(result, chunk), grads.pop(0), _broadcast(_part(factors, chunk))
+        terms = None if offset is None else _broadcast(_part(offset, chunk))
         if terms is None:
             torch.mul(grad, factor, out=out)
         elif planes:
             torch.mul(grad, factor, out=out).add_(terms)
             if slope is not None:
-                out.add_(torch.add(input[chunk], _broadcast(scales.shift[chunk])).mul_(_broadcast(scale)))
+                shifted = torch.add(_part(input, chunk), _broadcast(_part(scales.shift, chunk)))
+                out.add_(shifted.mul_(_broadcast(scale)))
         else:
             if slope is not None:
-                terms = torch.addcmul(terms, input[chunk], _broadcast(scale))
+                terms = torch.addcmul(terms, _part(input, chunk), _broadcast(scale))
             torch.addcmul(terms, grad, factor, out=out)
     return result
 
@@ -482,11 +527,7 @@ def calibrated_affine(
     mean: Tensor,
     var: Tensor,
     gate: Tensor | bool,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    center_weight: Tensor | None,
-    scale_weight: Tensor | None,
-    scale_bias: Tensor | None,
+    parameters: Parameters,
     eps: float,
 ) -> Tensor:
     """:func:`functional.calibrated_affine` for constant statistics, differentiable through them where ``gate`` is open.
@@ -494,20 +535,17 @@ def calibrated_affine(
     Args:
         input: (N, C, H, W), not empty.
         instance_mean: (N, C), without gradient.
-        mean: (C,) statistics to normalize with, without gradient.
+        mean: (C,) to normalize with, without gradient.
         var: (C,) likewise.
         gate: Whether ``mean`` and ``var`` are those of this batch, as a boolean or a boolean scalar on the device.
-        weight: (C, 1, k, k) or None; the other parameters as in :func:`functional.calibrated_affine`.
-        bias: (C,) or None.
-        center_weight: (C,) or None.
-        scale_weight: (C,) or None.
-        scale_bias: (C,) or None.
+        parameters: As in :func:`functional.calibrated_affine`.
         eps: Added to the variance.
 
     Returns:
         (N, C, H, W) in the dtype and layout of ``input``.
     """
-    parameters = (weight, bias, center_weight, scale_weight, scale_bias)
     if not torch.is_grad_enabled():
-        return _affine(input, weight, bias, _scales(instance_mean, mean, var, *parameters[2:], eps))
+        weight, bias, center_weight, scale_weight, scale_bias = parameters
+        scales = _scales(instance_mean, mean, var, center_weight, scale_weight, scale_bias, eps)
+        return _affine(input, weight, bias, scales)
     return cast(Tensor, _CalibratedAffine.apply(input, *parameters, instance_mean, mean, var, gate, eps))

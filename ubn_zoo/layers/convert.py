@@ -10,7 +10,8 @@ from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 
 from .distributed import SyncGroup
-from .state import CALIBRATIONS, upgrade_layer_state
+from .parameters import CALIBRATIONS
+from .state import upgrade_layer_state
 from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
 
 if TYPE_CHECKING:

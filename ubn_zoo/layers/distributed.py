@@ -10,8 +10,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import functional as reference
+from .autograd import finalize
+from .parameters import Parameters
 
-__all__ = ["SyncGroup", "batch_statistics", "equalize_ddp_buffers", "feature_similarity"]
+__all__ = [
+    "SyncGroup",
+    "batch_statistics",
+    "calibrated_affine",
+    "equalize_ddp_buffers",
+    "feature_similarity",
+    "finalize",
+    "statistics",
+]
 
 
 class SyncGroup:
@@ -118,6 +128,43 @@ def feature_similarity(input: Tensor, samples: int, rank_samples: Tensor, sync: 
     n = rank_samples.sum().clamp(max=samples)
     pairs = (n * (n - 1)).clamp(min=1)
     return torch.where(n > 1, (torch.dot(joined[:-1], joined[:-1]) - joined[-1]) / pairs, 1.0)
+
+
+def statistics(
+    input: Tensor, center_weight: Tensor | None, samples: int | None, sync: SyncGroup
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Instance means of this rank, and differentiable statistics of the batch joined over ranks.
+
+    Args:
+        input: (N, C, H, W) of this rank; N may differ between ranks and may be 0.
+        center_weight: (C,) or None.
+        samples: Number of leading samples of the joined batch to compare; None for no similarity.
+        sync: The ranks to join.
+
+    Returns:
+        Instance means (N, C), mean and biased variance (C,), the similarity (scalar or None), and the joined batch's
+        elements per channel (scalar).
+    """
+    instance_mean, instance_var = reference.instance_moments(input)
+    pixels = input.shape[2] * input.shape[3]
+    mean, var, count, rank_samples = batch_statistics(instance_mean, instance_var, center_weight, pixels, sync)
+    similarity = None
+    if samples is not None:
+        similarity = feature_similarity(input.detach(), samples, rank_samples, sync)
+    return instance_mean, mean, var, similarity, count
+
+
+def calibrated_affine(
+    input: Tensor,
+    instance_mean: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | bool,
+    parameters: Parameters,
+    eps: float,
+) -> Tensor:
+    """:func:`functional.calibrated_affine`, differentiable through the joint statistics by autograd."""
+    return reference.calibrated_affine(input, instance_mean, mean, var, *parameters, eps)
 
 
 def _broadcast_buffers(ddp: DistributedDataParallel, buffers: dict[str, Tensor]) -> None:

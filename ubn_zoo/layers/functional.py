@@ -1,12 +1,15 @@
 """The equations of Unified Batch Normalization in plain torch: the definition that every faster path is tested against.
 
-Source: Wang et al., "Unified Batch Normalization", arXiv 2311.15993. Its parts come from three papers: the gate on
-    feature
-condensation is its own, centering and scaling calibration are RBN (Gao et al., CVPR 2021), the depthwise affine is BNET
-(Xu et al., arXiv 2011.14150).
+Source: Wang et al., "Unified Batch Normalization", arXiv 2311.15993. The gate on feature condensation is the paper's
+own; the centering and scaling calibrations are RBN (Gao et al., CVPR 2021), and the depthwise affine is BNET (Xu et
+al., arXiv 2011.14150).
 
 Everything here is differentiable, free of host synchronization, scriptable and exportable. Statistics are computed in
-float32 for half-precision inputs and in the input's own precision otherwise.
+float32 for half-precision inputs and in the input's precision otherwise.
+
+A training step whose statistics are not finite (an Inf or NaN in the input, or an overflow) leaves the whole state as
+it is: the running statistics, the running similarity and the count of batches. Its gate follows from the last finite
+similarity. The paper does not treat this case.
 
 Shapes used throughout: ``input`` is (N, C, H, W); a *per-instance* quantity is (N, C), a *per-channel* quantity is
 (C,).
@@ -23,6 +26,7 @@ __all__ = [
     "calibrated_affine",
     "feature_similarity",
     "instance_moments",
+    "statistics_are_finite",
     "unified_batch_norm",
     "update_running_statistics",
     "update_similarity_gate",
@@ -30,7 +34,7 @@ __all__ = [
 
 
 def promote(input: Tensor) -> Tensor:
-    """``input`` in the precision statistics are computed in: float32 for half precision, unchanged otherwise."""
+    """Casts half-precision inputs to float32, the precision of statistics; returns other inputs unchanged."""
     if input.dtype == torch.float16 or input.dtype == torch.bfloat16:
         return input.float()
     return input
@@ -44,7 +48,7 @@ def feature_similarity(input: Tensor, samples: int = 16) -> Tensor:
 
     Args:
         input: (N, C, H, W) with N >= 1. No gradient flows into it.
-        samples: How many leading samples are compared, n = min(N, samples).
+        samples: Number of leading samples to compare, n = min(N, samples).
 
     Returns:
         A scalar. 1 for a single sample; a sample of zero norm has cosine 0 with all others.
@@ -93,7 +97,28 @@ def batch_statistics(
     return mean, (instance_var + (centered - mean).square()).mean(0)
 
 
-def update_similarity_gate(running_similarity: Tensor, similarity: Tensor, momentum: float, threshold: float) -> Tensor:
+def statistics_are_finite(mean: Tensor, var: Tensor, similarity: Optional[Tensor] = None) -> Tensor:
+    """Whether a batch may move the state: whether all of its statistics are finite.
+
+    Args:
+        mean: (C,) of the batch.
+        var: (C,) likewise, in the precision in which it would be stored.
+        similarity: Scalar similarity of the batch, or None.
+
+    Returns:
+        A boolean scalar on the device.
+    """
+    finite = torch.isfinite(mean).all() & torch.isfinite(var).all()
+    return finite if similarity is None else finite & torch.isfinite(similarity)
+
+
+def update_similarity_gate(
+    running_similarity: Tensor,
+    similarity: Tensor,
+    momentum: float,
+    threshold: float,
+    finite: Optional[Tensor] = None,
+) -> Tensor:
     """Moves the running similarity r in place (step 2) and returns the gate.
 
     Args:
@@ -101,16 +126,25 @@ def update_similarity_gate(running_similarity: Tensor, similarity: Tensor, momen
         similarity: Scalar similarity of this batch.
         momentum: Weight of this batch.
         threshold: Features count as condensed above it.
+        finite: From :func:`statistics_are_finite`; r stays as it is where False.
 
     Returns:
         A boolean scalar on the device: True selects batch statistics, False the running ones.
     """
-    running_similarity.lerp_(similarity.to(running_similarity.dtype), momentum)
+    target = similarity.to(running_similarity.dtype)
+    if finite is not None:
+        target = torch.where(finite, target, running_similarity)
+    running_similarity.lerp_(target, momentum)
     return running_similarity > threshold
 
 
 def update_running_statistics(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, unbiased_var: Tensor, factor: Tensor
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    unbiased_var: Tensor,
+    factor: Tensor,
+    moves: Optional[Tensor] = None,
 ) -> None:
     """Moves the running statistics in place, as BatchNorm does: the variance towards the unbiased one.
 
@@ -119,28 +153,29 @@ def update_running_statistics(
         running_var: (C,) buffer.
         mean: (C,) batch mean.
         unbiased_var: (C,) batch variance, the biased one times M / (M - 1) of M = N * H * W elements per channel.
-        factor: Scalar weight of this batch; 0 (a closed gate) leaves the buffers exactly as they are.
+        factor: Scalar weight of this batch.
+        moves: Boolean scalar; the buffers stay exactly as they are where False, whatever the batch holds.
     """
-    running_mean.lerp_(mean.detach().to(running_mean.dtype), factor.to(running_mean.dtype))
-    running_var.lerp_(unbiased_var.detach().to(running_var.dtype), factor.to(running_var.dtype))
+    new_mean = mean.detach().to(running_mean.dtype)
+    new_var = unbiased_var.detach().to(running_var.dtype)
+    if moves is not None:
+        new_mean = torch.where(moves, new_mean, running_mean)
+        new_var = torch.where(moves, new_var, running_var)
+    running_mean.lerp_(new_mean, factor.to(running_mean.dtype))
+    running_var.lerp_(new_var, factor.to(running_var.dtype))
 
 
-def update_factor(
-    momentum: Optional[float], num_batches_tracked: Optional[Tensor], gate: Optional[Tensor], like: Tensor
-) -> Tensor:
-    """Weight of this batch in the running statistics, as a scalar tensor: 0 where the gate is closed.
+def update_factor(momentum: Optional[float], num_batches_tracked: Optional[Tensor], like: Tensor) -> Tensor:
+    """Weight of this batch in the running statistics, as a scalar tensor.
 
-    ``momentum=None`` is the cumulative average, 1 / num_batches_tracked (already grown by this step).
+    ``momentum=None`` is the cumulative average, 1 / num_batches_tracked, which includes this batch.
     """
     if momentum is not None:
-        factor = torch.full([], momentum, dtype=like.dtype, device=like.device)
-    elif num_batches_tracked is not None:
-        factor = num_batches_tracked.to(like.dtype).reciprocal()
-    else:
+        return torch.full([], momentum, dtype=like.dtype, device=like.device)
+    if num_batches_tracked is None:
         raise ValueError("momentum=None averages over num_batches_tracked, which is None; pass both or give a momentum")
-    if gate is not None:
-        factor = factor * gate.to(like.dtype)
-    return factor
+    # It is still 0 where the first batch was not finite.
+    return num_batches_tracked.clamp(min=1).to(like.dtype).reciprocal()
 
 
 def calibrated_affine(
@@ -199,7 +234,7 @@ def calibrated_affine(
         normalized_mean = instance_mean * scale + offset
         factor = torch.sigmoid(scale_weight.to(mean.dtype) * normalized_mean + scale_bias.to(mean.dtype))
         output = output * factor[:, :, None, None].to(output.dtype)
-    # Under autocast the convolution may have come back in a lower precision than it was given.
+    # Under autocast the convolution may return a lower precision than its input's.
     return output.to(input.dtype)
 
 
@@ -221,14 +256,15 @@ def unified_batch_norm(
     similarity_momentum: float = 0.1,
     similarity_samples: int = 16,
 ) -> Tensor:
-    """Unified Batch Normalization of one batch; in training the buffers are moved in place.
+    """Unified Batch Normalization of one batch; training updates the buffers in place.
 
     Args:
         input: (N, C, H, W), not empty.
         running_mean: (C,) buffer, or None to normalize with batch statistics always (training and evaluation).
         running_var: (C,) buffer, goes with ``running_mean``.
         running_similarity: Scalar buffer r of the gate; None switches the gate off.
-        num_batches_tracked: Integer scalar buffer, grows by one per training step whatever the gate says.
+        num_batches_tracked: Integer scalar buffer, grows by one with every training step whose statistics are finite,
+            whatever the gate says.
         weight: (C, 1, k, k) depthwise kernel or None.
         bias: (C,) or None.
         center_weight: (C,) centering calibration or None.
@@ -239,7 +275,7 @@ def unified_batch_norm(
         eps: Added to the variance.
         threshold: Gate threshold tau; None switches the gate off.
         similarity_momentum: Weight of this batch in ``running_similarity``.
-        similarity_samples: How many leading samples are compared.
+        similarity_samples: Number of leading samples to compare.
 
     Returns:
         (N, C, H, W) in the dtype of ``input``.
@@ -264,20 +300,23 @@ def unified_batch_norm(
 
     instance_mean, instance_var = instance_moments(input)
     mean, var = batch_statistics(instance_mean, instance_var, center_weight)
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
     if training and running_mean is not None and running_var is not None:
-        gate: Optional[Tensor] = None
-        batch_mean, batch_var = mean, var
+        batch_mean = mean.detach()
+        count = torch.full([], input.numel() // input.shape[1], dtype=mean.dtype, device=mean.device)
+        unbiased_var = (var.detach() * (count / (count - 1))).to(running_var.dtype)
+        similarity: Optional[Tensor] = None
         if threshold is not None and running_similarity is not None:
             similarity = feature_similarity(input, similarity_samples)
-            gate = update_similarity_gate(running_similarity, similarity, similarity_momentum, threshold)
+        moves = statistics_are_finite(batch_mean, unbiased_var, similarity)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(moves.to(num_batches_tracked.dtype))
+        factor = update_factor(momentum, num_batches_tracked, running_mean)
+        if threshold is not None and running_similarity is not None and similarity is not None:
+            gate = update_similarity_gate(running_similarity, similarity, similarity_momentum, threshold, moves)
             mean = torch.where(gate, mean, running_mean.to(mean.dtype))
             var = torch.where(gate, var, running_var.to(var.dtype))
-        count = torch.full([], input.numel() // input.shape[1], dtype=mean.dtype, device=mean.device)
-        factor = update_factor(momentum, num_batches_tracked, gate, running_mean)
-        unbiased_var = batch_var * (count / (count - 1))
-        update_running_statistics(running_mean, running_var, batch_mean, unbiased_var, factor)
+            moves = moves & gate
+        update_running_statistics(running_mean, running_var, batch_mean, unbiased_var, factor, moves)
     return calibrated_affine(
         input, instance_mean, mean, var, weight, bias, center_weight, scale_weight, scale_bias, eps
     )

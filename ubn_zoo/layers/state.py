@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .parameters import CALIBRATIONS
+
 __all__ = ["affine_gain", "identity_kernel", "upgrade_layer_state"]
 
 _AUTHORS_AFFINE = {"bnconv.weight": "weight", "bnconv.bias": "bias"}
-CALIBRATIONS = {"center_weight": 0.0, "scale_weight": 0.0, "scale_bias": 1.0}  # name: start
 _ENTRIES = ("weight", "bias", "running_mean", "feature_similarity", *CALIBRATIONS, *_AUTHORS_AFFINE)
 
 

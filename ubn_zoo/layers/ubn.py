@@ -1,81 +1,25 @@
-"""The Unified Batch Normalization modules: parameters, buffers and dispatch; the maths lives in :mod:`.functional`."""
+"""The Unified Batch Normalization modules: parameters, buffers, and the choice of an implementation."""
 
-import functools
 import math
-from collections import deque
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, NamedTuple, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 from timm.layers import create_act_layer, register_notrace_module
 from torch import Tensor, nn
 
-from . import autograd, distributed, functional, fused
-from .state import CALIBRATIONS, affine_gain, identity_kernel, upgrade_layer_state
+from . import autograd, distributed, functional, internals, recompute
+from .kernels import operators
+from .parameters import CALIBRATIONS, Parameters, State
+from .state import affine_gain, identity_kernel, upgrade_layer_state
 
 __all__ = ["UnifiedBatchNorm2d", "UnifiedBatchNormAct2d"]
 
-# How many checkpointed forwards of one layer may be in flight and still be recomputed exactly, see `_StepRecord`.
-_RECORDS = 64
 _STATISTICS = ("running_mean", "running_var", "feature_similarity")
 
 
-class _StepRecord(NamedTuple):
-    """What one training forward decided, kept for activation checkpointing, which runs that forward again in backward.
-
-    By then the state has moved. The second run finds its own record by the mean of its batch, so a layer that is called
-    several times in one step gets each call's decision back. Identical batches are told apart by autograd's count of
-    operations.
-    """
-
-    batch_mean: Tensor
-    gate: Tensor
-    mean: Tensor
-    var: Tensor
-    sequence: int  # autograd's count at the first run
-    with_grad: bool  # whether that took gradients: not under the reentrant kind of checkpointing
-
-
-class _State(NamedTuple):
-    """The buffers, where running statistics are kept."""
-
-    mean: Tensor
-    var: Tensor
-    batches: Tensor
-    similarity: Tensor
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func runs the layer."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def _in_backward() -> bool:
-    """Whether the autograd engine is running: a forward now is a recomputation by activation checkpointing."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _may_be_recomputed() -> bool:
-    """Whether this forward may be under activation checkpointing.
-
-    The reentrant kind runs it without gradients, the other one under hooks on saved tensors.
-    """
-    if torch.compiler.is_compiling() or _in_backward():
-        return False
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def without_autocast(input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Calls a layer that looks after its own precisions; autocast would lower the affine's for float32 inputs."""
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return function(input)
-    return function(input)
-
-
-def without_hooks(module: nn.Module) -> bool:
-    """Whether nothing looks at what a module is given and returns, so that it need not be called."""
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether no hook observes a module's inputs and outputs, so that calling the module may be skipped."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks)
 
@@ -188,8 +132,10 @@ class UnifiedBatchNorm2d(nn.Module):
         self.kernel_init = kernel_init
         self.frozen = False
         self._sync: Optional[distributed.SyncGroup] = None
-        self._records: Deque[_StepRecord] = deque(maxlen=_RECORDS)
-        # Which parameters took gradients before freezing.
+        self._records = recompute.Records()
+        # Computes the plain equations everywhere, to compare the implementations with.
+        self._equations_only = False
+        # The parameters' `requires_grad` before freezing.
         self._trainable: Tuple[bool, ...] = ()
 
         def parameter(present: bool, *shape: int) -> Optional[nn.Parameter]:
@@ -224,10 +170,10 @@ class UnifiedBatchNorm2d(nn.Module):
     def reset_parameters(self) -> None:
         """Puts all parameters and buffers back to their start; "kaiming" kernels are drawn anew."""
         self.reset_running_stats()
-        for name, start in CALIBRATIONS.items():
+        for name, initial in CALIBRATIONS.items():
             parameter = getattr(self, name)
             if parameter is not None:
-                nn.init.constant_(parameter, start)
+                nn.init.constant_(parameter, initial)
         self.set_affine(torch.ones(self.num_features), torch.zeros(self.num_features))
         if self.weight is not None and self.kernel_init == "kaiming":
             nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
@@ -246,21 +192,97 @@ class UnifiedBatchNorm2d(nn.Module):
             self.weight.copy_(identity_kernel(weight.to(self.weight), self.kernel_size, gain))
             self.bias.copy_(bias.to(self.bias) * gain)
 
-    def _state(self) -> Optional[_State]:
+    def _bundle(self) -> Parameters:
+        return Parameters(self.weight, self.bias, self.center_weight, self.scale_weight, self.scale_bias)
+
+    def _state(self) -> Optional[State]:
         if (
             self.running_mean is None
             or self.running_var is None
-            or self.num_batches_tracked is None
             or self.feature_similarity is None
+            or self.num_batches_tracked is None
         ):
             return None
-        return _State(self.running_mean, self.running_var, self.num_batches_tracked, self.feature_similarity)
+        return State(self.running_mean, self.running_var, self.feature_similarity, self.num_batches_tracked)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalizes (N, C, H, W), keeping its dtype and memory format; in training the buffers move."""
-        return self._normalize(input)
+        """Normalizes (N, C, H, W), keeping its dtype and memory format; training updates the buffers."""
+        if torch.jit.is_scripting():
+            return self._equations(input)
+        return self._dispatch(input)
 
-    def _normalize(self, input: Tensor, relu: bool = False) -> Tensor:
+    @torch.jit.unused
+    def _dispatch(self, input: Tensor) -> Tensor:
+        return self._run(input, self._choose_path(input))
+
+    def _choose_path(self, input: Tensor) -> ModuleType:
+        """The module that computes this call."""
+        self._check_shape(input)
+        if self.training and not self.frozen and self._sync is not None and self._sync.active():
+            return distributed
+        # Programs that are exported consist of the equations alone. The transforms of torch.func take them too: they
+        # have no rules for the other implementations.
+        if self._equations_only or internals.is_capturing():
+            return functional
+        return operators if operators.usable(input, self.kernel_size) else autograd
+
+    def _run(self, input: Tensor, path: ModuleType, relu: bool = False) -> Tensor:
+        """Computes the layer by one of the modules; only ``operators`` can include a ReLU."""
+        device_type = input.device.type
+        if internals.autocast_enabled(device_type):
+            # The layer handles precision itself; autocast would lower that of the affine for float32 inputs.
+            with torch.autocast(device_type, enabled=False):
+                return self._run(input, path, relu)
+        if path is functional:
+            return self._equations(input)
+        state, parameters = self._state(), self._bundle()
+        training = self.training and not self.frozen
+        recomputing = training and internals.is_in_backward()
+        if training and (path is distributed or not torch.compiler.is_compiling()):
+            distributed.equalize_ddp_buffers()
+        if path is not distributed and input.numel() == 0:
+            if training and state is not None and not recomputing:
+                state.batches.add_(1)
+            return autograd.empty_output(input, parameters)
+
+        gate: Union[Tensor, bool] = False
+        if not training and state is not None:
+            instance_mean = path.instance_means(input)
+            mean, var = state.mean.to(instance_mean.dtype), state.var.to(instance_mean.dtype)
+        else:
+            instance_mean, mean, var, gate = self._batch_statistics(input, path, state, training, recomputing)
+        arguments = (input, instance_mean, mean, var, gate, parameters, self.eps)
+        output: Tensor = path.calibrated_affine(*arguments, relu) if relu else path.calibrated_affine(*arguments)
+        return output
+
+    def _batch_statistics(
+        self, input: Tensor, path: ModuleType, state: Optional[State], training: bool, recomputing: bool
+    ) -> Tuple[Tensor, Tensor, Tensor, Union[Tensor, bool]]:
+        """Instance means, the statistics to normalize with, and the gate; the state moves."""
+        recalling = recomputing and len(self._records) > 0
+        gated = training and state is not None and self.threshold is not None and not recalling
+        samples = self.similarity_samples if gated else None
+        count: Union[Tensor, int]
+        if path is distributed and self._sync is not None:
+            instance_mean, mean, var, similarity, count = distributed.statistics(
+                input, self.center_weight, samples, self._sync
+            )
+        else:
+            self._check_values(input)
+            instance_mean, mean, var, similarity = path.statistics(input, self.center_weight, samples)
+            count = input.numel() // input.shape[1]
+        if not training or state is None:
+            return instance_mean, mean, var, True
+        if recalling:
+            return instance_mean, *self._records.recall(mean, var)
+        # A recomputation without a record moves nothing either.
+        settings = (self.momentum, self.similarity_momentum, self.threshold)
+        used_mean, used_var, gate = path.finalize(mean, var, similarity, state, count, *settings, not recomputing)
+        if gated and recompute.may_be_recomputed():
+            self._records.add(mean, gate, used_mean, used_var)
+        return instance_mean, used_mean, used_var, gate
+
+    def _check_shape(self, input: Tensor) -> None:
         if input.dim() != 4:
             raise ValueError(f"expected an input of 4 dimensions (N, C, H, W), got shape {list(input.shape)}")
         if input.shape[1] != self.num_features:
@@ -268,25 +290,6 @@ class UnifiedBatchNorm2d(nn.Module):
                 f"expected an input with {self.num_features} channels (N, {self.num_features}, H, W), "
                 f"got shape {list(input.shape)}"
             )
-        if not torch.jit.is_scripting():
-            return self._dispatch(input, relu)
-        return self._reference(input)
-
-    @torch.jit.unused
-    def _uses_kernels(self, input: Tensor) -> bool:
-        """Whether the kernels compute an input; synchronized statistics do without."""
-        if not fused.usable(input, self.kernel_size) or is_transformed():
-            return False
-        return self._sync is None or not self.training or self.frozen or not self._sync.active()
-
-    @torch.jit.unused
-    def _dispatch(self, input: Tensor, relu: bool) -> Tensor:
-        # What is exported is the equations alone. The transforms of torch.func take them too: they do not know the
-        # autograd function of the other path.
-        plain = torch.jit.is_tracing() or torch.compiler.is_exporting() or is_transformed()
-        if plain and not (self._sync is not None and self.training and self._sync.active()):
-            return without_autocast(input, self._reference)
-        return without_autocast(input, functools.partial(self._eager, relu=True) if relu else self._eager)
 
     def _check_values(self, input: Tensor) -> None:
         if input.shape[0] * input.shape[2] * input.shape[3] == 1:
@@ -295,7 +298,8 @@ class UnifiedBatchNorm2d(nn.Module):
                 "a single value has no variance. Use a larger batch, or evaluation mode."
             )
 
-    def _reference(self, input: Tensor) -> Tensor:
+    def _equations(self, input: Tensor) -> Tensor:
+        self._check_shape(input)
         training = self.training and not self.frozen
         if training or self.running_mean is None:
             self._check_values(input)
@@ -317,165 +321,6 @@ class UnifiedBatchNorm2d(nn.Module):
             self.similarity_momentum,
             self.similarity_samples,
         )
-
-    def _eager(self, input: Tensor, relu: bool = False) -> Tensor:
-        state = self._state()
-        training = self.training and not self.frozen
-        path = fused if self._uses_kernels(input) else autograd
-        if not training and state is not None:
-            if input.numel() == 0:
-                return self._empty(input)
-            instance_mean = path.instance_means(input)
-            mean, var = state.mean.to(instance_mean.dtype), state.var.to(instance_mean.dtype)
-            return self._affine(path, input, instance_mean, mean, var, False, relu)
-
-        sync = self._sync if training and self._sync is not None and self._sync.active() else None
-        if input.numel() > 0 and sync is None:
-            self._check_values(input)
-        recomputing = training and _in_backward()
-        if training:
-            if sync is not None or not torch.compiler.is_compiling():
-                distributed.equalize_ddp_buffers()
-            if state is not None and not recomputing:
-                state.batches.add_(1)
-        recalling = recomputing and len(self._records) > 0
-        gated = state is not None and self.threshold is not None and training and not recalling
-        if sync is not None:
-            return self._synchronized(input, sync, gated, recomputing)
-        if input.numel() == 0:
-            return self._empty(input)
-        samples = self.similarity_samples if gated else None
-        instance_mean, mean, var, similarity = path.statistics(input, self.center_weight, samples)
-        gate: Union[Tensor, bool] = True
-        if training and state is not None:
-            count = input.numel() // input.shape[1]
-            mean, var, gate = self._step(path, state, mean, var, count, similarity, recomputing)
-        return self._affine(path, input, instance_mean, mean, var, gate, relu)
-
-    def _synchronized(self, input: Tensor, sync: distributed.SyncGroup, gated: bool, recomputing: bool) -> Tensor:
-        instance_mean, instance_var = functional.instance_moments(input)
-        pixels = input.shape[2] * input.shape[3]
-        mean, var, count, samples = distributed.batch_statistics(
-            instance_mean, instance_var, self.center_weight, pixels, sync
-        )
-        state = self._state()
-        if state is not None:
-            similarity = None
-            if gated:
-                similarity = distributed.feature_similarity(input.detach(), self.similarity_samples, samples, sync)
-            mean, var, _ = self._step(autograd, state, mean, var, count, similarity, recomputing)
-        return functional.calibrated_affine(
-            input,
-            instance_mean,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            self.center_weight,
-            self.scale_weight,
-            self.scale_bias,
-            self.eps,
-        )
-
-    def _step(
-        self,
-        path: ModuleType,
-        state: _State,
-        mean: Tensor,
-        var: Tensor,
-        count: Union[Tensor, int],
-        similarity: Optional[Tensor],
-        recomputing: bool,
-    ) -> Tuple[Tensor, Tensor, Union[Tensor, bool]]:
-        """Decides the gate and moves the state; returns the statistics to normalize with and the gate."""
-        if recomputing and self._records:
-            recalled, first_mean, first_var = self._recall(mean)
-            return torch.where(recalled, mean, first_mean), torch.where(recalled, var, first_var), recalled
-        batch_mean = mean
-        # A recomputation without a record moves nothing either.
-        mean, var, gate = path.finalize(
-            mean,
-            var,
-            similarity,
-            state.mean,
-            state.var,
-            state.similarity,
-            state.batches,
-            self.momentum,
-            count,
-            self.similarity_momentum,
-            self.threshold,
-            not recomputing,
-        )
-        if similarity is not None and self.threshold is not None and _may_be_recomputed():
-            self._records.appendleft(
-                _StepRecord(
-                    batch_mean.detach(),
-                    gate,
-                    mean.detach(),
-                    var.detach(),
-                    torch.autograd._get_sequence_nr(),
-                    torch.is_grad_enabled(),
-                )
-            )
-        return mean, var, gate
-
-    def _recall(self, batch_mean: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """The gate and the statistics of the first run of the forward that is being recomputed."""
-        # Autograd counts its nodes in the order of the forward. The node whose backward asks for this recomputation is
-        # either the reentrant checkpoint itself, made just before the first run, or one of the last operations of a
-        # non-reentrant segment, made after it. Records on the right side of it come first, the nearest ahead; among
-        # equal means the first is taken.
-        node = torch._C._current_autograd_node()
-        count = node._sequence_nr() if node is not None else -1
-        if node is not None and node.name() == "CheckpointFunctionBackward":
-            likely = [record for record in reversed(self._records) if not record.with_grad and record.sequence > count]
-        else:
-            likely = [record for record in self._records if record.with_grad and record.sequence <= count]
-        chosen = {id(record) for record in likely}
-        records = likely + [record for record in self._records if id(record) not in chosen]
-        distances = torch.stack([(record.batch_mean - batch_mean.detach()).abs().sum() for record in records])
-        nearest = distances.argmin()[None]
-        gates, means, variances = (
-            torch.stack(values).index_select(0, nearest)[0]
-            for values in zip(*((record.gate, record.mean, record.var) for record in records), strict=True)
-        )
-        return gates, means, variances
-
-    def _affine(
-        self,
-        path: ModuleType,
-        input: Tensor,
-        instance_mean: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        gate: Union[Tensor, bool],
-        relu: bool,
-    ) -> Tensor:
-        # Only the kernels compute what follows the norm.
-        extra = {"relu": True} if relu else {}
-        output: Tensor = path.calibrated_affine(
-            input,
-            instance_mean,
-            mean,
-            var,
-            gate,
-            self.weight,
-            self.bias,
-            self.center_weight,
-            self.scale_weight,
-            self.scale_bias,
-            self.eps,
-            **extra,
-        )
-        return output
-
-    def _empty(self, input: Tensor) -> Tensor:
-        # Nothing to normalize; the parameters stay in the graph, with zero gradients, as DistributedDataParallel needs.
-        total = torch.zeros([], dtype=input.dtype, device=input.device)
-        for parameter in self.parameters(recurse=False):
-            total = total + parameter.sum().to(input.dtype)
-        return input * total
 
     def extra_repr(self) -> str:
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
@@ -518,8 +363,8 @@ class UnifiedBatchNorm2d(nn.Module):
         )
 
     def __getstate__(self) -> Dict[str, Any]:
-        # Records belong to a step in flight; they are neither copied nor stored.
-        return {**self.__dict__, "_records": deque(maxlen=_RECORDS)}
+        # Records belong to a step in progress: they are neither copied nor pickled.
+        return {**self.__dict__, "_records": recompute.Records()}
 
 
 @register_notrace_module
@@ -564,19 +409,20 @@ class UnifiedBatchNormAct2d(UnifiedBatchNorm2d):
         self.act = nn.Identity() if act is None else act
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalizes and activates (N, C, H, W), keeping its dtype and memory format."""
+        """Normalizes and activates (N, C, H, W), keeping its dtype and memory format; training updates the buffers."""
         if torch.jit.is_scripting():
-            return self.act(self.drop(self._normalize(input)))
-        return self._activated(input)
+            return self.act(self.drop(self._equations(input)))
+        return self._dispatch(input)
 
     @torch.jit.unused
-    def _activated(self, input: Tensor) -> Tensor:
-        if self.only_relu() and input.dim() == 4 and self._uses_kernels(input):
-            return self._normalize(input, relu=True)
-        return self.act(self.drop(self._normalize(input)))
+    def _dispatch(self, input: Tensor) -> Tensor:
+        path = self._choose_path(input)
+        if path is operators and self.only_relu():
+            return self._run(input, path, relu=True)
+        return self.act(self.drop(self._run(input, path)))
 
     @torch.jit.unused
     def only_relu(self) -> bool:
-        """Whether the norm is followed by a ReLU and nothing else, so that the two may be computed as one."""
+        """Whether exactly a ReLU follows the normalization, so that one kernel can compute both."""
         plain = type(self.act) is nn.ReLU and type(self.drop) is nn.Identity
-        return plain and without_hooks(self.act) and without_hooks(self.drop)
+        return plain and has_no_hooks(self.act) and has_no_hooks(self.drop)

@@ -1,17 +1,21 @@
-"""The layer's steps as operators over the Triton kernels of :mod:`.kernels`, for eager mode and compilers alike.
+"""The layer's steps as torch operators that launch the Triton kernels, for eager mode and compilers.
 
-The operators live in the namespace ``ubn_zoo`` of ``torch.ops``. Each has a fake implementation, so that graphs with
-them can be traced, and `calibrated_affine` is differentiable. What moves buffers is an operator of its own, `finalize`;
-`folded_affine` is for inference.
-Triton is imported when the first of them runs: without it, without a GPU that it supports, or with the environment
-variable ``UBN_ZOO_TRITON=0`` the layer never calls them.
+The operators are in the namespace ``ubn_zoo`` of ``torch.ops``. Each has a fake implementation, so that graphs can be
+traced through it. `calibrated_affine` is differentiable, `finalize` updates the buffers, and `folded_affine` is for
+inference.
+
+Triton is imported when the first operator runs. The layer does not use the operators without Triton, on a GPU that
+Triton does not support or cannot compile for, or with the environment variable ``UBN_ZOO_TRITON=0``.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+import subprocess
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -19,15 +23,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import autograd
+from .. import autograd, internals
+from ..parameters import Parameters, State
 
 __all__ = ["calibrated_affine", "dense", "finalize", "folded_affine", "instance_means", "statistics", "usable"]
 
-# Types of devices whose tensors go through the kernels. Tests add "cpu", where Triton's interpreter runs them.
+# Types of devices whose tensors the kernels compute. Tests add "cpu", where Triton's interpreter runs them.
 DEVICES = {"cuda"}
 KERNEL_SIZES = (1, 3, 5)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Offsets within a sample are 32 bits wide, and the kernels step over the end by less than the difference.
+# Offsets within a sample are 32 bits wide, and the kernels overshoot the end by less than the difference to 2**31.
 _LIMIT = 2**31 - 2**22
 
 
@@ -37,21 +42,44 @@ def _is_supported(kind: str, index: int | None, dtype: torch.dtype) -> bool:
         return False
     if kind != "cuda":
         return True
-    # Triton promises no earlier devices, and bfloat16 came later. It works on AMD's too, where these kernels have not
-    # been tried.
+    # Triton supports no earlier devices, and bfloat16 came later. It supports AMD's GPUs too, where these kernels are
+    # untested.
     least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= least
 
 
+@functools.cache
+def _can_compile(kind: str, index: int | None) -> bool:
+    """Whether Triton builds and starts a kernel on a device; warns where it does not.
+
+    Triton also needs a C compiler at run time, for the code that starts its kernels.
+    """
+    try:
+        with internals.without_modes():
+            input = torch.ones(1, 1, 1, 1, device=kind if index is None else f"{kind}:{index}")
+            _start("instance_means", input.device, input)
+    except Exception as error:
+        warnings.warn(
+            f"Triton cannot compile for {kind}, so UBN layers use plain torch operations, which are slower: {error}. "
+            "Triton needs a C compiler (gcc or clang, or the environment variable CC); UBN_ZOO_TRITON=0 silences this "
+            "warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 @torch.compiler.assume_constant_result
 def _is_enabled(kind: str, index: int | None, dtype: torch.dtype) -> bool:
-    return kind in DEVICES and dtype in _DTYPES and _is_supported(kind, index, dtype)
+    return kind in DEVICES and dtype in _DTYPES and _is_supported(kind, index, dtype) and _can_compile(kind, index)
 
 
 def usable(input: Tensor, kernel_size: int) -> bool:
-    """Whether the kernels can take the place of the plain operations.
+    """Whether the kernels can compute an input.
 
-    They stay out of exported, traced and scripted programs, which have to run without this package.
+    They stay out of exported, traced and scripted programs, which have to run without this package, and have no rules
+    for the transforms of ``torch.func``: ask :func:`ubn_zoo.layers.internals.is_capturing` first.
 
     Args:
         input: (N, C, H, W).
@@ -59,8 +87,6 @@ def usable(input: Tensor, kernel_size: int) -> bool:
     """
     return (
         _is_enabled(input.device.type, input.device.index, input.dtype)
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
         and kernel_size in KERNEL_SIZES
         and input.numel() > 0
         and input.shape[1] * input.shape[2] * input.shape[3] < _LIMIT
@@ -68,7 +94,7 @@ def usable(input: Tensor, kernel_size: int) -> bool:
 
 
 def _memory_format(input: Tensor) -> torch.memory_format:
-    """The layout of a dense tensor, or the one that is nearest to a tensor's strides."""
+    """The memory format of a dense tensor, or the one nearest to a tensor's strides."""
     if input.is_contiguous():
         return torch.contiguous_format
     if input.is_contiguous(memory_format=torch.channels_last) or input.stride(1) < min(input.stride()[2:]):
@@ -77,7 +103,7 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 
 def dense(input: Tensor) -> Tensor:
-    """``input`` without gaps in memory, channels first or last: itself if it is so already."""
+    """Makes a tensor dense, with channels first or last; returns a dense tensor itself."""
     return input.contiguous(memory_format=_memory_format(input))
 
 
@@ -90,20 +116,43 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
 
 
 def _absent(input: Tensor) -> Tensor:
-    """Stands for a result that there is none of: operators return tensors always."""
+    """Stands for a missing result: an operator always returns tensors."""
     return input.new_empty(0, dtype=_statistics_dtype(input))
 
 
-def _launch(name: str, device: torch.device, *arguments: Any) -> Any:
-    """Calls a launcher on the device of its tensors, which Triton does not look at."""
-    from . import kernels
+# Launchers by the module that has them.
+_LAUNCHERS = {
+    "instance_means": "statistics",
+    "statistics": "statistics",
+    "finalize": "statistics",
+    "affine": "forward",
+    "affine_backward": "backward",
+    "folded_affine": "inference",
+}
 
+
+def _is_triton_failure(error: Exception) -> bool:
+    # Without a working C compiler Triton raises errors of Python's own kinds.
+    return (
+        type(error).__module__.startswith("triton")
+        or isinstance(error, subprocess.CalledProcessError)
+        or "C compiler" in str(error)
+    )
+
+
+def _start(name: str, device: torch.device, *arguments: Any) -> Any:
+    """Calls a launcher with its tensors' device as the current one, which is the one that Triton takes."""
+    launcher = getattr(importlib.import_module(f"{__package__}.{_LAUNCHERS[name]}"), name)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        return launcher(*arguments)
+
+
+def _launch(name: str, device: torch.device, *arguments: Any) -> Any:
     try:
-        with torch.cuda.device(device) if elsewhere else nullcontext():
-            return getattr(kernels, name)(*arguments)
+        return _start(name, device, *arguments)
     except Exception as error:
-        if not type(error).__module__.startswith("triton"):
+        if not _is_triton_failure(error):
             raise
         raise RuntimeError(
             f"Triton could not build or start the layer's kernels ({name}) for {device}: {error}. "
@@ -112,7 +161,7 @@ def _launch(name: str, device: torch.device, *arguments: Any) -> Any:
 
 
 _library = torch.library.Library("ubn_zoo", "DEF")
-_PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? center_weight, Tensor? scale_weight, Tensor? scale_bias"
+_PARAMETERS = ", ".join(f"Tensor? {name}" for name in Parameters._fields)
 _AFFINE = f"Tensor input, {_PARAMETERS}, Tensor instance_mean, Tensor mean, Tensor var, Tensor? gate, float eps"
 
 
@@ -152,7 +201,7 @@ def _statistics(input: Tensor, center_weight: Tensor | None, samples: int) -> tu
     return *found, _absent(input) if similarity is None else similarity
 
 
-# Partial sums of the similarity, as many as the kernels have slots; there is no asking them before triton is imported.
+# The number of partial sums of the similarity, repeated here because `launching` imports Triton.
 _SIMILARITY_SLOTS = 512
 
 
@@ -164,15 +213,23 @@ def _(input: Tensor, center_weight: Tensor | None, samples: int) -> tuple[Tensor
 
 @_operator(
     "finalize(Tensor mean, Tensor var, Tensor? similarity, Tensor(a!) running_mean, Tensor(b!) running_var, "
-    "Tensor(c!) running_similarity, Tensor? batches, float momentum, SymInt count, float similarity_momentum, "
+    "Tensor(c!) running_similarity, Tensor(d!) batches, float? momentum, SymInt count, float similarity_momentum, "
     "float threshold, bool moving) -> (Tensor mean, Tensor var, Tensor gate)"
 )
-def _finalize(mean: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    found = _launch("finalize", mean.device, mean, *arguments)
-    for buffer in arguments[2:5]:
-        # So that autograd sees that they moved, should a backward pass still need them as they were.
-        if arguments[-1] and not buffer.is_inference():
-            torch.autograd.graph.increment_version(buffer)
+def _finalize(mean: Tensor, var: Tensor, similarity: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    buffers: tuple[Tensor, ...] = arguments[:4]
+    *settings, moving = arguments[4:]
+    # After loading with `assign=True` buffers may have any strides; the kernel expects contiguous ones.
+    moved = [buffer.contiguous() for buffer in buffers]
+    batch = _contiguous((mean, var, similarity))
+    found = _launch("finalize", mean.device, *batch, *moved, *settings, moving)
+    if moving:
+        for buffer, values in zip(buffers, moved, strict=True):
+            if values is not buffer:
+                buffer.copy_(values)
+            elif not buffer.is_inference():
+                # Tells autograd that the buffer moved, in case a backward pass still needs its earlier values.
+                torch.autograd.graph.increment_version(buffer)
     return cast("tuple[Tensor, ...]", found)
 
 
@@ -236,7 +293,7 @@ def _(grad_output: Tensor, activated: Tensor | None, input: Tensor, *arguments: 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, eps, relu = inputs
-    # Where the ReLU let through is seen in its output, which whatever comes next keeps as well.
+    # The ReLU's output tells where it let values through, and the next layer saves that output anyway.
     ctx.save_for_backward(*tensors, output if relu else None)
     ctx.eps = eps
 
@@ -245,7 +302,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     *saved, activated = ctx.saved_tensors
     needed = ctx.needs_input_grad
     if torch.is_grad_enabled():
-        # `create_graph=True`: the gradient has to be differentiable itself.
+        # With `create_graph=True` the gradient has to be differentiable.
         *tensors, gate = saved
         gate = False if gate is None else gate
         if activated is not None:
@@ -284,17 +341,17 @@ def instance_means(input: Tensor) -> Tensor:
 def statistics(
     input: Tensor, center_weight: Tensor | None, samples: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Statistics of a batch in one reading of it, all without gradient.
+    """Statistics of a batch in one pass over it, without gradient.
 
     Args:
         input: (N, C, H, W), not empty.
         center_weight: (C,) or None.
-        samples: How many leading samples are compared; None for no similarity.
+        samples: Number of leading samples to compare; None for no similarity.
 
     Returns:
-        Instance means (N, C), mean and biased variance (C,) of the centered features as
-        :func:`functional.batch_statistics` has them, and partial sums of the similarity, for :func:`finalize`: their
-        sum is that of :func:`functional.feature_similarity`.
+        Instance means (N, C), mean and biased variance (C,) of the centered features as in
+        :func:`functional.batch_statistics`, and partial sums of :func:`functional.feature_similarity`, for
+        :func:`finalize`.
     """
     center = None if center_weight is None else center_weight.detach()
     instance_mean, mean, var, similarity = torch.ops.ubn_zoo.statistics(input.detach(), center, samples or 0)
@@ -305,17 +362,14 @@ def finalize(
     mean: Tensor,
     var: Tensor,
     similarity: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    running_similarity: Tensor,
-    batches: Tensor,
-    momentum: float | None,
+    state: State,
     count: int,
+    momentum: float | None,
     similarity_momentum: float,
     threshold: float | None,
     moving: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`autograd.finalize`, of the same arguments; ``similarity`` is what :func:`statistics` returned."""
+    """:func:`autograd.finalize` with the same arguments; ``similarity`` is what :func:`statistics` returned."""
     if threshold is None:
         similarity = None
     return cast(
@@ -324,11 +378,8 @@ def finalize(
             mean,
             var,
             similarity,
-            running_mean,
-            running_var,
-            running_similarity,
-            batches if momentum is None else None,
-            0.0 if momentum is None else momentum,
+            *state,
+            momentum,
             count,
             similarity_momentum,
             0.0 if threshold is None else threshold,
@@ -343,23 +394,17 @@ def calibrated_affine(
     mean: Tensor,
     var: Tensor,
     gate: Tensor | bool,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    center_weight: Tensor | None,
-    scale_weight: Tensor | None,
-    scale_bias: Tensor | None,
+    parameters: Parameters,
     eps: float,
     relu: bool = False,
 ) -> Tensor:
-    """:func:`autograd.calibrated_affine`, of the same arguments, and a ReLU of it if ``relu`` says so."""
+    """:func:`autograd.calibrated_affine` with the same arguments, followed by a ReLU if ``relu``."""
     opened = gate if isinstance(gate, Tensor) else None
     if gate is True:
         opened = torch.ones([], dtype=torch.bool, device=input.device)
     return cast(
         Tensor,
-        torch.ops.ubn_zoo.calibrated_affine(
-            input, weight, bias, center_weight, scale_weight, scale_bias, instance_mean, mean, var, opened, eps, relu
-        ),
+        torch.ops.ubn_zoo.calibrated_affine(input, *parameters, instance_mean, mean, var, opened, eps, relu),
     )
 
 
@@ -374,18 +419,18 @@ def folded_affine(
     factor_shift: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """A norm that was prepared for inference, and what is left of it: see :class:`inference.InferenceNorm2d`.
+    """The affine of a norm prepared for inference, see :class:`ubn_zoo.layers.fusion.InferenceNorm2d`.
 
     Args:
         input: (N, C, H, W), not empty. There is no gradient.
-        slope: (C,), and so are the others but ``weight`` (C, 1, k, k); what is None has no effect.
+        slope: (C,) or None, which has no effect; likewise below.
         shift: (C,) or None.
         center: (C,) or None.
         weight: (C, 1, k, k) or None.
         bias: (C,) or None.
         factor_slope: (C,) or None.
         factor_shift: (C,), goes with ``factor_slope``.
-        relu: Whether negative results become 0.
+        relu: Whether a ReLU follows.
     """
     instance_mean = None if center is None and factor_slope is None else instance_means(input)
     return cast(

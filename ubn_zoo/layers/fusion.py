@@ -10,10 +10,11 @@ from timm.layers import Conv2dSame, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import fused
+from . import internals
 from .convert import BATCHNORMS
+from .kernels import operators
 from .tracing import feeding_convolutions, has_forward_hooks
-from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d, is_transformed, without_autocast
+from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
 
 __all__ = ["InferenceNorm2d", "fuse"]
 
@@ -100,21 +101,23 @@ class InferenceNorm2d(nn.Module):
 
     @torch.jit.unused
     def _guarded(self, input: Tensor) -> Tensor:
-        return without_autocast(input, self._through_kernels if self._uses_kernels(input) else self._compute)
+        compute = self._through_kernels if self._uses_kernels(input) else self._compute
+        if internals.autocast_enabled(input.device.type):
+            with torch.autocast(input.device.type, enabled=False):
+                return compute(input)
+        return compute(input)
 
     @torch.jit.unused
     def _uses_kernels(self, input: Tensor) -> bool:
-        if not fused.usable(input, 1 if self.weight is None else self.weight.shape[2]):
-            return False
         # The operator has no gradient, and no rules for the transforms of torch.func.
-        if is_transformed():
+        if internals.is_capturing() or not operators.usable(input, 1 if self.weight is None else self.weight.shape[2]):
             return False
         tensors = (input, *self.buffers(recurse=False))
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
     @torch.jit.unused
     def _through_kernels(self, input: Tensor) -> Tensor:
-        return fused.folded_affine(
+        return operators.folded_affine(
             input,
             self.slope,
             self.shift,

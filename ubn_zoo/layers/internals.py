@@ -1,0 +1,74 @@
+"""Every use of torch's private interfaces by the layer: what the running program is doing around a forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = [
+    "autocast_enabled",
+    "backward_node",
+    "has_saved_tensor_hooks",
+    "is_capturing",
+    "is_exporting",
+    "is_in_backward",
+    "is_transformed",
+    "sequence_number",
+    "without_modes",
+]
+
+
+@torch.compiler.assume_constant_result
+def _autocast_available(device_type: str) -> bool:
+    # Dynamo of torch 2.11 cannot trace this function, hence the constant.
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; False for types that have no autocast."""
+    return _autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether ``torch.export`` runs; unlike torch's own function, False under ``torch.compile`` in torch 2.11 too."""
+    return torch.compiler.is_exporting()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_capturing() -> bool:
+    """Whether the program is traced or exported to run elsewhere, or runs under a transform of ``torch.func``."""
+    return torch.jit.is_tracing() or is_exporting() or is_transformed()
+
+
+def is_in_backward() -> bool:
+    """Whether the autograd engine is running: a forward now is a recomputation by activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks on saved tensors are active, as under non-reentrant activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def sequence_number() -> int:
+    """Autograd's count of the operations that it has recorded in this thread."""
+    return torch.autograd._get_sequence_nr()
+
+
+def backward_node() -> tuple[str, int] | None:
+    """Name and sequence number of the autograd node whose backward is running, if any."""
+    node: Any = torch._C._current_autograd_node()
+    return None if node is None else (node.name(), node._sequence_nr())
+
+
+def without_modes() -> Any:
+    """A context in which tensors are real ones, whatever dispatch modes (of tracers, say) are active around it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
