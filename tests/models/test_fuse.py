@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from ubn_zoo.layers.inference import InferenceNorm2d
+from ubn_zoo.layers.fusion import InferenceNorm2d
 
 import ubn_zoo
 from tests.layers.common import randomize, ubn_layers
