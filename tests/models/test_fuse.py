@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from ubn_zoo.layers.fusion import InferenceNorm2d
 
 import ubn_zoo
 from tests.layers.common import randomize, ubn_layers
+from ubn_zoo.layers.fusion import InferenceNorm2d
 
 from .common import BUILD_PATHS, images, input_size
 from .test_models import FEASIBLE, FEATURES, build
