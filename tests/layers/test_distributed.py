@@ -205,10 +205,27 @@ def run_subgroups(rank: int) -> dict[str, Any]:
     return {"y": y.detach(), "grads": gradients(layer), "state": snapshot(layer)}
 
 
+def run_bad_batch(rank: int) -> dict[str, Any]:
+    """A step in which the second rank's share holds an Inf, then one of finite values."""
+    found = {}
+    for name, gate in (("open", OPEN), ("shut", SHUT)):
+        layer = ubn_zoo.convert_sync_ubn(make_layer(3, gate=gate, dtype=F64))
+        states = [snapshot(layer)]
+        for i in range(2):
+            x, grad_y = (t.split(2)[rank] for t in random_input((4, 3, 5, 5), i))
+            if rank == 1 and i == 0:
+                x[1, 0, 2, 2] = float("inf")
+            layer(x.clone().requires_grad_()).backward(grad_y)
+            states.append(snapshot(layer))
+        found[name] = states
+    return found
+
+
 GROUPS: dict[str, dict[str, Callable[[int], dict[str, Any]]]] = {
     "sync": {
         **{name: partial(run_sync_case, case) for name, case in CASES.items()},
         "copied": run_copied,
+        "bad batch": run_bad_batch,
         "subgroups": run_subgroups,
     },
     "ddp": {name: partial(run_ddp_case, name) for name in DDP_CASES},
@@ -282,6 +299,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         return ranks
 
     return get
+
+
+@pytest.mark.parametrize("gate", ["open", "shut"])
+def test_bad_batch_of_one_rank_moves_no_state(gate: str, results: Results) -> None:
+    ours, theirs = (rank[gate] for rank in results("sync", "bad batch"))
+    start, after_bad, after_good = ours
+    for name, value in start.items():
+        assert torch.equal(after_bad[name], value), name
+        assert torch.equal(theirs[1][name], value), name
+        assert torch.equal(theirs[2][name], after_good[name]), name
+    assert int(after_good["num_batches_tracked"]) == 1
+    assert not torch.equal(after_good["feature_similarity"], start["feature_similarity"])
+    assert torch.equal(after_good["running_mean"], start["running_mean"]) == (gate == "shut")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -212,6 +212,55 @@ class TestAgainstReference:
         launching.tap_blocks.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's NumPy
+class TestBadBatches:
+    """Statistics that are not finite move nothing, see `test_bad_batches.py`."""
+
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+    @pytest.mark.parametrize("settings", [{}, {"momentum": None}, {"threshold": None}], ids=str)
+    @both_gates
+    def test_nothing_moves(self, gate: float, settings: dict, value: float, launches: list[str]) -> None:
+        layer = make_layer(3, gate=gate, **settings)
+        layer, x, grad_y = on_device(layer, *random_input((4, 3, 3, 4), dtype=F32))
+        before = snapshot(layer)
+        bad = x.clone()
+        bad[1, 1, 2, 0] = value
+        step(layer, bad, grad_y)
+        assert launches == ["statistics", *TRAINING]
+        assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot(layer).items())
+        assert_step(layer, x, grad_y)
+
+    def test_overflow_of_the_unbiased_variance(self) -> None:
+        largest = torch.finfo(F32).max
+        mean, var = torch.zeros(1500, device=DEVICE), torch.ones(1500, device=DEVICE)
+        var[1400] = largest
+        running = [torch.full((1500,), 5.0, device=DEVICE) for _ in range(2)] + [torch.tensor(0.1, device=DEVICE)]
+        state = State(*running, torch.tensor(3, device=DEVICE))
+        before = [tensor.clone() for tensor in state]
+        operators.finalize(mean, var, None, state, 2, 0.1, 0.1, None, moving=True)
+        assert all(torch.equal(*pair) for pair in zip(state, before, strict=True))
+
+
+class TestStrides:
+    def test_buffers_that_are_not_contiguous(self) -> None:
+        """Loaded with ``assign=True``, they may lie in larger tensors, whose other elements are not the layer's."""
+        layer, x, grad_y = on_device(make_layer(3), *random_input((4, 3, 3, 4), dtype=F32))
+        table = torch.full((3, 5), 7.0, device=DEVICE)
+        numbers = torch.full((4,), 7, device=DEVICE)
+        state = {name: value.clone() for name, value in layer.state_dict().items()}
+        for i, name in enumerate(("running_mean", "running_var")):
+            table[:, 2 * i] = state[name]
+            state[name] = table[:, 2 * i]
+        numbers[1] = 0
+        state["num_batches_tracked"] = numbers[1]
+        layer.load_state_dict(state, assign=True)
+        assert not layer.running_mean.is_contiguous()
+        assert_step(layer, x, grad_y)
+        assert (table[:, [1, 3, 4]] == 7).all()
+        assert numbers.tolist() == [7, 1, 7, 7]
+        assert torch.equal(table[:, 0], layer.running_mean)
+
+
 class TestLargeMean:
     @both_formats
     def test_output_is_as_good_as_batchnorms(self, memory_format: torch.memory_format) -> None:
@@ -950,6 +999,37 @@ class TestDispatch:
         layer, x, _ = on_device(make_layer(3), *random_input((2, 3, 4, 4), dtype=F32))
         with pytest.raises(RuntimeError, match=r"shared memory.*UBN_ZOO_TRITON=0"):
             layer(x)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+            subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        ],
+        ids=["no compiler", "broken compiler"],
+    )
+    def test_plain_operations_without_a_compiler(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch, launches: list[str]
+    ) -> None:
+        def fail(*arguments: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(statistics, "instance_means", fail)
+        operators._can_compile.cache_clear()
+        try:
+            with pytest.warns(RuntimeWarning, match="cannot compile for .* C compiler") as warned:
+                for _ in range(2):
+                    assert_step(*on_device(make_layer(3), *random_input((3, 3, 4, 5), dtype=F32)))
+            assert len(warned) == 1
+            assert not launches
+            # A kernel that fails later is an error, which says what to do.
+            monkeypatch.setattr(operators, "_can_compile", lambda kind, index: True)
+            layer, x, _ = on_device(make_layer(3).eval(), *random_input((3, 3, 4, 5), dtype=F32))
+            with pytest.raises(RuntimeError, match="UBN_ZOO_TRITON=0"):
+                layer(x)
+        finally:
+            monkeypatch.undo()
+            operators._can_compile.cache_clear()
 
     def test_nothing_waits_for_the_device(self) -> None:
         for module in (operators, launching, statistics, forward, backward, inference):

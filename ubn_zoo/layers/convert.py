@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
-from torch import nn
+from torch import Tensor, nn
 
 from .distributed import SyncGroup
 from .parameters import CALIBRATIONS
@@ -76,6 +76,23 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         )
 
 
+# The bias of a residual branch that starts at zero: it survives float16 (2**-24 is its smallest number) after the
+# calibration factor, and is of the size of float32's rounding errors.
+_OFFSET = 2.0**-22
+
+
+def _offset(batchnorm: Any) -> Tensor:
+    """The offset (C,) that keeps a residual branch alive which starts at zero.
+
+    timm starts the last BatchNorm of a residual branch with weight and bias 0. If the shortcut is constant over the
+    batch as well, UBN normalizes it to exactly 0, while BatchNorm leaves rounding errors. The ReLU of their sum would
+    then pass no gradient, and the block would never change. A positive offset lets the gradient through. Only a fresh
+    BatchNorm gets it, one whose running statistics have never moved; a trained one converts exactly.
+    """
+    fresh = (batchnorm.running_mean == 0).all() & (batchnorm.running_var == 1).all()
+    return fresh * (batchnorm.weight == 0) * (batchnorm.bias == 0) * _OFFSET
+
+
 def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNorm2d:
     reference = batchnorm.weight if batchnorm.weight is not None else batchnorm.running_mean
     arguments = {
@@ -108,6 +125,8 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
             else:
                 # A channel that starts at zero (timm's zero_init_last) starts at zero with any kernel.
                 layer.weight.mul_((batchnorm.weight != 0)[:, None, None, None])
+        if layer.bias is not None and batchnorm.running_mean is not None:
+            layer.bias.add_(_offset(batchnorm).to(layer.bias))
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value = getattr(batchnorm, name)
             if value is not None:
@@ -137,7 +156,9 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
     ``requires_grad`` flags, device, dtype and module sharing are kept. Parameters are new tensors: make the optimizer
     afterwards.
 
-    A BatchNorm without an affine gets no scaling calibration, which would change its function.
+    A BatchNorm without an affine gets no scaling calibration, which would change its function. Where a fresh BatchNorm
+    (running statistics at their start) has weight and bias 0, as the last one of timm's residual branches, the bias
+    starts at 2.4e-7 instead of 0, so that a branch beside a constant shortcut receives gradients.
 
     Args:
         model: Changed in place. A model that is itself a BatchNorm is left alone, its UBN returned.

@@ -214,8 +214,10 @@ def calibrated_affine(
     scale = torch.rsqrt(var + eps)
     shift = -mean
     if center_weight is not None:
-        # w m - mean, by way of an origin near the means: under a large one w's gradient would drown in rounding errors.
+        # w m - mean, relative to an origin near the means: with large means, rounding errors would swamp w's gradient.
         origin = instance_mean.detach().sum(0) / max(instance_mean.shape[0], 1)
+        # One sample that is not finite must not spoil the others.
+        origin = torch.where(torch.isfinite(origin), origin, torch.zeros_like(origin))
         weights = center_weight.to(mean.dtype)
         shift = weights * (instance_mean - origin) + (weights * origin - mean)
     offset = (shift * scale).expand(instance_mean.shape)
