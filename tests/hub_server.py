@@ -66,6 +66,7 @@ class Fault:
         drop: Close the connection without an answer.
         call: Called before the request is looked at: what happens meanwhile.
         lose: Do what was asked for, then close the connection without an answer.
+        body: With `status`, the body of that answer.
         header: Headers to replace in the answer; None removes one.
     """
 
@@ -82,6 +83,7 @@ class Fault:
     drop: bool = False
     call: Callable[[], object] | None = None
     lose: bool = False
+    body: bytes = b"fault"
     header: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
 
@@ -209,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if self.fault.status is not None:
-            self._send(self.fault.status, {}, b"fault")
+            self._send(self.fault.status, {}, self.fault.body)
             return
         parts = urlsplit(self.path)
         path = unquote(parts.path)
@@ -403,6 +405,8 @@ class _Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif item["key"] == "lfsFile" and (content := self.hub.blob(value["oid"])) is not None:
                     files[value["path"]] = content
+                elif item["key"] == "deletedFile" and value["path"] in files:
+                    del files[value["path"]]
                 else:
                     self._error(400, "", f"cannot commit {value}")
                     return

@@ -21,6 +21,7 @@ __all__ = [
     "InvalidArgumentError",
     "ManifestError",
     "MissingPackageError",
+    "NotRecordedError",
     "PublishConflictError",
     "PublishError",
     "QuickstartError",
@@ -76,11 +77,15 @@ class ChecksumError(HubError):
 
 
 class PublishConflictError(HubError):
-    """The repository already holds files that this publication would overwrite; nothing was changed."""
+    """The repository holds another model, or files that this publication would overwrite; nothing was changed."""
 
 
 class ManifestError(UbnZooError, ValueError):
     """A manifest is not valid; the message names the record, the field, the value received and what is valid."""
+
+
+class NotRecordedError(ManifestError):
+    """A checkpoint was published, but the manifest could not be written; the message says what to run."""
 
 
 class RecipeError(UbnZooError, ValueError):

@@ -29,12 +29,14 @@ from tests.hub_server import HubServer, sha256
 from tests.images import RECIPE, striped_images
 from ubn_zoo import cli
 from ubn_zoo.data.loaders import MemoryTest, MemoryTrain
+from ubn_zoo.errors import PublishConflictError, PublishError
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, write_metrics
 from ubn_zoo.hub import fetch as client
 from ubn_zoo.hub import manifest, retry
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
 from ubn_zoo.release.convert import convert
-from ubn_zoo.release.upload import PublishConflictError, PublishError, publish
+from ubn_zoo.release.upload import publish
+from ubn_zoo.training.engine import complete
 from ubn_zoo.training.run import run as run_recipe
 from ubn_zoo.training.run import save_weights
 from ubn_zoo.utils.distributed import Ranks
@@ -47,7 +49,31 @@ TOKEN = "hf_never_to_be_seen"
 FACTS = {"tag": "cifar10", "license": "apache-2.0", "dataset": "CIFAR-10"}
 OPTIONS = [part for name, value in FACTS.items() for part in (f"--{name}", value)]
 COMMIT = "/commit/"
+COMMAND = (
+    "ubn-zoo train --recipe cifar10_small --data-dir DIR --output RUN "
+    f"--set model={SIBLING} img_size=32 epochs=2 warmup_epochs=0.0"
+)
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
+
+
+START = {
+    "command": [
+        "ubn-zoo",
+        "train",
+        "--recipe",
+        "cifar10_small",
+        "--data-dir",
+        "/home/someone/cifar",
+        "--output",
+        "RUN",
+    ],
+    "ranks": 1,
+    "threads": 1,
+    "hardware": {"name": "cpu", "machine": "x86_64", "cpu": "AVX2", "cores": 2, "cuda": None},
+    "versions": {"ubn_zoo": "0.1.0", "torch": "2.14.1", "timm": "1.0.31"},
+    "base": None,
+    "data": {"test_images": 10_000, "test_split": "test", "classes": [f"class {number}" for number in range(10)]},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +95,7 @@ def logged_in(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     small = {"model": SIBLING, "epochs": 2, "warmup_epochs": 0.0, "img_size": 32, "num_classes": 10}
-    return dataclasses.replace(load_recipe("cifar10_small"), **small)
+    return complete(dataclasses.replace(load_recipe("cifar10_small"), **small))
 
 
 def rows(recipe: Recipe, **changes: Any) -> list[EpochMetrics]:
@@ -120,6 +146,7 @@ def pristine(trained: nn.Module, recipe: Recipe, tmp_path_factory: pytest.TempPa
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     (folder / "training.png").write_bytes(PICTURE)
     write_metrics(folder / "metrics.csv", rows(recipe))
+    (folder / "environment.json").write_text(json.dumps({"starts": [START]}))
     save_weights(trained, folder / "model.safetensors")
     return folder
 
@@ -245,7 +272,13 @@ def test_card_has_what_leaderboards_read(hub: HubServer, run: Path, book: Path, 
     assert result["dataset"] == {"name": "CIFAR-10", "type": "cifar10", "split": "test"}
     (metric,) = result["metrics"]
     assert (metric["type"], metric["value"]) == ("accuracy", 62.25)
-    assert metric["args"] == {"command": recipe.command, "seeds": [0], "commit": "1" * 40}
+    assert metric["args"] == {
+        "command": COMMAND,
+        "seeds": [0],
+        "commit": "1" * 40,
+        "images": 10_000,
+        "weights": "as trained, after the last epoch",
+    }
     assert "![training](training.png)" in card
 
 

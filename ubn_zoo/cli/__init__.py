@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ubn_zoo import __version__
+from ubn_zoo.cli._messages import in_options
 from ubn_zoo.errors import UbnZooError, UnknownModelError
 from ubn_zoo.hub.manifest import Metric, load_manifest
 from ubn_zoo.models import catalog as catalog
@@ -42,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Reads its own arguments, so that `python -m ubn_zoo.cli.quickstart` is the same command.
         from ubn_zoo.cli import quickstart
 
-        return _guarded(lambda: quickstart.main(rest))
+        return _guarded(lambda: quickstart.main(rest), options)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     command: Callable[[argparse.Namespace], int] = options.run
-    return _guarded(lambda: command(options))
+    return _guarded(lambda: command(options), options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,12 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     publishing.add_argument("--dry-run", action="store_true", help="check and show only; nothing is sent or written")
     publishing.add_argument("--license", metavar="ID", help="of the weights, for example apache-2.0")
     publishing.add_argument("--dataset", metavar="NAME", help="data of training and measurement, for example CIFAR-10")
-    publishing.add_argument("--split", default="test", help="part of it that a run was measured on (default: test)")
+    publishing.add_argument("--split", help="part of it that a run was measured on; by default what the run recorded")
     publishing.add_argument("--recipe", metavar="FILE", help="recipe of the run, where the checkpoint has none")
     publishing.add_argument("--metrics", metavar="FILE", help="metrics.csv of the run, or a .json list of metrics")
     publishing.add_argument("--description", metavar="TEXT", help="one sentence for people")
     publishing.add_argument("--base-model", metavar="OWNER/NAME", help="Hub model that training started from")
     publishing.add_argument("--manifest", metavar="FILE", help="by default the package's weights_manifest.json")
+    publishing.add_argument("--remeasure", metavar="DATA", help="measure the files on this folder of the data first")
     publishing.add_argument(
         "--replace", action="store_true", help="replace other weights of this name, files of others"
     )
@@ -131,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _guarded(run: Callable[[], int]) -> int:
+def _guarded(run: Callable[[], int], options: argparse.Namespace) -> int:
     try:
         code = run()
         sys.stdout.flush()
@@ -140,7 +142,7 @@ def _guarded(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UbnZooError, OSError, ValueError) as error:
-        print(f"ubn-zoo: {error}", file=sys.stderr)
+        print(f"ubn-zoo: {in_options(str(error), options)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ubn-zoo: interrupted", file=sys.stderr)
@@ -269,6 +271,7 @@ def _publish(options: argparse.Namespace) -> int:
         base_model=options.base_model,
         manifest=options.manifest,
         replace=options.replace,
+        remeasure=options.remeasure,
         cache_dir=options.cache_dir,
     )
     record = done.record

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ubn_zoo.errors import ManifestError
-from ubn_zoo.utils.files import write_file
+from ubn_zoo.utils.files import locked, write_file
 
 __all__ = [
     "BUNDLED_WEIGHTS",
@@ -563,28 +563,38 @@ def dump_manifest(records: Iterable[Record], path: str | os.PathLike[str]) -> No
     _load_packaged.cache_clear()
 
 
-def add_record(record: Record, path: str | os.PathLike[str] | None = None, *, replace: bool = False) -> Manifest:
-    """Add a record to a manifest file.
+def add_record(
+    record: Record,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    replace: bool = False,
+    expected: Record | None = None,
+) -> Manifest:
+    """Add a record to a manifest file. Processes that add records at the same time wait for each other.
 
     Args:
         record: The new record.
         path: The file; by default `PACKAGED_MANIFEST`.
-        replace: Whether to replace an existing record with the same id.
+        replace: Whether to replace an existing record with the same id, whatever it is.
+        expected: The record with the same id that the caller has seen and wants replaced; None if there was none.
 
     Returns:
         The manifest as written.
 
     Raises:
-        ManifestError: The file is not valid, or it has a record with this id and `replace` is false.
+        ManifestError: The file is not valid, or it has a record with this id that may not be replaced.
         OSError: The file cannot be written.
     """
     target = PACKAGED_MANIFEST if path is None else Path(path)
-    records = {known.id: known for known in _load(target)}
-    if record.id in records and not replace:
-        raise ManifestError(f"record '{record.id}': already in {target}; pass replace=True to overwrite it")
-    records[record.id] = record
-    dump_manifest(records.values(), target)
-    return _load(target)
+    _load(target)
+    with locked(target):
+        records = {known.id: known for known in _load(target)}
+        known = records.get(record.id)
+        if known not in (None, record, expected) and not replace:
+            raise ManifestError(f"record '{record.id}': already in {target}; pass `replace=True` to overwrite it")
+        records[record.id] = record
+        dump_manifest(records.values(), target)
+        return _load(target)
 
 
 def bundled_path(record: Record) -> Path:

@@ -24,7 +24,8 @@ from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics
 from ubn_zoo.hub import manifest
 from ubn_zoo.hub.manifest import Record, add_record, record_from_dict
 from ubn_zoo.models.registry import SUFFIX
-from ubn_zoo.recipes.schema import Recipe, decisive_settings, load_recipe, recipe_path, recipe_sha256
+from ubn_zoo.recipes.schema import load_recipe, recipe_path, recipe_sha256
+from ubn_zoo.release.run_record import train_command
 from ubn_zoo.training.checkpoint import tensor_bytes
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.files import write_file
@@ -33,19 +34,6 @@ __all__ = ["bundle", "main"]
 
 MAX_BYTES = 12 * 10**6
 MAX_BYTES_IN_ALL = 30 * 10**6
-
-
-def _settings(recipe: Recipe, base: Recipe, classes: int | None) -> list[str]:
-    """What ``--set`` makes of a base recipe to get a run's, as far as the run did not fill it in by itself."""
-    ours, theirs = decisive_settings(recipe), decisive_settings(base)
-    filled = {key for key, value in theirs.items() if value is None} | ({"num_classes"} if classes else set())
-    return [f"{key}={value}" for key, value in ours.items() if value != theirs[key] and key not in filled]
-
-
-def _command(recipe: Recipe, name: str) -> str:
-    settings = _settings(recipe, load_recipe(name), recipe.num_classes)
-    changed = f" --set {' '.join(settings)}" if settings else ""
-    return f"python scripts/train.py --recipe {name} --data-dir DIR --output RUN{changed}"
 
 
 def _last_row(run: Path) -> EpochMetrics:
@@ -117,7 +105,9 @@ def bundle(
     ranks = Ranks()
     found = measure(model.to(memory_format=torch.channels_last), open_test(recipe, data_dir, ranks), ranks)
     name = f"{architecture}.{tag}"
-    validate = f"python scripts/validate.py --model {name} --data-dir DIR"
+    validate = f"ubn-zoo validate --model {name} --data-dir DIR"
+    classes = recipe.num_classes
+    trained = train_command(recipe, name=recipe_name, classes=classes)
 
     def metric(key: str, value: float, command: str, seed: int, commit: str | None) -> dict[str, object]:
         measured = {"command": command, "seeds": [seed], "commit": commit}
@@ -130,7 +120,7 @@ def bundle(
         layers = {key: getattr(recipe, key) for key in ("norm", "threshold", "kernel_size", "kernel_init")}
         if dataclasses.replace(theirs, **layers) != recipe:
             raise BundleError(f"{twin} differs from {run} in more than its norm; valid: its BatchNorm twin")
-        command = _command(theirs, recipe_name)
+        command = train_command(theirs, name=recipe_name, classes=classes)
         metrics.append(metric("top1_batchnorm_twin", other.top1, command, theirs.seed, other.commit))
     side = recipe.test_img_size or recipe.img_size
     record = record_from_dict(
@@ -155,7 +145,7 @@ def bundle(
             },
             "num_classes": recipe.num_classes,
             "license": "apache-2.0",
-            "origin": {"data": origin, "trained": f"by this project from scratch: {_command(recipe, recipe_name)}"},
+            "origin": {"data": origin, "trained": f"by this project from scratch: {trained}"},
             "recipe": {
                 "name": f"ubn_zoo/recipes/{recipe_path(recipe_name).name}",
                 "sha256": recipe_sha256(recipe_name),

@@ -10,7 +10,8 @@ from typing import Any
 import safetensors.torch
 import timm
 
-from ubn_zoo.models import catalog as catalog
+from ubn_zoo.hub.fetch import cached_path
+from ubn_zoo.models import catalog
 from ubn_zoo.models.catalog import Entry
 from ubn_zoo.utils.files import write_file
 
@@ -50,13 +51,13 @@ def convert(
     if target.suffix != ".safetensors":
         raise ValueError(f"received the output {target}; valid: a name that ends in .safetensors")
     if target.exists() and not force:
-        raise FileExistsError(f"{target}: exists already; choose another name, or replace it with --force")
+        raise FileExistsError(f"{target}: exists already; choose another name, or pass `force=True` to replace it")
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     overlay = {} if checkpoint is None else {"file": str(checkpoint), **classes}
     model = timm.create_model(
         entry.name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **classes
     )
-    write_file(target, _with_metadata(model.state_dict(), _origin(entry, model, checkpoint)))
+    write_file(target, _with_metadata(model.state_dict(), _origin(entry, model, checkpoint, cache_dir)))
 
 
 def _with_metadata(state_dict: dict[str, Any], metadata: dict[str, str]) -> bytes:
@@ -69,13 +70,19 @@ def _with_metadata(state_dict: dict[str, Any], metadata: dict[str, str]) -> byte
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def _origin(entry: Entry, model: Any, checkpoint: str | Path | None) -> dict[str, str]:
+def _origin(entry: Entry, model: Any, checkpoint: str | Path | None, cache_dir: str | Path | None) -> dict[str, str]:
     """The metadata of a converted file, which publishing reads."""
     metadata = {"format": "pt", "architecture": entry.architecture, "num_classes": str(model.num_classes)}
     if checkpoint is not None:
         digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
         return {**metadata, "converted_from": f"{Path(checkpoint).name} (SHA-256 {digest})"}
     metadata["converted_from"] = entry.converted_from or entry.name
-    if entry.address is not None:
-        metadata["base_model"] = entry.address[0]
+    if entry.address is not None and entry.file is not None:
+        repository, revision = entry.address
+        metadata["base_model"] = repository
+        path = cached_path(repository, entry.file, revision=revision, cache_dir=cache_dir)
+        # The cache keeps a file as snapshots/COMMIT/FILE.
+        commit = revision or (path.parents[entry.file.count("/")].name if path else None)
+        if commit is not None:
+            metadata["base_revision"] = commit
     return metadata

@@ -9,11 +9,11 @@ from pathlib import Path
 import timm
 import torch
 
+from ubn_zoo.errors import CheckpointError, ManifestError, UnknownModelError
 from ubn_zoo.hub import fetch as hub
-from ubn_zoo.hub.manifest import ManifestError, load_manifest
-from ubn_zoo.models import CheckpointError
-from ubn_zoo.models import catalog as catalog
-from ubn_zoo.models.catalog import Entry, UnknownModelError
+from ubn_zoo.hub.manifest import load_manifest
+from ubn_zoo.models import catalog
+from ubn_zoo.models.catalog import Entry
 
 __all__ = ["Finding", "download", "present", "verify"]
 

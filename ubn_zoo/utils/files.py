@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import secrets
 import stat
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["atomic_write", "sync_folder", "write_file"]
+if sys.platform == "win32":
+    from filelock import FileLock
+else:
+    import fcntl
+
+__all__ = ["atomic_write", "locked", "sync_folder", "write_file"]
 
 _PART = ".part"
 _ABANDONED_SECONDS = 3600.0  # since the last write to a temporary file; by then its writer is gone
@@ -72,6 +80,45 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if error.filename not in (None, str(temporary)):
             raise
         raise _naming(error, path) from error
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], *, timeout: float = 60.0) -> Iterator[None]:
+    """Hold an exclusive lock on an existing file that `atomic_write` may replace, for the length of a ``with`` block.
+
+    The file itself is locked, so no lock file is left behind, and the lock ends with its process. Where the system has
+    no such locks (Windows), the lock is a file in the folder of temporary files.
+
+    Args:
+        path: The file.
+        timeout: Seconds to wait for other processes.
+
+    Raises:
+        TimeoutError: Another process still holds the lock.
+        OSError: The file cannot be opened, or its file system has no locks.
+    """
+    target = Path(os.path.realpath(path))
+    if sys.platform == "win32":
+        name = hashlib.sha256(str(target).encode()).hexdigest()[:32]
+        with FileLock(Path(tempfile.gettempdir()) / f"ubn-zoo-{name}.lock", timeout=timeout):
+            yield
+        return
+    deadline = time.monotonic() + timeout
+    while True:
+        with target.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT, f"another process has held its lock for {timeout:g} s", os.fspath(path)
+                    ) from None
+            else:
+                # The holder before may have replaced the file: then this lock is on a file that is gone.
+                if os.path.samestat(os.fstat(file.fileno()), target.stat()):
+                    yield
+                    return
+        time.sleep(0.02)
 
 
 def _naming(error: OSError, path: str | os.PathLike[str]) -> OSError:

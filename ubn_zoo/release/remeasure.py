@@ -1,0 +1,59 @@
+"""Measure the files of a publication once more, before they are sent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ubn_zoo.evaluation.accuracy import Accuracy, feed_of, load_subject, measure, open_images
+from ubn_zoo.recipes.schema import Recipe
+from ubn_zoo.utils.distributed import Ranks
+
+__all__ = ["agrees", "measure_files"]
+
+_POINTS = 0.1
+_IMAGES = 2
+
+
+def measure_files(
+    contents: Mapping[str, bytes], data_dir: str | os.PathLike[str], recipe: Recipe | None, split: str | None
+) -> Accuracy:
+    """Measure published files as whoever downloads them would.
+
+    Args:
+        contents: ``config.json`` and ``model.safetensors``.
+        data_dir: Folder of the data.
+        recipe: The recipe of the run, which says how the data is read; None for an image folder.
+        split: The part of the data; None for the first held-out one.
+
+    Raises:
+        DataError: The data cannot be used.
+        EvaluationError: Model and data do not go together.
+    """
+    keys = ("dataset", "test_samples", "input_key", "target_key", "workers")
+    data = {} if recipe is None else {key: getattr(recipe, key) for key in keys}
+    ranks = Ranks()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("config.json", "model.safetensors"):
+            (Path(folder) / name).write_bytes(contents[name])
+        subject = load_subject(run=folder)
+        feed = feed_of(subject, test_split=split, **data)
+        images = open_images(subject, feed, data_dir, ranks)
+        amp = None if recipe is None or recipe.amp is None else getattr(torch, recipe.amp)
+        return measure(subject.model.to(memory_format=torch.channels_last), images, ranks, amp=amp)
+
+
+def agrees(recorded: float, found: Accuracy) -> bool:
+    """Whether a second measurement confirms a recorded top-1 accuracy, in percent.
+
+    Another processor rounds differently and may turn an image or two: 0.1 points, or two images, are allowed.
+
+    Args:
+        recorded: The figure of the run.
+        found: The second measurement.
+    """
+    return abs(recorded - found.top1) <= max(_POINTS, 100.0 * _IMAGES / found.images) + 1e-9
