@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import ubn_zoo  # noqa: F401 - registers the models with timm
-from ubn_zoo.data.memory import find_test_split
+from ubn_zoo.data.splits import find_eval_split
 from ubn_zoo.evaluation.condensation import compare_layers, format_table, measure_similarity, summarize_similarity
 from ubn_zoo.evaluation.metrics import LayerSimilarity, read_similarity, write_similarity
 from ubn_zoo.evaluation.plots import draw_similarity_comparison
@@ -68,7 +68,7 @@ def load_images(options: argparse.Namespace, model: nn.Module) -> Iterator[Tenso
     """Batches of held-out images, as timm prepares them for the model."""
     size = {} if options.img_size is None else {"input_size": (3, options.img_size, options.img_size)}
     transform = create_transform(**resolve_model_data_config(model, args=size))
-    folder = options.data_dir / find_test_split(options.data_dir)
+    folder = options.data_dir / find_eval_split(options.data_dir)
     data = create_dataset("", root=str(folder), search_split=False, transform=transform)
     # A folder is sorted by class: its first images, or a batch in its order, would be more alike than images are.
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: options.images].tolist()

@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ema", action="store_true", help="the moving average of the run's weights")
     parser.add_argument("--data-dir", required=True, help="folder of the data")
     parser.add_argument("--dataset", default="folder", help="folder, memory, wds, hfds/NAME or hfids/NAME")
-    parser.add_argument("--split", dest="test_split", help="part of the data; the first of test, val, validation")
+    parser.add_argument("--split", dest="test_split", help="default: the first of validation, val, test")
     parser.add_argument("--samples", dest="test_samples", type=int, help="at most that many images")
     parser.add_argument("--input-key", help="column or file ending of the image")
     parser.add_argument("--target-key", help="column of the class")

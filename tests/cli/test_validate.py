@@ -144,7 +144,7 @@ def test_the_command_says_what_is_wrong(
         (options(data), "valid: one of them"),
         (options(data, model="resnet1"), "resnet1: Unknown model"),
         (options(data, run=tmp_path), "is not a run that is finished"),
-        (options(tmp_path / "absent", run=run_folder), "has none of test, val, validation"),
+        (options(tmp_path / "absent", run=run_folder), "has none of validation, val, test"),
         (options(data, run=run_folder, split="val"), "has no val/ and no val.tar"),
         (options(tmp_path, run=run_folder), "classes that are not known: cat; valid: vertical, horizontal"),
         (options(tmp_path, model="regnetx_002_ubn.cifar10"), "received images of 1 classes (cat); valid: 10"),

@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from tests.images import RECIPE, write_image
-from ubn_zoo.data.loaders import class_names, describe, open_test, open_train
+from ubn_zoo.data.loaders import class_names, describe, open_eval, open_train
 from ubn_zoo.data.readers import DataError
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.utils.distributed import Ranks
 
-if TYPE_CHECKING:  # pytest would take a class of this name for tests
-    from ubn_zoo.data.loaders import TestBatches, TrainBatches
+if TYPE_CHECKING:
+    from ubn_zoo.data.loaders import EvalBatches, TrainBatches
 
 # Told apart by timm's order, in which 2 comes before 10.
 CLASSES = ("a1", "a2", "a10")
@@ -214,7 +214,7 @@ def differ(found: list[tuple[Tensor, Tensor]], expected: list[tuple[Tensor, Tens
     return any(not torch.equal(a, b) for (a, _), (b, _) in zip(found, expected, strict=True))
 
 
-def read(batches: TestBatches) -> list[tuple[int, int]]:
+def read(batches: EvalBatches) -> list[tuple[int, int]]:
     """Number and label of every held-out image of a rank."""
     return [pair for images, labels in batches for pair in zip(numbers(images), labels.tolist(), strict=True)]
 
@@ -242,7 +242,7 @@ def test_training_images_come_once_with_their_labels(kind: str, written: Written
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_held_out_images_are_read_once_over_all_ranks(kind: str, count: int, written: Written) -> None:
     recipe, root = recipe_of(kind), written(kind, pixels)
-    ranks = [open_test(recipe, root, Ranks(rank, count), CLASSES, batch_size=2) for rank in range(count)]
+    ranks = [open_eval(recipe, root, Ranks(rank, count), CLASSES, batch_size=2) for rank in range(count)]
     pairs = [read(test) for test in ranks]
     assert sorted(itertools.chain(*pairs)) == [(number, number % 3) for number in range(TEST)]
     assert max(map(len, pairs)) - min(map(len, pairs)) <= 2
@@ -262,11 +262,11 @@ def test_held_out_images_are_read_once_over_all_ranks(kind: str, count: int, wri
 def test_held_out_labels_are_those_of_training(kind: str, written: Written) -> None:
     order = ("zebra", "a10", "a2", "a1")
     settings = recipe_of(kind, num_classes=4, test_split="test")
-    test = open_test(settings, written(kind, pixels), Ranks(), order)
+    test = open_eval(settings, written(kind, pixels), Ranks(), order)
     assert sorted(read(test)) == [(number, order.index(CLASSES[number % 3])) for number in range(TEST)]
     assert test.classes == order
     with pytest.raises(DataError, match=r"classes that are not known: a2, a10; valid: a1, b$"):
-        open_test(settings, written(kind, pixels), Ranks(), ("a1", "b"))
+        open_eval(settings, written(kind, pixels), Ranks(), ("a1", "b"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -277,7 +277,7 @@ def test_the_workers_of_a_stream_share_it(kind: str, workers: int, written: Writ
     train = open_train(recipe, written(kind, pixels), Ranks())
     order = [number for images, _ in epoch_of(train) for number in numbers(images)]
     assert sorted(order) == list(range(TRAIN))
-    test = open_test(recipe, written(kind, pixels), Ranks(), CLASSES, batch_size=2)
+    test = open_eval(recipe, written(kind, pixels), Ranks(), CLASSES, batch_size=2)
     assert sorted(read(test)) == [(number, number % 3) for number in range(TEST)]
     assert len(test.probe(3)) == 3
 
@@ -288,7 +288,7 @@ def test_batches_do_not_depend_on_workers(kind: str, written: Written) -> None:
     expected: list[list[tuple[Tensor, Tensor]]] = []
     for workers in (0, 1, 2):
         recipe = recipe_of(kind, AUGMENTED, workers=workers)
-        train, test = open_train(recipe, root, Ranks()), open_test(recipe, root, Ranks(), CLASSES, batch_size=4)
+        train, test = open_train(recipe, root, Ranks()), open_eval(recipe, root, Ranks(), CLASSES, batch_size=4)
         # The probe first: what it leaves open must not reach the workers that start later.
         probe = (test.probe(5), torch.zeros(5, dtype=torch.int64))
         found = [epoch_of(train, 0), epoch_of(train, 1), list(test), [probe]]
@@ -376,7 +376,7 @@ def test_a_part_of_the_images_is_spread_over_the_classes(kind: str, written: Wri
     seen = [number for epoch in range(2) for images, _ in epoch_of(train, epoch) for number in numbers(images)]
     assert train.steps == 3
     assert sorted(seen[:9]) == sorted(seen[9:])
-    tests = [open_test(recipe, written(kind, pixels), Ranks(rank, 2), CLASSES) for rank in range(2)]
+    tests = [open_eval(recipe, written(kind, pixels), Ranks(rank, 2), CLASSES) for rank in range(2)]
     found = read(tests[0]) + read(tests[1])
     assert tests[0].images == len(set(found)) == 6
     if kind != "hfds":  # its images come in the order of its files
@@ -390,7 +390,7 @@ def test_a_part_of_a_stream_is_its_beginning(kind: str, written: Written) -> Non
     recipe = recipe_of(kind, batch_size=4, train_samples=9, test_samples=5, test_split="test")
     assert open_train(recipe, written(kind, pixels), Ranks()).steps == 2
     for count in (1, 2):
-        tests = [open_test(recipe, written(kind, pixels), Ranks(rank, count), batch_size=2) for rank in range(count)]
+        tests = [open_eval(recipe, written(kind, pixels), Ranks(rank, count), batch_size=2) for rank in range(count)]
         found = sorted(itertools.chain(*map(read, tests)))
         assert len(set(found)) == len(found) == tests[0].images == 5
 
@@ -398,7 +398,7 @@ def test_a_part_of_a_stream_is_its_beginning(kind: str, written: Written) -> Non
 def test_a_stream_with_fewer_images_than_said_is_told(written: Written) -> None:
     for kind in ("wds", "hfids"):
         recipe = recipe_of(kind, test_samples=TEST + 5, test_split="test")
-        test = open_test(recipe, written(kind, pixels), Ranks())
+        test = open_eval(recipe, written(kind, pixels), Ranks())
         with pytest.raises(DataError, match=r"test has 11 readable images, and is said to have 16; .*test_samples"):
             list(test)
 
@@ -420,7 +420,7 @@ def test_a_damaged_image_in_a_shard_is_left_out_of_training_and_told_of_held_out
     assert 0 not in seen
     assert "Ignoring" in caplog.text
     with pytest.raises(DataError, match=r"test has 10 readable images, and is said to have 11"):
-        list(open_test(recipe, root, Ranks()))
+        list(open_eval(recipe, root, Ranks()))
 
 
 def test_shards_are_read_from_an_address(written: Written) -> None:
@@ -439,7 +439,7 @@ def test_shards_are_read_from_an_address(written: Written) -> None:
             address = f"http://127.0.0.1:{server.server_port}"
             recipe = recipe_of("wds", test_split=None)
             assert_same(epoch_of(open_train(recipe, address, Ranks())), epoch_of(open_train(recipe, root, Ranks())))
-            assert sorted(read(open_test(recipe, address, Ranks()))) == [(n, n % 3) for n in range(TEST)]
+            assert sorted(read(open_eval(recipe, address, Ranks()))) == [(n, n % 3) for n in range(TEST)]
         finally:
             server.shutdown()
             thread.join()
@@ -459,7 +459,7 @@ def test_held_out_images_are_fed_as_timm_does(
     recipe = dataclasses.replace(
         PLAIN, img_size=32, test_img_size=size, crop_pct=crop_pct, interpolation=interpolation, mean=(0.485, 0.456, 0.4)
     )
-    (images, labels), *rest = open_test(recipe, tmp_path, Ranks(), crop_mode=crop_mode)
+    (images, labels), *rest = open_eval(recipe, tmp_path, Ranks(), crop_mode=crop_mode)
     assert (labels.tolist(), rest) == ([0, 0, 1], [])
     transform = timm.data.create_transform(
         (3, size, size),
@@ -480,7 +480,7 @@ def test_the_same_small_images_are_the_same_from_memory(written: Written) -> Non
     recipe = recipe_of("folder", img_size=16)
     root = written("folder", noise)
     for (images, labels), (other, other_labels) in zip(
-        open_test(recipe, root, Ranks()), open_test(recipe_of("memory", img_size=16), root, Ranks()), strict=True
+        open_eval(recipe, root, Ranks()), open_eval(recipe_of("memory", img_size=16), root, Ranks()), strict=True
     ):
         assert torch.equal(labels, other_labels)
         torch.testing.assert_close(images, other, rtol=1e-5, atol=1e-5)
@@ -517,7 +517,7 @@ def test_an_image_that_cannot_be_read_is_named(kind: str, workers: int, tmp_path
         name = {"folder": r"test/a2/4\.png", "memory": r"test/a2/4\.png", "tar": r"test\.tar:a2/4\.png"}
         match = name.get(kind, r"test:a2\.tar:4\.png") + r": not a readable image \(.*\); mend or remove it"
     with pytest.raises(DataError, match=match) as raised:
-        list(open_test(recipe_of(kind, workers=workers, test_split="test"), damaged, Ranks()))
+        list(open_eval(recipe_of(kind, workers=workers, test_split="test"), damaged, Ranks()))
     assert "\n" not in str(raised.value)
 
 
@@ -560,8 +560,8 @@ def test_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     for kind in ("folder", "memory"):
         with pytest.raises(DataError, match=r"train"):
             open_train(recipe_of(kind), tmp_path / "absent", Ranks())
-    with pytest.raises(DataError, match=r"absent has none of test, val, validation; it needs one of them"):
-        open_test(PLAIN, tmp_path / "absent", Ranks())
+    with pytest.raises(DataError, match=r"absent has none of validation, val, test; it needs one of them"):
+        open_eval(PLAIN, tmp_path / "absent", Ranks())
     for kind in ("folder", "memory"):
         root = tmp_path / kind
         (root / "train").mkdir(parents=True)
@@ -607,7 +607,7 @@ def test_hidden_files_and_other_kinds_are_left_out(kind: str, tmp_path: Path) ->
         with tarfile.open(tmp_path / "test.tar", "w") as archive:
             archive.add(tmp_path / "test", ".")
         shutil.rmtree(tmp_path / "test")
-    test = open_test(recipe_of(kind), tmp_path, Ranks())
+    test = open_eval(recipe_of(kind), tmp_path, Ranks())
     assert (test.images, test.classes) == (TEST, CLASSES)
     assert sorted(read(test)) == [(number, number % 3) for number in range(TEST)]
 
@@ -616,10 +616,10 @@ def test_names_that_are_equal_to_timm_have_an_order_too(tmp_path: Path) -> None:
     for name in ("1", "01", "B", "b", "c"):
         write_image(tmp_path / "test" / name / "1.png", pixels(1))
         write_image(tmp_path / "test" / name / "01.png", pixels(2))
-    folder, memory = open_test(PLAIN, tmp_path, Ranks()), open_test(recipe_of("memory"), tmp_path, Ranks())
+    folder, memory = open_eval(PLAIN, tmp_path, Ranks()), open_eval(recipe_of("memory"), tmp_path, Ranks())
     assert folder.classes == memory.classes == ("01", "1", "B", "b", "c")
     settings = dataclasses.replace(PLAIN, num_classes=5)
-    assert read(open_test(settings, tmp_path, Ranks())) == read(memory) == [(n, c) for c in range(5) for n in (2, 1)]
+    assert read(open_eval(settings, tmp_path, Ranks())) == read(memory) == [(n, c) for c in range(5) for n in (2, 1)]
 
 
 def test_batches_that_cannot_be_made_say_why(written: Written) -> None:
@@ -637,14 +637,14 @@ def test_streams_say_what_they_need(written: Written, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"received 2 shards for 4 workers in all; valid: .* at most 1 workers with 2"):
         open_train(recipe_of("wds", workers=2), shards, Ranks(0, 2))
     with pytest.raises(DataError, match=r"split validation not found"):
-        open_test(recipe_of("wds", test_split="validation"), shards, Ranks())
+        open_eval(recipe_of("wds", test_split="validation"), shards, Ranks())
     with pytest.raises(DataError, match=r"train_samples, test_samples"):
         open_train(recipe_of("braces", train_samples=None), shards, Ranks())
     with pytest.raises(DataError, match=r"train_samples, test_samples"):
         # Its own files, as `datasets` may know the number of those that it has read before.
         open_train(recipe_of("hfids", train_samples=None), write_parquet(tmp_path / "new", pixels), Ranks())
-    with pytest.raises(DataError, match=r"has none of test, val, validation; it needs one of them, or set test_split"):
-        open_test(recipe_of("wds", test_split=None), tmp_path, Ranks())
+    with pytest.raises(DataError, match=r"has none of validation, val, test; it needs one of them, or set test_split"):
+        open_eval(recipe_of("wds", test_split=None), tmp_path, Ranks())
     train = open_train(recipe_of("hfids", workers=3, batch_size=6), parquet, Ranks())
     with pytest.raises(DataError, match=r"set, train, image 0 of worker \d: .*2 shard\(s\).*3 workers") as raised:
         epoch_of(train)
@@ -652,7 +652,7 @@ def test_streams_say_what_they_need(written: Written, tmp_path: Path) -> None:
     for kind in ("hfds", "hfids"):
         with pytest.raises(DataError, match="absent"):
             open_train(recipe_of(kind, dataset=f"{kind}/./absent"), parquet, Ranks())
-    assert open_test(recipe_of("hfds"), parquet, Ranks()).images == TEST
+    assert open_eval(recipe_of("hfds"), parquet, Ranks()).images == TEST
 
 
 @pytest.mark.parametrize(("kind", "package"), [("wds", "webdataset"), ("hfds", "datasets"), ("hfids", "datasets")])
@@ -663,7 +663,7 @@ def test_a_missing_package_is_named(kind: str, package: str, monkeypatch: pytest
         return None if name == package else found(name, *arguments)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    for opened in (open_train, open_test):
+    for opened in (open_train, open_eval):
         with pytest.raises(
             DataError, match=rf"dataset {kind} needs the package {package}: pip install 'ubn-zoo\[stream"
         ):
@@ -679,14 +679,14 @@ def test_a_label_without_an_output_is_named(kind: str, written: Written) -> None
 def test_images_in_memory_are_square(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_image(tmp_path / split / "a" / "1.png", numpy.zeros((4, 6, 3), numpy.uint8))
-    for opened in (open_train, open_test):
+    for opened in (open_train, open_eval):
         with pytest.raises(DataError, match="received images of 6x4 pixels; valid: square ones, or dataset folder"):
             opened(recipe_of("memory"), tmp_path, Ranks())
 
 
 def test_loading_leaves_the_process_its_random_numbers(written: Written) -> None:
     recipe = recipe_of("folder", AUGMENTED, workers=1)
-    train, test = (opened(recipe, written("folder", noise), Ranks()) for opened in (open_train, open_test))
+    train, test = (opened(recipe, written("folder", noise), Ranks()) for opened in (open_train, open_eval))
     before = torch.get_rng_state()
     epoch_of(train)
     list(test)
@@ -697,12 +697,12 @@ def test_loading_leaves_the_process_its_random_numbers(written: Written) -> None
 def test_a_runs_record_tells_one_data_set_from_another(tmp_path: Path, written: Written) -> None:
     recipe = recipe_of("folder")
     root = written("folder", pixels)
-    train, test = open_train(recipe, root, Ranks()), open_test(recipe, root, Ranks(), CLASSES)
+    train, test = open_train(recipe, root, Ranks()), open_eval(recipe, root, Ranks(), CLASSES)
     record = describe(train, test)
     assert (record["test_images"], record["classes"]) == (TEST, list(CLASSES))
     assert class_names(train, 3) == CLASSES
     shutil.copytree(root, tmp_path / "copy")
-    assert describe(*(opened(recipe, tmp_path / "copy", Ranks()) for opened in (open_train, open_test))) == record
+    assert describe(*(opened(recipe, tmp_path / "copy", Ranks()) for opened in (open_train, open_eval))) == record
     write_image(tmp_path / "copy" / "train" / "a1" / "0.png", noise(0))
     other = open_train(recipe, tmp_path / "copy", Ranks())
     assert other.fingerprint != record["train"]

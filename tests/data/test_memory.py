@@ -17,7 +17,6 @@ from ubn_zoo.data.memory import (
     ImageSet,
     Normalizer,
     find_images,
-    find_test_split,
     load_image_folder,
     name_order,
     random_crop_flip,
@@ -54,10 +53,6 @@ def test_image_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         load_image_folder(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="has no images"):
         load_image_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="none of the folders test, val, validation"):
-        find_test_split(tmp_path)
-    (tmp_path / "val").mkdir()
-    assert find_test_split(tmp_path) == "val"
     write_image(tmp_path / "a/1.png", numpy.zeros((4, 4, 3), numpy.uint8))
     write_image(tmp_path / "a/2.png", numpy.zeros((4, 5, 3), numpy.uint8))
     with pytest.raises(ValueError, match=r"2\.png is 5x4 pixels and .*1\.png is 4x4"):

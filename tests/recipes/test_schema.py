@@ -48,7 +48,7 @@ lr: 0.1
 RECIPE = parse_recipe(MINIMAL)
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 OPENING = ("source", "command", "hardware", "time", "expected")
-OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "keep_checkpoints")
+OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "log_interval", "keep_checkpoints")
 PUBLISHED = ("data_name", "data_license", "license")
 
 NEEDED = [
@@ -78,6 +78,8 @@ OTHER: dict[str, list[Any]] = {
     "threshold": [None, -1.0, 0.5, 1.0],
     "kernel_size": [1, 5],
     "kernel_init": ["kaiming"],
+    "norm_eps": [1e-3],
+    "norm_momentum": [0.01],
     "pretrained": [True],
     "pretrained_tag": [],  # needs pretrained
     "checkpoint": ["model.safetensors"],
@@ -93,6 +95,7 @@ OTHER: dict[str, list[Any]] = {
     "data_name": ["CIFAR-10 (JPEG)"],
     "data_license": ["cc-by-4.0"],
     "license": ["apache-2.0", "MIT"],
+    "exif_rotation": [False],
     "input_key": ["jpg"],
     "target_key": ["cls"],
     "num_classes": [1, 1000],
@@ -154,6 +157,7 @@ OTHER: dict[str, list[Any]] = {
     "threads": [1],
     "workers": [0],
     "checkpoint_steps": [100],
+    "log_interval": [1],
     "keep_checkpoints": [2],
     "probe_images": [0],
 }
@@ -166,6 +170,8 @@ WRONG: dict[str, list[Any]] = {
     "threshold": [-1.01, 1.01],
     "kernel_size": [0, -1, 2, 100],
     "kernel_init": ["zeros"],
+    "norm_eps": [0.0, 1.1],
+    "norm_momentum": [0.0, 1.1],
     "pretrained_tag": ["a1_in1k"],
     "keep_head": [True],  # there are no weights
     "tune": ["tail", "head"],
@@ -227,12 +233,22 @@ WRONG: dict[str, list[Any]] = {
     "threads": [0],
     "workers": [-1],
     "checkpoint_steps": [0],
+    "log_interval": [0],
     "keep_checkpoints": [0, 1],
     "probe_images": [-1, 65_537],
 }
 # Any text or truth value will do.
 UNBOUNDED = {
-    *("pretrained", "checkpoint", "test_split", "input_key", "target_key", "auto_augment", "norm_decay"),
+    *(
+        "pretrained",
+        "exif_rotation",
+        "checkpoint",
+        "test_split",
+        "input_key",
+        "target_key",
+        "auto_augment",
+        "norm_decay",
+    ),
     *("warmup_prefix", "ema_warmup", "channels_last", "compile", "grad_checkpointing", "sync_norm"),
 }
 WRONG_TYPES: dict[str, list[Any]] = {

@@ -28,7 +28,7 @@ import ubn_zoo
 from tests.hub_server import HubServer, sha256
 from tests.images import RECIPE, striped_images
 from ubn_zoo import cli
-from ubn_zoo.data.loaders import MemoryTest, MemoryTrain
+from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.errors import PublishConflictError, PublishError
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, write_metrics
 from ubn_zoo.hub import fetch as client
@@ -580,7 +580,7 @@ def test_of_a_run_with_a_moving_average_that_is_published(
 
 def test_a_run_as_the_engine_leaves_it_is_published(hub: HubServer, book: Path, tmp_path: Path) -> None:
     source = dataclasses.replace(RECIPE, model=SIBLING, epochs=1, warmup_epochs=0.0, threshold=0.3)
-    data = MemoryTrain(source, striped_images(64, 1), Ranks()), MemoryTest(source, striped_images(16, 2), Ranks())
+    data = MemoryTrain(source, striped_images(64, 1), Ranks()), MemoryEval(source, striped_images(16, 2), Ranks())
     folder = run_recipe(source, "", tmp_path / "run", data=data).folder
     # This working tree may have changes of its own.
     table = [dataclasses.replace(row, commit="1" * 40) for row in read_metrics(folder / "metrics.csv")]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.images import RECIPE, striped_images
-from ubn_zoo.data.loaders import MemoryTest, MemoryTrain
+from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.data.readers import DataError
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.layers import UnifiedBatchNorm2d
@@ -37,7 +37,7 @@ TEST = striped_images(32, seed=2)
 
 
 def train(recipe: Recipe, model: nn.Module | None = None, **options: Any) -> Outcome:
-    batches = MemoryTrain(recipe, TRAIN, Ranks()), MemoryTest(recipe, TEST, Ranks())
+    batches = MemoryTrain(recipe, TRAIN, Ranks()), MemoryEval(recipe, TEST, Ranks())
     return fit(recipe, model or build_model(recipe), *batches, **options)
 
 

@@ -24,7 +24,7 @@ import timm
 import torch
 
 from tests.images import RECIPE, striped_images, write_image_folder
-from ubn_zoo.data.loaders import MemoryTest, MemoryTrain
+from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.data.readers import DataError
 from ubn_zoo.evaluation.metrics import read_metrics, read_similarity
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
@@ -375,7 +375,7 @@ def test_the_command_says_what_is_wrong_in_one_line(
 def test_data_at_hand_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     batches = (
         MemoryTrain(RECIPE, striped_images(64, 1), Ranks()),
-        MemoryTest(RECIPE, striped_images(32, 2), Ranks()),
+        MemoryEval(RECIPE, striped_images(32, 2), Ranks()),
     )
     assert run(RECIPE, "", tmp_path / "run", data=batches).finished
 

@@ -24,7 +24,7 @@ from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 from ubn_zoo import __version__
-from ubn_zoo.data.loaders import MemoryTest, MemoryTrain, normalization, test_input
+from ubn_zoo.data.loaders import MemoryEval, MemoryTrain, eval_input, normalization
 from ubn_zoo.data.memory import ImageSet, Normalizer
 from ubn_zoo.errors import QuickstartError
 from ubn_zoo.evaluation.accuracy import predict, predict_as_configured
@@ -98,7 +98,7 @@ def _train(recipe: Recipe, train: ImageSet, test: ImageSet, label: str) -> tuple
         recipe,
         model,
         MemoryTrain(recipe, train, Ranks()),
-        MemoryTest(recipe, test, Ranks()),
+        MemoryEval(recipe, test, Ranks()),
         on_step=lambda done, total: progress(done, total),
         on_epoch=on_epoch,
     )
@@ -277,8 +277,8 @@ def run_quickstart(output: str | os.PathLike[str], *, settings: Sequence[str] = 
         model.to(memory_format=torch.channels_last),
         test.images,
         Normalizer(*normalization(recipe), torch.device("cpu")),
-        img_size=test_input(recipe)[0],
-        interpolation=test_input(recipe)[1],
+        img_size=eval_input(recipe)[0],
+        interpolation=eval_input(recipe)[1],
     )
     safetensors.torch.save_file({"logits": logits}, folder / "logits.safetensors")
     print("4/5  read back through timm in a fresh process")

@@ -26,11 +26,10 @@ from torch.utils.data import DataLoader, Sampler
 from ubn_zoo.data.memory import ImageSet, Normalizer, random_crop_flip, resize
 from ubn_zoo.data.readers import (
     DataError,
+    EvalSettings,
     Samples,
     Stream,
-    TestSettings,
     check_shards,
-    find_test_split,
     image_set_fingerprint,
     load_memory,
     open_reader,
@@ -42,22 +41,23 @@ from ubn_zoo.data.readers import (
     stream_fingerprint,
     stream_images,
 )
+from ubn_zoo.data.splits import find_eval_split
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.seeds import mixed_seed
 
 __all__ = [
-    "MemoryTest",
+    "EvalBatches",
+    "MemoryEval",
     "MemoryTrain",
-    "TestBatches",
     "TrainBatches",
     "class_names",
     "describe",
+    "eval_input",
     "normalization",
-    "open_test",
+    "open_eval",
     "open_train",
-    "test_input",
-    "training_input",
+    "train_input",
 ]
 
 
@@ -88,7 +88,7 @@ class TrainBatches(Protocol):
         """
 
 
-class TestBatches(Protocol):
+class EvalBatches(Protocol):
     """Held-out images in batches."""
 
     @property
@@ -142,19 +142,19 @@ def _spread(total: int, wanted: int | None) -> list[int]:
     return [index * total // count for index in range(count)]
 
 
-def normalization(recipe: TestSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(recipe: EvalSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a complete recipe."""
     if recipe.mean is None or recipe.std is None:
         raise ValueError("received a recipe without mean or std; valid: a complete one, as `train.complete` makes it")
     return recipe.mean, recipe.std
 
 
-def training_input(recipe: Recipe) -> tuple[int, str]:
+def train_input(recipe: Recipe) -> tuple[int, str]:
     """Side in pixels of training images, and the filter of their resize, of a complete recipe."""
     return _complete_input(recipe.img_size, recipe.train_interpolation or recipe.interpolation)
 
 
-def test_input(recipe: TestSettings) -> tuple[int, str]:
+def eval_input(recipe: EvalSettings) -> tuple[int, str]:
     """Side in pixels of held-out images, and the filter of their resize, of a complete recipe."""
     return _complete_input(recipe.test_img_size or recipe.img_size, recipe.interpolation)
 
@@ -226,7 +226,7 @@ class MemoryTrain:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         recipe = self._recipe
-        size, interpolation = training_input(recipe)
+        size, interpolation = train_input(recipe)
         order = _EpochOrder(recipe, len(self._data), self._ranks)
         for step in range(first_step, self.steps):
             chosen = torch.tensor(order.batch(epoch, step))
@@ -240,7 +240,7 @@ class MemoryTrain:
             yield from zip(prepared.chunk(parts), labels.chunk(parts), strict=True)
 
 
-class MemoryTest:
+class MemoryEval:
     """Held-out images held in memory.
 
     Args:
@@ -253,7 +253,7 @@ class MemoryTest:
         DataError: The images are not square.
     """
 
-    def __init__(self, recipe: TestSettings, data: ImageSet, ranks: Ranks, batch_size: int = 256) -> None:
+    def __init__(self, recipe: EvalSettings, data: ImageSet, ranks: Ranks, batch_size: int = 256) -> None:
         _check_square(data)
         self._data = _chosen(data, recipe.test_samples)
         self._recipe = recipe
@@ -265,7 +265,7 @@ class MemoryTest:
         self.fingerprint = image_set_fingerprint(self._data)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size, interpolation = test_input(self._recipe)
+        size, interpolation = eval_input(self._recipe)
         for start in range(self._share.start, self._share.stop, self._batch_size):
             part = slice(start, min(start + self._batch_size, self._share.stop))
             images = self._normalize(resize(self._data.images[part], size, interpolation))
@@ -273,7 +273,7 @@ class MemoryTest:
 
     def probe(self, count: int) -> Tensor:
         chosen = self._data.images[torch.tensor(_spread(self.images, count))]
-        return self._normalize(resize(chosen, *test_input(self._recipe)))
+        return self._normalize(resize(chosen, *eval_input(self._recipe)))
 
 
 def _check_square(data: ImageSet) -> None:
@@ -313,7 +313,7 @@ class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
 
 
 def _train_transform(recipe: Recipe) -> Any:
-    size, interpolation = training_input(recipe)
+    size, interpolation = train_input(recipe)
     return create_transform(
         input_size=size,
         is_training=True,
@@ -329,8 +329,8 @@ def _train_transform(recipe: Recipe) -> Any:
     )
 
 
-def _test_transform(recipe: TestSettings, crop_mode: str | None) -> Any:
-    size, interpolation = test_input(recipe)
+def _eval_transform(recipe: EvalSettings, crop_mode: str | None) -> Any:
+    size, interpolation = eval_input(recipe)
     return create_transform(
         input_size=size,
         use_prefetcher=True,
@@ -346,7 +346,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _loader(dataset: Any, recipe: TestSettings, ranks: Ranks, *, workers: int, **batches: Any) -> DataLoader[Any]:
+def _loader(dataset: Any, recipe: EvalSettings, ranks: Ranks, *, workers: int, **batches: Any) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -359,7 +359,7 @@ def _loader(dataset: Any, recipe: TestSettings, ranks: Ranks, *, workers: int, *
     )
 
 
-def _prefetched(loader: Any, recipe: TestSettings, ranks: Ranks) -> PrefetchLoader:
+def _prefetched(loader: Any, recipe: EvalSettings, ranks: Ranks) -> PrefetchLoader:
     mean, std = normalization(recipe)
     return PrefetchLoader(loader, mean=mean, std=std, device=ranks.device)
 
@@ -388,12 +388,12 @@ class _ReaderTrain:
         yield from self._loader
 
 
-class _ReaderTest:
+class _ReaderEval:
     """Held-out images behind one of timm's readers with random access."""
 
-    def __init__(self, recipe: TestSettings, reader: Any, ranks: Ranks, batch_size: int, crop_mode: str | None) -> None:
+    def __init__(self, recipe: EvalSettings, reader: Any, ranks: Ranks, batch_size: int, crop_mode: str | None) -> None:
         self._recipe, self._reader, self._ranks = recipe, reader, ranks
-        self._transform = _test_transform(recipe, crop_mode)
+        self._transform = _eval_transform(recipe, crop_mode)
         self._indices = indices = _spread(len(reader), recipe.test_samples)
         self.images = len(indices)
         self.classes = reader_classes(reader)
@@ -453,12 +453,12 @@ class _StreamTrain:
         yield from itertools.islice(parts, first_step * recipe.accumulation, None)
 
 
-class _StreamTest:
+class _StreamEval:
     """Held-out images of a stream: every rank reads it all, so that none is counted twice, and keeps its batches."""
 
     def __init__(
         self,
-        recipe: TestSettings,
+        recipe: EvalSettings,
         dataset: IterableImageDataset,
         name: str,
         ranks: Ranks,
@@ -468,7 +468,7 @@ class _StreamTest:
         reader: Any = dataset.reader
         self.classes = reader_classes(reader)
         self.images = stream_images(reader, recipe.test_samples)
-        self._stream = Stream(recipe, dataset, _test_transform(recipe, crop_mode), Ranks(), name)
+        self._stream = Stream(recipe, dataset, _eval_transform(recipe, crop_mode), Ranks(), name)
         self._recipe = recipe
         self._name = name
         self._ranks = ranks
@@ -531,15 +531,15 @@ def open_train(recipe: Recipe, data_dir: str | os.PathLike[str], ranks: Ranks) -
     return _ReaderTrain(recipe, open_reader(recipe, Path(data_dir), recipe.train_split), ranks)
 
 
-def open_test(
-    recipe: TestSettings,
+def open_eval(
+    recipe: EvalSettings,
     data_dir: str | os.PathLike[str],
     ranks: Ranks,
     classes: Sequence[str] = (),
     *,
     batch_size: int = 256,
     crop_mode: str | None = None,
-) -> TestBatches:
+) -> EvalBatches:
     """Open the held-out images of a recipe.
 
     Args:
@@ -555,21 +555,21 @@ def open_test(
         DataError: There are no images, they have a class of their own, or a package that reads them is missing.
     """
     kind = recipe.dataset.partition("/")[0]
-    split = recipe.test_split or find_test_split(recipe, data_dir, kind)
+    split = recipe.test_split or find_eval_split(data_dir, recipe.dataset)
     where = f"{os.fspath(data_dir)}, {split}"
     if kind == "memory":
         data = relabel_images(load_memory(Path(data_dir), split), classes, where)
-        return MemoryTest(recipe, data, ranks, batch_size)
+        return MemoryEval(recipe, data, ranks, batch_size)
     if kind in ("wds", "hfids"):
         dataset, name = open_stream(recipe, data_dir, split, recipe.test_samples, None)
         relabel(dataset.reader, classes, where)
-        return _StreamTest(recipe, dataset, name, ranks, batch_size, crop_mode)
+        return _StreamEval(recipe, dataset, name, ranks, batch_size, crop_mode)
     reader = open_reader(recipe, Path(data_dir), split)
     relabel(reader, classes, where)
-    return _ReaderTest(recipe, reader, ranks, batch_size, crop_mode)
+    return _ReaderEval(recipe, reader, ranks, batch_size, crop_mode)
 
 
-def describe(train: TrainBatches, test: TestBatches) -> dict[str, Any]:
+def describe(train: TrainBatches, test: EvalBatches) -> dict[str, Any]:
     """What a run's record says of its data."""
     return {
         "train": train.fingerprint,

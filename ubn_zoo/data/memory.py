@@ -1,6 +1,6 @@
 """Small image folders held in memory: decoded once into bytes, augmented a batch at a time.
 
-An image folder is ``ROOT/SPLIT/CLASS/IMAGE``, with ``train`` and one of ``test``, ``val`` and ``validation`` as splits.
+An image folder is ``ROOT/SPLIT/CLASS/IMAGE``, with ``train`` and one of ``validation``, ``val`` and ``test`` as splits.
 Its classes are numbered in timm's order of names (``timm.utils.natural_key``), in which 2 comes before 10.
 """
 
@@ -23,14 +23,12 @@ __all__ = [
     "ImageSet",
     "Normalizer",
     "find_images",
-    "find_test_split",
     "load_image_folder",
     "name_order",
     "random_crop_flip",
     "resize",
 ]
 
-TEST_SPLITS = ("test", "val", "validation")
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 
 
@@ -64,21 +62,6 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-def find_test_split(root: str | os.PathLike[str]) -> str:
-    """Name of the folder of held-out images, the first of ``test``, ``val`` and ``validation`` that is there.
-
-    Args:
-        root: The image folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    for split in TEST_SPLITS:
-        if (Path(root) / split).is_dir():
-            return split
-    raise FileNotFoundError(f"{Path(root)} has none of the folders {', '.join(TEST_SPLITS)}; it needs one of them")
 
 
 def name_order(names: Collection[str]) -> list[str]:

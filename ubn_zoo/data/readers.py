@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
-import json
 import os
 import pickle
 import tarfile
@@ -34,7 +32,8 @@ from timm.data.readers.shared_count import SharedCount
 from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ubn_zoo.data.memory import TEST_SPLITS, ImageSet, find_images, load_image_folder, name_order
+from ubn_zoo.data.memory import ImageSet, find_images, load_image_folder, name_order
+from ubn_zoo.data.splits import hub_name, require_package, split_location
 from ubn_zoo.errors import DataError
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.utils.distributed import Ranks
@@ -42,12 +41,11 @@ from ubn_zoo.utils.seeds import mixed_seed, seed_everything
 
 __all__ = [
     "DataError",
+    "EvalSettings",
     "Feed",
     "Samples",
     "Stream",
-    "TestSettings",
     "check_shards",
-    "find_test_split",
     "image_set_fingerprint",
     "load_memory",
     "open_reader",
@@ -60,7 +58,6 @@ __all__ = [
     "stream_images",
 ]
 
-_EXTRA = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 # Folders with more files than this are told apart by the files' names alone: asking for sizes takes a while.
 _SIZED_FILES = 200_000
 # timm's readers want a number of images; this one stands for a number that nothing says.
@@ -113,7 +110,7 @@ class Feed:
 
 
 # A complete recipe says of held-out images what a feed says.
-TestSettings = Recipe | Feed
+EvalSettings = Recipe | Feed
 
 
 # Readers and streams, one image at a time
@@ -190,7 +187,7 @@ class Samples(Dataset[tuple[Any, int]]):
         indices: The reader's images that are used, in their order.
     """
 
-    def __init__(self, settings: TestSettings, reader: Any, transform: Any, indices: list[int]) -> None:
+    def __init__(self, settings: EvalSettings, reader: Any, transform: Any, indices: list[int]) -> None:
         self._reader = reader
         self._transform = transform
         self._indices = indices
@@ -234,7 +231,7 @@ def _label(target: Any, classes: int | None, name: Callable[..., str], *place: A
     return label
 
 
-def _label_limit(settings: TestSettings, reader: Any) -> int | None:
+def _label_limit(settings: EvalSettings, reader: Any) -> int | None:
     """How many classes labels may name; None for any."""
     return settings.num_classes or len(reader.class_to_idx) or None
 
@@ -251,7 +248,7 @@ class Stream(IterableDataset[tuple[Any, int]]):
     """
 
     def __init__(
-        self, settings: TestSettings, dataset: IterableImageDataset, transform: Any, ranks: Ranks, name: str
+        self, settings: EvalSettings, dataset: IterableImageDataset, transform: Any, ranks: Ranks, name: str
     ) -> None:
         reader: Any = dataset.reader
         self._dataset = dataset
@@ -304,11 +301,11 @@ def load_memory(root: Path, split: str) -> ImageSet:
         raise DataError(str(error)) from None
 
 
-def open_reader(recipe: TestSettings, root: Path, split: str) -> Any:
+def open_reader(recipe: EvalSettings, root: Path, split: str) -> Any:
     """One of timm's readers with random access."""
     if recipe.dataset.startswith("hfds/"):
-        _require("hfds")
-        name, cache = _hub_name(recipe, root)
+        require_package("hfds")
+        name, cache = hub_name(recipe.dataset.partition("/")[2], root)
         try:
             dataset: Any = create_dataset(
                 f"hfds/{name}",
@@ -320,7 +317,7 @@ def open_reader(recipe: TestSettings, root: Path, split: str) -> Any:
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise DataError(f"dataset {name}, {split}: {error}") from error
         return dataset.reader
-    place = _location(root, split)
+    place = split_location(root, split)
     if place is None:
         raise DataError(f"{root} has no {split}/ and no {split}.tar; an image folder is {root}/{split}/CLASS/IMAGE")
     folders = place.is_dir() and any(path.is_dir() and not path.name.startswith(".") for path in place.iterdir())
@@ -332,7 +329,7 @@ def open_reader(recipe: TestSettings, root: Path, split: str) -> Any:
 
 
 def open_stream(
-    recipe: TestSettings,
+    recipe: EvalSettings,
     data_dir: str | os.PathLike[str],
     split: str,
     samples: int | None,
@@ -340,9 +337,11 @@ def open_stream(
 ) -> tuple[IterableImageDataset, str]:
     """One of timm's streams, and what to call it; of training images where it has a size of batches."""
     kind = recipe.dataset.partition("/")[0]
-    _require(kind)
+    require_package(kind)
     # As it is: a path would take a slash out of an address.
-    name, cache = ("", os.fspath(data_dir)) if kind == "wds" else _hub_name(recipe, Path(data_dir))
+    name, cache = (
+        ("", os.fspath(data_dir)) if kind == "wds" else hub_name(recipe.dataset.partition("/")[2], Path(data_dir))
+    )
     training = batch_size is not None
     # Before it reads a Hugging Face dataset, timm wants the number of images; of held-out ones it makes no use of it.
     unknown = _UNKNOWN if kind == "hfids" and not training else None
@@ -390,64 +389,6 @@ def check_shards(reader: Any, workers: int, ranks: Ranks, name: str) -> None:
             f"{name}: received {shards} shards for {needed} workers in all; valid: at least one for each, so at most "
             f"{shards // ranks.count} workers with {ranks.count} ranks, or more and smaller shards"
         )
-
-
-def _require(kind: str) -> None:
-    package = _EXTRA[kind]
-    if importlib.util.find_spec(package) is None:
-        raise DataError(f"dataset {kind} needs the package {package}: pip install 'ubn-zoo[stream]'")
-
-
-def _hub_name(recipe: TestSettings, root: Path) -> tuple[str, str | None]:
-    """A Hugging Face dataset's name, or its folder in the data's, and where downloads are kept."""
-    name = recipe.dataset.partition("/")[2]
-    local = root / name
-    return (str(local), None) if local.exists() else (name, str(root))
-
-
-# Splits
-
-
-def find_test_split(recipe: TestSettings, data_dir: str | os.PathLike[str], kind: str) -> str:
-    """The first split of held-out images that is there."""
-    where, root = os.fspath(data_dir), Path(data_dir)
-    if kind in ("hfds", "hfids"):
-        there = _hub_splits(recipe, root)
-    elif kind == "wds":
-        there = _shard_splits(where)
-    else:
-        there = [split for split in TEST_SPLITS if _location(root, split)]
-    for split in TEST_SPLITS:
-        if split in there:
-            return split
-    raise DataError(f"{where} has none of {', '.join(TEST_SPLITS)}; it needs one of them, or set test_split")
-
-
-def _location(root: Path, split: str) -> Path | None:
-    return next((path for path in (root / split, root / f"{split}.tar") if path.exists()), None)
-
-
-def _hub_splits(recipe: TestSettings, root: Path) -> list[str]:
-    _require(recipe.dataset.partition("/")[0])
-    import datasets
-
-    name, cache = _hub_name(recipe, root)
-    try:
-        return [str(split) for split in datasets.get_dataset_split_names(name, cache_dir=cache)]
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"dataset {name}: {error}") from error
-
-
-def _shard_splits(where: str) -> list[str]:
-    _require("wds")
-    webdataset = importlib.import_module("webdataset")
-    for name in ("_info.json", "info.json"):
-        try:
-            with webdataset.gopen(f"{where}/{name}") as file:
-                return list(json.load(file)["splits"])
-        except (OSError, ValueError, KeyError):
-            continue
-    return []
 
 
 # Classes
@@ -517,7 +458,7 @@ def reader_fingerprint(reader: Any, indices: list[int]) -> str:
     return digest.hexdigest()
 
 
-def stream_fingerprint(recipe: TestSettings, reader: Any, images: int | None) -> str:
+def stream_fingerprint(recipe: EvalSettings, reader: Any, images: int | None) -> str:
     """SHA-256 of what a stream says of itself before it is read."""
     said = (recipe.dataset, images, tuple(_shards(reader)), reader_classes(reader))
     return hashlib.sha256(str(said).encode()).hexdigest()

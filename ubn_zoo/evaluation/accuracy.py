@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubn_zoo.data.loaders import MemoryTest, TestBatches, open_test
+from ubn_zoo.data.loaders import EvalBatches, MemoryEval, open_eval
 from ubn_zoo.data.memory import ImageSet, Normalizer, resize
 from ubn_zoo.data.readers import Feed
 from ubn_zoo.errors import EvaluationError
@@ -362,14 +362,14 @@ def feed_of(
 
 def open_images(
     subject: Subject, feed: Feed, data_dir: str | os.PathLike[str], ranks: Ranks, *, batch_size: int = 256
-) -> TestBatches:
+) -> EvalBatches:
     """Open the images that a model is evaluated on.
 
     Args:
         subject: The model. Where it has names of classes, they say which folder is which output; else the folders are
             its outputs in their order.
         feed: How it is fed.
-        data_dir: As for `open_test`.
+        data_dir: As for `open_eval`.
         ranks: This process.
         batch_size: Images at a time, on each rank.
 
@@ -377,7 +377,7 @@ def open_images(
         DataError: The images cannot be used, or have a class that the model does not name.
         EvaluationError: The model names no classes, and the images have another number of them.
     """
-    test = open_test(feed, data_dir, ranks, subject.classes, batch_size=batch_size, crop_mode=feed.crop_mode)
+    test = open_eval(feed, data_dir, ranks, subject.classes, batch_size=batch_size, crop_mode=feed.crop_mode)
     _check_classes(subject, feed, test.classes)
     return test
 
@@ -408,7 +408,7 @@ def evaluate_pretrained(name: str, data: ImageSet, *, batch_size: int = 256) -> 
     feed = feed_of(subject, dataset="memory")
     _check_classes(subject, feed, data.classes)
     model = subject.model.to(memory_format=torch.channels_last)
-    return measure(model, MemoryTest(feed, data, Ranks(), batch_size), Ranks())
+    return measure(model, MemoryEval(feed, data, Ranks(), batch_size), Ranks())
 
 
 def result_row(subject: Subject, feed: Feed, accuracy: Accuracy, **more: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ __all__ = [
 NORMS = tuple(VARIANTS)
 DESCRIPTIVE = ("source", "command", "hardware", "time", "expected")
 # How a run is carried out, not what it computes: a run may go on with other values of these.
-OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "keep_checkpoints")
+OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "log_interval", "keep_checkpoints")
 # What publishing says about the weights; it changes no result.
 PUBLISHED = ("data_name", "data_license", "license")
 DATASETS = ("folder", "memory", "wds", "hfds", "hfids")
@@ -98,6 +98,8 @@ class Recipe:
         threshold: Gate threshold of ``ubn``; None for no gate, batch statistics always.
         kernel_size: Taps per side of the depthwise affine of ``ubn`` and ``bnet``.
         kernel_init: Its start, ``identity`` (as BatchNorm) or ``kaiming``.
+        norm_eps: Epsilon of the norm layers; None for the model's own.
+        norm_momentum: Weight of a batch's statistics in the running ones; None for the model's own.
         pretrained: Whether to start from pretrained weights.
         pretrained_tag: Their tag; None for the model's default.
         checkpoint: Safetensors file to start from, such as an earlier run's ``model.safetensors``.
@@ -110,13 +112,15 @@ class Recipe:
             image folder of small images of one size, decoded once), ``wds`` (WebDataset shards), ``hfds/NAME`` (Hugging
             Face datasets) or ``hfids/NAME`` (the same, streamed).
         train_split: Training part of the data; with ``wds`` also shards, ``train-{0000..0099}.tar``.
-        test_split: Held-out part; None for the first of test, val, validation that is there.
+        test_split: Held-out part; None for the first of validation, val, test that is there.
         train_samples: Training images in an epoch: at most that many, spread evenly over a folder; the number of images
             of a stream, where its description does not have it. None for all.
         test_samples: Likewise of the held-out images.
         data_name: The data's name for people, such as ``CIFAR-10``, as a model card shows it; None if it has none.
         data_license: SPDX identifier of the data's license; None if it is not known.
         license: SPDX identifier of the license that the trained weights are published under; None if that is open.
+        exif_rotation: Whether images are turned upright as their EXIF data says; false reads pixels as they are stored,
+            as timm does.
         input_key: Column or file ending of the image; None for the reader's default.
         target_key: Column of the class; None for the reader's default.
         num_classes: Outputs of the classifier; None for the classes of the data.
@@ -180,6 +184,7 @@ class Recipe:
         threads: torch's threads on the CPU; None for torch's own choice.
         workers: Processes that load data, per rank.
         checkpoint_steps: Updates between checkpoints within an epoch; None for one at the end of each epoch only.
+        log_interval: Updates between two points of the training loss in events and logs.
         keep_checkpoints: Newest checkpoints that are kept.
         probe_images: Held-out images whose feature similarity is measured in every norm layer after each epoch; 0 for
             none.
@@ -198,6 +203,8 @@ class Recipe:
     threshold: float | None = 0.15
     kernel_size: int = 3
     kernel_init: str = "identity"
+    norm_eps: float | None = None
+    norm_momentum: float | None = None
     pretrained: bool = False
     pretrained_tag: str | None = None
     checkpoint: str | None = None
@@ -213,6 +220,7 @@ class Recipe:
     data_name: str | None = None
     data_license: str | None = None
     license: str | None = None
+    exif_rotation: bool = True
     input_key: str | None = None
     target_key: str | None = None
     num_classes: int | None = None
@@ -274,6 +282,7 @@ class Recipe:
     threads: int | None = None
     workers: int = 4
     checkpoint_steps: int | None = None
+    log_interval: int = 50
     keep_checkpoints: int = 3
     probe_images: int = 64
 
@@ -378,6 +387,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("threshold", -1.0, 1.0),
     ("kernel_size", 1, 99),
+    ("norm_eps", 1e-12, 1.0),
+    ("norm_momentum", 1e-6, 1.0),
     ("drop_rate", 0.0, 1.0),
     ("drop_path_rate", 0.0, 1.0),
     ("train_samples", 1, 10**12),
@@ -418,6 +429,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("threads", 1, 4_096),
     ("workers", 0, 1_024),
     ("checkpoint_steps", 1, 10**9),
+    ("log_interval", 1, 10**9),
     ("keep_checkpoints", 2, 10_000),
     ("probe_images", 0, 65_536),
 )

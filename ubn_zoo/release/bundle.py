@@ -17,7 +17,7 @@ import safetensors.torch
 import timm
 import torch
 
-from ubn_zoo.data.loaders import open_test
+from ubn_zoo.data.loaders import open_eval
 from ubn_zoo.errors import BundleError
 from ubn_zoo.evaluation.accuracy import measure
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics
@@ -103,7 +103,7 @@ def bundle(
             f"{MAX_BYTES_IN_ALL:,}; half=True stores float16"
         )
     ranks = Ranks()
-    found = measure(model.to(memory_format=torch.channels_last), open_test(recipe, data_dir, ranks), ranks)
+    found = measure(model.to(memory_format=torch.channels_last), open_eval(recipe, data_dir, ranks), ranks)
     name = f"{architecture}.{tag}"
     validate = f"ubn-zoo validate --model {name} --data-dir DIR"
     classes = recipe.num_classes

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ubn_zoo import models  # noqa: F401 - registers the zoo with timm
-from ubn_zoo.data.loaders import TestBatches, TrainBatches
+from ubn_zoo.data.loaders import EvalBatches, TrainBatches
 from ubn_zoo.errors import TrainingError
 from ubn_zoo.evaluation.accuracy import Accuracy, measure
 from ubn_zoo.evaluation.condensation import measure_similarity
@@ -540,7 +540,7 @@ def _save(job: _Job, hooks: _Hooks) -> None:
     job.ranks.barrier()
 
 
-def _finish_epoch(job: _Job, test: TestBatches, probe: Tensor | None, commit: str | None) -> None:
+def _finish_epoch(job: _Job, test: EvalBatches, probe: Tensor | None, commit: str | None) -> None:
     """Evaluate, and add the epoch's rows."""
     recipe, ranks = job.recipe, job.ranks
     mean, _ = _check_loss(job, False)
@@ -606,7 +606,7 @@ def fit(
     recipe: Recipe,
     model: nn.Module,
     train: TrainBatches,
-    test: TestBatches,
+    test: EvalBatches,
     ranks: Ranks | None = None,
     *,
     start: Snapshot | None = None,

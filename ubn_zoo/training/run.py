@@ -31,8 +31,8 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ubn_zoo import __version__
-from ubn_zoo.data.loaders import TestBatches, TrainBatches, class_names, describe, open_test, open_train
-from ubn_zoo.data.readers import find_test_split
+from ubn_zoo.data.loaders import EvalBatches, TrainBatches, class_names, describe, open_eval, open_train
+from ubn_zoo.data.splits import find_eval_split
 from ubn_zoo.errors import RunError
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, read_metrics, write_metrics, write_similarity
 from ubn_zoo.evaluation.plots import draw_run
@@ -252,7 +252,7 @@ def run(
     output: str | os.PathLike[str],
     ranks: Ranks | None = None,
     *,
-    data: tuple[TrainBatches, TestBatches] | None = None,
+    data: tuple[TrainBatches, EvalBatches] | None = None,
     on_start: Callable[[Recipe, int], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -316,7 +316,7 @@ def _run(
     data_dir: str | os.PathLike[str],
     folder: Path,
     ranks: Ranks,
-    data: tuple[TrainBatches, TestBatches] | None,
+    data: tuple[TrainBatches, EvalBatches] | None,
     on_start: Callable[[Recipe, int], None] | None,
     on_step: Callable[[int, int], None] | None,
     on_epoch: Callable[[EpochMetrics], None] | None,
@@ -325,8 +325,8 @@ def _run(
     split = recipe.test_split
     if data is None:
         train = open_train(recipe, data_dir, ranks)
-        test = open_test(recipe, data_dir, ranks, train.classes)
-        split = split or find_test_split(recipe, data_dir, recipe.dataset.partition("/")[0])
+        test = open_eval(recipe, data_dir, ranks, train.classes)
+        split = split or find_eval_split(data_dir, recipe.dataset)
     else:
         train, test = data
     found = len(train.classes) or None
