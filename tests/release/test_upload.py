@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.utils._http as client_http
 import pytest
 import safetensors.torch
 import timm
@@ -27,163 +23,39 @@ from torch import Tensor, nn
 import ubn_zoo
 from tests.hub_server import HubServer, sha256
 from tests.images import RECIPE, striped_images
+from tests.release.common import (
+    COMMAND,
+    COMMIT,
+    FACTS,
+    ID,
+    NAME,
+    OPTIONS,
+    REPO,
+    SIBLING,
+    TOKEN,
+    commits,
+    environment,
+    files_of,
+    records,
+    rows,
+)
 from ubn_zoo import cli
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.errors import PublishConflictError, PublishError
-from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, write_metrics
+from ubn_zoo.evaluation.metrics import read_metrics, write_metrics
 from ubn_zoo.hub import fetch as client
-from ubn_zoo.hub import manifest, retry
-from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
+from ubn_zoo.hub import manifest
+from ubn_zoo.recipes.schema import Recipe, dump_recipe
 from ubn_zoo.release.convert import convert
 from ubn_zoo.release.upload import publish
-from ubn_zoo.training.engine import complete
 from ubn_zoo.training.run import run as run_recipe
 from ubn_zoo.training.run import save_weights
 from ubn_zoo.utils.distributed import Ranks
-
-SIBLING = "mobilenetv3_small_050"
-NAME = f"{SIBLING}_ubn"
-ID = f"{NAME}.cifar10"
-REPO = "someone/small"
-TOKEN = "hf_never_to_be_seen"
-FACTS = {"tag": "cifar10", "license": "apache-2.0", "dataset": "CIFAR-10"}
-OPTIONS = [part for name, value in FACTS.items() for part in (f"--{name}", value)]
-COMMIT = "/commit/"
-COMMAND = (
-    "ubn-zoo train --recipe cifar10_small --data-dir DIR --output RUN "
-    f"--set model={SIBLING} img_size=32 epochs=2 warmup_epochs=0.0"
-)
-PICTURE = b"\x89PNG\r\n\x1a\n and so on"
-
-
-START = {
-    "command": [
-        "ubn-zoo",
-        "train",
-        "--recipe",
-        "cifar10_small",
-        "--data-dir",
-        "/home/someone/cifar",
-        "--output",
-        "RUN",
-    ],
-    "ranks": 1,
-    "threads": 1,
-    "hardware": {"name": "cpu", "machine": "x86_64", "cpu": "AVX2", "cores": 2, "cuda": None},
-    "versions": {"ubn_zoo": "0.1.0", "torch": "2.14.1", "timm": "1.0.31"},
-    "base": None,
-    "data": {"test_images": 10_000, "test_split": "test", "classes": [f"class {number}" for number in range(10)]},
-}
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0.3")
-    # The client's own retries wait for seconds.
-    impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    monkeypatch.setattr(client_http, "time", impatient)
-
-
-@pytest.fixture(autouse=True)
-def logged_in(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.token = TOKEN
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-
-
-@pytest.fixture(scope="module")
-def recipe() -> Recipe:
-    small = {"model": SIBLING, "epochs": 2, "warmup_epochs": 0.0, "img_size": 32, "num_classes": 10}
-    return complete(dataclasses.replace(load_recipe("cifar10_small"), **small))
-
-
-def rows(recipe: Recipe, **changes: Any) -> list[EpochMetrics]:
-    row = EpochMetrics(
-        model=recipe.model,
-        norm=recipe.norm,
-        seed=recipe.seed,
-        epoch=1,
-        step=390,
-        lr=0.001,
-        train_loss=1.5,
-        test_loss=1.25,
-        top1=61.5,
-        calibration_error=3.5,
-        seconds=10.0,
-        step_ms=20.0,
-        images_per_second=6400.0,
-        similarity_min=0.1,
-        similarity_mean=0.2,
-        similarity_max=0.3,
-        gates_open=1,
-        gates=2,
-        device="cpu",
-        ranks=1,
-        threads=1,
-        torch="2.6",
-        commit="1" * 40,
-    )
-    return [row, dataclasses.replace(row, epoch=2, top1=62.25, **changes)]
-
-
-@pytest.fixture(scope="module")
-def trained() -> nn.Module:
-    """A UBN model whose calibrations are not what BatchNorm's would be."""
-    torch.manual_seed(0)
-    model = timm.create_model(NAME, num_classes=10)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith(("center_weight", "scale_weight", "running_mean")):
-                tensor.copy_(0.1 * torch.randn(tensor.shape))
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def pristine(trained: nn.Module, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    (folder / "training.png").write_bytes(PICTURE)
-    write_metrics(folder / "metrics.csv", rows(recipe))
-    (folder / "environment.json").write_text(json.dumps({"starts": [START]}))
-    save_weights(trained, folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture
-def run(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "run"))
-
-
-@pytest.fixture
-def book(tmp_path: Path) -> Path:
-    path = tmp_path / "weights_manifest.json"
-    manifest.dump_manifest([], path)
-    return path
-
-
-def files_of(hub: HubServer, revision: str | None = None, repo_id: str = REPO) -> dict[str, bytes]:
-    repository = hub.repositories[repo_id]
-    return repository.commits[revision or repository.refs["main"]]
-
-
-def commits(hub: HubServer) -> int:
-    """Commits that were made on top of the repository's first."""
-    return len(hub.repositories[REPO].commits) - 1 if REPO in hub.repositories else 0
-
-
-def records(book: Path) -> list[manifest.Record]:
-    return list(manifest.load_manifest(book))
 
 
 def command(run: Path, book: Path, *more: str) -> list[str]:
     arguments = ["publish", str(run), "--repo", REPO, "--manifest", str(book), *OPTIONS, *more]
     return [sys.executable, "-m", "ubn_zoo", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(ubn_zoo.__file__).parents[1])}
 
 
 def python(code: str) -> None:

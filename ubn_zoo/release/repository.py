@@ -142,8 +142,15 @@ class Repository:
 
         def attempt() -> dict[str, str]:
             entries = self._api.list_repo_tree(self._repo_id, recursive=True, revision=revision)
-            files = (entry for entry in entries if isinstance(entry, RepoFile))
-            return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+            try:
+                files = (entry for entry in entries if isinstance(entry, RepoFile))
+                return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+            except (AttributeError, LookupError, TypeError) as error:
+                # The client reads the listing page by page, out of reach of the retry engine's look at the answer.
+                raise HubError(
+                    f"{self._subject}: the Hub answers HTTP 200 with a listing of files that cannot be read "
+                    f"({type(error).__name__}: {error}); check HF_ENDPOINT"
+                ) from error
 
         return retry(attempt, self._subject, _ADVICE)
 

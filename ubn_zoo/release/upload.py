@@ -154,7 +154,12 @@ def publish(
         replace=replace,
     )
     record = dataclasses.replace(record, revision=revision)
-    if earlier is not None and _serves_as_well(earlier, record, repository):
+    # A new commit is recorded, or the next publication would take its files for those of others.
+    if (
+        earlier is not None
+        and (earlier.source == "bundled" or not committed)
+        and _serves_as_well(earlier, record, repository)
+    ):
         return Publication(record=earlier, files=files, committed=committed, recorded=False)
     try:
         add_record(record, path, replace=replace, expected=earlier)
