@@ -194,7 +194,8 @@ def gather(
             setattr(found, name, getattr(options, name))
     found.data = options.dataset or found.data
     if options.base_model is not None:
-        found.base = Base(name=options.base_model, repository=options.base_model)
+        repository, _, revision = options.base_model.partition("@")
+        found.base = Base(name=repository, repository=repository, revision=revision or None)
     found.tag = found.tag or (_slug(found.data) if found.data else None)
     if found.table is not None:
         _metrics_of_run(found, found.table)

@@ -41,7 +41,8 @@ from ubn_zoo.release.source import CSV, JSON, RECIPE, UNKNOWN, WEIGHTS, Options,
 __all__ = ["File", "Publication", "publish"]
 
 _NO_COMMIT = "0" * 40
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9][A-Za-z0-9._/-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,9 +260,12 @@ def _check_facts(found: Source) -> None:
         reasons.append("the dataset is missing; pass the name of the data of training and measurement as `dataset`")
     if not found.tag:
         reasons.append("the tag is missing; pass a name for these weights as `tag`")
-    base = None if found.base is None else found.base.repository
-    if base is not None and not _HUB_ID.fullmatch(base):
-        reasons.append(f"`base_model`: received {base[:100]!r}; valid: owner/name of a Hub repository")
+    base = found.base
+    if base is not None and base.repository is not None:
+        valid = _HUB_ID.fullmatch(base.repository) and _REVISION.fullmatch(base.revision or "main")
+        if not valid:
+            received = base.repository + (f"@{base.revision}" if base.revision else "")
+            reasons.append(f"`base_model`: received {received[:100]!r}; valid: a Hub repository, OWNER/NAME[@REVISION]")
 
 
 def _check_weights(found: Source, model: nn.Module, state: dict[str, Any]) -> None:
