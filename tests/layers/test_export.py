@@ -151,6 +151,19 @@ class TestCompile:
         for name, value in snapshot(twin).items():
             torch.testing.assert_close(snapshot(model)[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_two_graphs_for_all_sizes(self, training: bool) -> None:
+        """One for batches below ``similarity_samples`` and one for the others, whatever the images' sizes."""
+        layer = make_layer(3, cls=ubn_zoo.UnifiedBatchNormAct2d).train(training)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+        torch._dynamo.utils.counters.clear()
+        for batch, size in ((2, 8), (3, 9), (15, 5), (16, 8), (17, 6), (40, 11), (7, 12), (64, 3), (5, 4), (9, 7)):
+            x = torch.randn(batch, 3, size, size + 1, requires_grad=training)
+            y = compiled(x)
+            if training:
+                y.sum().backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
     def test_autocast(self) -> None:
         model = small_model()
         twin = copy.deepcopy(model)

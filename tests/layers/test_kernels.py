@@ -871,9 +871,11 @@ class TestCompile:
         layer = make_layer(3).to(DEVICE)
         twin = copy.deepcopy(layer)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-        for batch in (3, 18):
-            x = random_input((batch, 3, 3, 4), batch, F32)[0].to(DEVICE)
+        torch._dynamo.utils.counters.clear()
+        for batch, width in ((3, 4), (18, 4), (2, 5), (7, 3)):
+            x = random_input((batch, 3, 3, width), batch, F32)[0].to(DEVICE)
             torch.testing.assert_close(compiled(x), twin(x), **OUTPUT[F32].kwargs())
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
         for name, value in snapshot(twin).items():
             torch.testing.assert_close(snapshot(layer)[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
