@@ -755,7 +755,7 @@ class TestRefusals:
         model = pair()
         wrapped = [torch.jit.trace(model, images(1, 4, 6, 5)), torch.compile(model, backend="eager")]
         for wrapper in [*wrapped, nn.DataParallel(model)]:
-            with pytest.raises(TypeError, match="fuse the model that it was made of"):
+            with pytest.raises(TypeError, match="fuse the model that it was made from"):
                 ubn_zoo.fuse(wrapper.eval())
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_batchnorm", "convert_state_dict", "convert_sync_ubn", "freeze_ubn", "unfreeze_ubn"]
 
-# The kinds of BatchNorm whose forward is known.
+# The classes of BatchNorm whose forward is known.
 BATCHNORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 
 _HOOKS = (
@@ -39,22 +39,23 @@ _HOOKS = (
 
 
 def ubn_layers(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, UnifiedBatchNorm2d]]:
-    """The UBN layers of a model with their names."""
+    """Iterates over the names and UBN layers of a model."""
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, UnifiedBatchNorm2d):
             yield name, module
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Turns a BatchNorm or authors' state dict of the same architecture into one of a UBN model.
+    """Converts a state dict of BatchNorm's or the authors' format for a UBN model of the same architecture.
 
     Args:
-        state_dict: Of the BatchNorm sibling, in the authors' released format, or already UBN's. Not changed.
-        model: The UBN model it is for.
+        state_dict: The BatchNorm sibling's state dict, one in the authors' released format, or one that is UBN's
+            already. Not changed.
+        model: The UBN model.
 
     Returns:
-        A new dict. Only entries of UBN layers are rewritten; anything missing, unexpected or of the wrong shape is
-        left for ``load_state_dict`` to report.
+        A new dict. Only entries of UBN layers are rewritten; missing and unexpected entries and wrong shapes are left
+        for ``load_state_dict`` to report.
     """
     converted = dict(state_dict)
     for name, layer in ubn_layers(model, remove_duplicate=False):
@@ -71,8 +72,8 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         raise TypeError(f"{name or 'the model'} is a LazyBatchNorm2d; run one batch through the model first")
     if not any(type(module).forward is kind.forward for kind in BATCHNORMS):
         raise TypeError(
-            f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own that UBN "
-            "cannot stand for; replace it by torch.nn.BatchNorm2d or timm's BatchNormAct2d first"
+            f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with its own forward, which UBN cannot "
+            "replace; replace it by torch.nn.BatchNorm2d or timm's BatchNormAct2d first"
         )
 
 
@@ -106,7 +107,7 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
         **settings,
     }
     if not batchnorm.affine:
-        # Without an affine nothing could make up for the calibration factor, which starts at sigmoid(1).
+        # Without an affine nothing compensates the calibration factor, which starts at sigmoid(1).
         arguments["scale_calibration"] = False
     layer: UnifiedBatchNorm2d
     if isinstance(batchnorm, (BatchNormAct2d, SyncBatchNormAct)):
@@ -151,28 +152,27 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
 def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
     """Replaces every BatchNorm2d of a model by UBN; the result computes the same function in evaluation.
 
-    Converted are ``torch.nn.BatchNorm2d`` and ``SyncBatchNorm`` and timm's ``BatchNormAct2d`` and
-    ``SyncBatchNormAct`` (the synchronized ones stay synchronized). Statistics, momentum, eps, training mode, hooks,
-    ``requires_grad`` flags, device, dtype and module sharing are kept. Parameters are new tensors: make the optimizer
-    afterwards.
+    Converts ``torch.nn.BatchNorm2d`` and ``SyncBatchNorm`` and timm's ``BatchNormAct2d`` and ``SyncBatchNormAct``;
+    synchronized layers stay synchronized. Statistics, momentum, eps, training mode, hooks, ``requires_grad`` flags,
+    device, dtype and module sharing are kept. Parameters are new tensors: create the optimizer afterwards.
 
     A BatchNorm without an affine gets no scaling calibration, which would change its function. Where a fresh BatchNorm
     (running statistics at their start) has weight and bias 0, as the last one of timm's residual branches, the bias
     starts at 2.4e-7 instead of 0, so that a branch beside a constant shortcut receives gradients.
 
     Args:
-        model: Changed in place. A model that is itself a BatchNorm is left alone, its UBN returned.
+        model: Changed in place. A model that is itself a BatchNorm stays unchanged, and its UBN layer is returned.
         **settings: Settings of :class:`UnifiedBatchNorm2d` for all layers: ``threshold``, ``similarity_momentum``,
             ``similarity_samples``, ``kernel_size``, ``kernel_init``, ``center_calibration``, ``scale_calibration``,
-            ``depthwise_affine``. With ``kernel_init="kaiming"`` the kernels start at random, as the authors' do, and
-            the function is not kept; channels whose BatchNorm weight is 0 start at 0 all the same.
+            ``depthwise_affine``. With ``kernel_init="kaiming"`` the kernels start at random, as in the authors' code,
+            so the function changes; channels whose BatchNorm weight is 0 still start at 0.
 
     Returns:
         The model.
 
     Raises:
         ValueError: There is no BatchNorm in the model.
-        TypeError: A BatchNorm has a forward of its own, or is lazy and not yet initialized; an unknown setting.
+        TypeError: A BatchNorm has its own forward, or is lazy and not yet initialized; an unknown setting.
     """
     found: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_batchnorm(module)}
     if not found:
@@ -180,7 +180,7 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
         raise ValueError(f"found no BatchNorm2d in {type(model).__name__}; {already}")
     for name, module in found.items():
         _check_convertible(name, module)
-    # All layers are made before any is put in place, so that an error leaves the model as it was.
+    # All layers are built before the first replacement, so that an error leaves the model unchanged.
     replacements = {id(module): _from_batchnorm(module, settings) for module in found.values()}
     if id(model) in replacements:
         return replacements[id(model)]
@@ -194,21 +194,20 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
 def _layers_of(model: nn.Module, what: str) -> list[UnifiedBatchNorm2d]:
     layers = [layer for _, layer in ubn_layers(model)]
     if not layers:
-        raise ValueError(f"found no UBN layer to {what} in {type(model).__name__}; convert_batchnorm makes them")
+        raise ValueError(f"found no UBN layer to {what} in {type(model).__name__}; convert_batchnorm creates them")
     return layers
 
 
 def convert_sync_ubn(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
-    """Lets the UBN layers of a model share their statistics and gate across ranks in training.
+    """Synchronizes the UBN layers of a model: statistics and gate are shared across ranks in training.
 
-    Outputs, gradients (summed over ranks) and state are then those of one process on the batch joined in the order of
-    ranks; the similarity is taken over its first samples. Ranks may hold batches of different sizes, empty ones too;
-    every rank must run the same forward passes. BatchNorm layers are left to
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
+    Outputs, gradients (summed over ranks) and state then equal those of one process on the batch joined in rank order;
+    the similarity compares its first samples. Batch sizes may differ between ranks and may be 0; every rank must run
+    the same forward passes. Convert BatchNorm layers with ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
 
     Args:
         model: Changed in place; parameters, buffers and hooks stay the same objects.
-        process_group: The ranks to share with, all by default.
+        process_group: The ranks to share with; all of them by default.
 
     Returns:
         The model.
@@ -223,9 +222,9 @@ def convert_sync_ubn(model: nn.Module, process_group: ProcessGroup | None = None
 
 
 def freeze_ubn(model: nn.Module) -> nn.Module:
-    """Freezes the UBN layers of a model: they evaluate in training too, no state moves, parameters take no gradient.
+    """Freezes the UBN layers of a model: fixed running statistics in training too, and parameters without gradients.
 
-    ``model.train()`` does not undo it; :func:`unfreeze_ubn` does. The state dict keeps its keys.
+    ``model.train()`` does not undo it; :func:`unfreeze_ubn` does. The keys of the state dict stay the same.
 
     Args:
         model: Changed in place.
@@ -250,7 +249,7 @@ def freeze_ubn(model: nn.Module) -> nn.Module:
 
 
 def unfreeze_ubn(model: nn.Module) -> nn.Module:
-    """Undoes :func:`freeze_ubn`; parameters take gradients again where they did before.
+    """Undoes :func:`freeze_ubn` and restores ``requires_grad`` of the parameters.
 
     Args:
         model: Changed in place.

@@ -25,10 +25,10 @@ __all__ = [
 
 
 class SyncGroup:
-    """Which ranks a layer shares its statistics with; ``None`` stands for all of them.
+    """The ranks that a layer shares its statistics with; ``None`` stands for all of them.
 
-    A process group can be neither copied nor pickled: copies of the layer keep the same group, a pickled layer goes
-    back to all ranks.
+    A process group can be neither copied nor pickled: copies of the layer keep the same group, and a layer that was
+    pickled shares with all ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -46,7 +46,7 @@ class SyncGroup:
 
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over ranks, whose gradient is the sum over ranks."""
+    """Sum over ranks; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -84,7 +84,7 @@ def batch_statistics(
     if samples:
         mean, var = reference.batch_statistics(instance_mean, instance_var, center_weight)
     else:
-        # An empty share weighs nothing; the sum keeps its parameters in the graph.
+        # An empty share has weight 0; the sum keeps its parameters in the graph.
         mean = instance_mean.sum(0)
         if center_weight is not None:
             mean = mean * (1 + center_weight.to(mean.dtype))
@@ -92,7 +92,7 @@ def batch_statistics(
     sizes = [torch.full([1], size, dtype=mean.dtype, device=mean.device) for size in (samples, samples * pixels)]
     share = torch.cat([mean, var, *sizes])
     rank, world = dist.get_rank(sync.group), dist.get_world_size(sync.group)
-    # Everyone's share in a row of its own: a gather that sums, so that its gradient is a sum too.
+    # One row per rank: an all-reduce of rows that are zero elsewhere gathers them, and its gradient is a sum too.
     rows = torch.nn.functional.pad(share[None], (0, 0, rank, world - 1 - rank))
     rows = _all_reduce(rows, sync.group)
     means, variances, counts = rows[:, :channels], rows[:, channels : 2 * channels], rows[:, -1].detach()
@@ -109,7 +109,7 @@ def feature_similarity(input: Tensor, samples: int, rank_samples: Tensor, sync: 
 
     Args:
         input: (N, C, H, W) of this rank; C, H and W are the same on every rank.
-        samples: How many leading samples of the joined batch are compared.
+        samples: Number of leading samples of the joined batch to compare.
         rank_samples: (world size,) samples of every rank, from :func:`batch_statistics`.
         sync: The ranks to join.
 
@@ -122,7 +122,7 @@ def feature_similarity(input: Tensor, samples: int, rank_samples: Tensor, sync: 
     norms = torch.linalg.vector_norm(values, dim=1)
     units = (taken & (norms > 0)).to(values.dtype)
     total = torch.mv(values.t(), units / torch.where(norms > 0, norms, 1.0))
-    # One all-reduce for the sum of unit vectors and their number.
+    # A single all-reduce sums the unit vectors and counts them.
     joined = torch.cat([total, units.sum()[None]])
     dist.all_reduce(joined, group=sync.group)
     n = rank_samples.sum().clamp(max=samples)
@@ -174,10 +174,10 @@ def _broadcast_buffers(ddp: DistributedDataParallel, buffers: dict[str, Tensor])
 def equalize_ddp_buffers() -> None:
     """Lets the DistributedDataParallel module whose forward is running broadcast its buffers after it, not before.
 
-    Ranks gate on their own share of the batch, so their buffers part in every training step. DistributedDataParallel
-    mends that at the start of the next forward, which never comes for the last step of a training. Broadcasting at
-    the end costs the same and leaves equal buffers whenever a step is over. Modules that carry a buffer hook of their
-    own, that were told not to broadcast buffers, or that join uneven inputs are left alone.
+    Each rank gates on its share of the batch, so the ranks' buffers differ after a training step.
+    DistributedDataParallel broadcasts them at the start of the next forward, which does not happen after the last step
+    of a training run. Broadcasting at the end costs the same and leaves equal buffers after every step. Modules with
+    their own buffer hook, with ``broadcast_buffers=False`` or within ``join`` are left alone.
     """
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp._join_config.enable:
@@ -185,5 +185,5 @@ def equalize_ddp_buffers() -> None:
     if not hasattr(ddp, "buffer_hook"):
         ddp._register_buffer_comm_hook(ddp, _broadcast_buffers)
     if ddp.buffer_hook.buffer_comm_hook is _broadcast_buffers and ddp.require_backward_grad_sync:
-        # After steps under `no_sync` it would broadcast one forward later: when gradients are shared, buffers are too.
+        # After steps under `no_sync` DDP would broadcast a forward later; share buffers whenever gradients are shared.
         ddp.require_forward_param_sync = ddp.require_forward_param_sync or torch.is_grad_enabled()

@@ -21,7 +21,7 @@ __all__ = ["InferenceNorm2d", "fuse"]
 _VECTORS = ("slope", "shift", "center", "factor_slope", "factor_shift")
 _REFUSAL = (
     "this model was made by ubn_zoo.fuse, for inference only: its norms are folded into its convolutions. Train the "
-    "model that it was made of, and fuse that again"
+    "original model and fuse it again"
 )
 
 
@@ -31,29 +31,29 @@ def _is_half(tensor: Tensor) -> bool:
 
 @register_notrace_module
 class InferenceNorm2d(nn.Module):
-    """What is left of a norm whose result depends on each instance, or that no convolution precedes.
+    """The remainder of a norm that cannot fold completely: it depends on the instance, or no convolution feeds it.
 
     With m = mean_hw(input) it computes
 
         x = slope * input + shift + center * m
         y = sigmoid(factor_slope * m + factor_shift) * (weight * x + bias)
 
-    where the second ``*`` is a depthwise convolution with zero padding, and the activation of y; whatever is None is
-    left out. On a GPU, where no gradient is asked for, that is one reading of the input for m and one for all the rest.
+    where the product with ``weight`` is a depthwise convolution with zero padding, and returns the activation of y.
+    Terms that are None are left out. On a GPU without gradients this reads the input once for m and once for the rest.
 
     Args:
-        slope: (C,) factor of the input, None for 1.
+        slope: (C,) factor of the input; None for 1.
         shift: (C,), None for 0.
         center: (C,), None for 0.
-        weight: (C, 1, k, k) depthwise kernel, None where its one tap is part of the others.
+        weight: (C, 1, k, k) depthwise kernel; None if it has a single tap, which is part of the other constants.
         bias: (C,), goes with ``weight``.
         factor_slope: (C,), None for no factor.
         factor_shift: (C,), goes with ``factor_slope``.
-        overwrite: Whether the input is nobody else's and may be overwritten.
-        activation: "relu", or None for none.
+        overwrite: Whether the input may be overwritten, because nothing else uses it.
+        activation: "relu", or None for no activation.
 
     Raises:
-        ValueError: Another activation.
+        ValueError: An unknown activation.
     """
 
     slope: Optional[Tensor]
@@ -79,7 +79,7 @@ class InferenceNorm2d(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in (None, "relu"):
-            raise ValueError(f"activation is {activation!r}, valid are 'relu' and None; put any other behind the norm")
+            raise ValueError(f"activation is {activation!r}, valid are 'relu' and None; apply others after the norm")
         self.register_buffer("slope", slope)
         self.register_buffer("shift", shift)
         self.register_buffer("center", center)
@@ -88,7 +88,7 @@ class InferenceNorm2d(nn.Module):
         self.register_buffer("factor_slope", factor_slope)
         self.register_buffer("factor_shift", factor_shift)
         self.overwrite = overwrite
-        # Without any of these the output is the input.
+        # Without any of these the output is the input itself.
         present = [tensor is not None for tensor in (slope, shift, center, weight, factor_slope)]
         self._owns_output = overwrite or any(present)
         self.activation = activation
@@ -134,7 +134,7 @@ class InferenceNorm2d(nn.Module):
         return output if self.activation is None else F.relu(output, inplace=self._owns_output)
 
     def _norm(self, input: Tensor) -> Tensor:
-        # Locals, because scripted code tells what is None by them alone.
+        # Local variables, because TorchScript refines only those when they are compared with None.
         slope, offset, center, weight, bias = self.slope, self.shift, self.center, self.weight, self.bias
         factor_slope, factor_shift = self.factor_slope, self.factor_shift
         factor: Optional[Tensor] = None
@@ -145,7 +145,7 @@ class InferenceNorm2d(nn.Module):
             if factor_slope is not None and factor_shift is not None:
                 factor = torch.addcmul(factor_shift, factor_slope, mean).sigmoid()
         if weight is None:
-            # With one tap the factor is a part of slope and offset, and costs no pass of its own.
+            # With one tap the factor is part of slope and offset, and needs no separate pass.
             if factor is not None:
                 slope = factor if slope is None else factor * slope
                 offset = None if offset is None else factor * offset
@@ -161,7 +161,7 @@ class InferenceNorm2d(nn.Module):
 
     def _scale(self, input: Tensor, slope: Optional[Tensor], offset: Optional[Tensor]) -> Tensor:
         if slope is not None and offset is not None and _is_half(input):
-            # The product and the sum are rounded once: a large mean would otherwise leave nothing of small deviations.
+            # Rounds once after product and sum: rounding in between would lose small deviations from a large mean.
             return torch.addcmul(offset[..., None, None], input, slope[..., None, None]).to(input.dtype)
         output, mine = input, self.overwrite
         if slope is not None:
@@ -184,13 +184,13 @@ class InferenceNorm2d(nn.Module):
         for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and _is_half(after):
-                # They are of the order of the features' mean and meet statistics in float32, as in the layer.
+                # They are as large as the features' mean and are combined with float32 statistics, as in the layer.
                 self._buffers[name] = before.to(after.device)
         return self
 
 
 class _NormAct(nn.Module):
-    """Whatever took the place of a norm, followed by what followed it there."""
+    """The replacement of a norm with activation, followed by that norm's drop layer and activation."""
 
     def __init__(self, norm: nn.Module, drop: nn.Module, act: nn.Module) -> None:
         super().__init__()
@@ -205,8 +205,8 @@ class _NormAct(nn.Module):
 class _Constants(NamedTuple):
     """A norm in evaluation, in float64 on the CPU: f * (kernel * ((x - mean + center * mean_hw(x)) * scale) + bias).
 
-    Its factor is f = sigmoid(scale_weight * mean_hw(x_hat) + scale_bias), x_hat what the kernel is applied to, or 1.
-    What is constant is part of ``kernel`` and ``bias`` already, and the kernel has no border of zeros.
+    The factor is f = sigmoid(scale_weight * mean_hw(x_hat) + scale_bias), where x_hat is the input of the kernel, or 1.
+    A constant factor is already part of ``kernel`` and ``bias``, and borders of zeros are trimmed from the kernel.
     """
 
     mean: Tensor
@@ -263,7 +263,7 @@ def _depthwise_convolution(constants: _Constants, like: Tensor) -> nn.Module:
 
 
 def _inference_norm(constants: _Constants, norm: Any, folded: bool) -> nn.Module:
-    """A norm for what a convolution returns with scale and mean folded into it, or for the norm's own input."""
+    """The norm behind a convolution that scale and mean are folded into, or for the norm's original input."""
     mean, scale, kernel, bias, center, scale_weight, scale_bias = constants
     # x_hat = slope * input + shift + centering * mean_hw(input)
     if folded:
@@ -302,7 +302,7 @@ def _inference_norm(constants: _Constants, norm: Any, folded: bool) -> nn.Module
 
 
 def _replacements(norm: Any, conv: Optional[nn.Module]) -> Tuple[nn.Module, Optional[nn.Module]]:
-    """What takes the places of a norm and of the convolution that feeds it, if one does."""
+    """The replacements of a norm and of the convolution that feeds it, if there is one."""
     constants = _constants(norm)
     mean, scale = constants.mean, constants.scale
     constant = constants.center is None and constants.scale_weight is None
@@ -314,7 +314,7 @@ def _replacements(norm: Any, conv: Optional[nn.Module]) -> Tuple[nn.Module, Opti
         gain = constants.kernel[:, 0, 0, 0] * scale
         replaced, scaled = nn.Identity(), _scaled_convolution(conv, gain, constants.bias - gain * mean)
     else:
-        # The mean goes into the convolution's bias and not behind the kernel, which pads what is normalized with zeros.
+        # The mean folds into the convolution's bias, not behind the kernel, which pads normalized features with zeros.
         scaled = _scaled_convolution(conv, scale, -scale * mean)
         if constant:
             replaced = _depthwise_convolution(constants, scaled.weight.detach())
@@ -323,14 +323,14 @@ def _replacements(norm: Any, conv: Optional[nn.Module]) -> Tuple[nn.Module, Opti
     if hasattr(norm, "act"):
         drop, act = copy.deepcopy(norm.drop), copy.deepcopy(norm.act)
         if isinstance(replaced, InferenceNorm2d) and norm.only_relu():
-            # The activation's place is kept, for those who look for its output by its name.
+            # An identity keeps the activation's name, by which feature extractors find its output.
             replaced.activation, act = "relu", nn.Identity()
         replaced = _NormAct(replaced, drop, act)
     return replaced.eval(), scaled
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    # Subclasses may standardize their weights, or do anything else; these are known to apply them as they are.
+    # Subclasses may standardize their weights, for example; these classes apply them unchanged.
     return type(module) in (nn.Conv2d, Conv2dSame)
 
 
@@ -341,7 +341,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _InferenceModel(nn.Module):
-    """What a model gains by :func:`fuse`; the class of the result derives from this and from the model's class."""
+    """Mixin of fused models: the class of a fused model derives from this class and from the model's class."""
 
     _base: Type[nn.Module]
 
@@ -351,12 +351,12 @@ class _InferenceModel(nn.Module):
         return super().train(mode)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made on the fly and has no name to be found by; the model's own may be of that kind, too.
+        # The class is created at run time, so pickle cannot find it by name; nor, perhaps, the model's own class.
         base = type(self)._base
         return _new_inference_model, base.__new__(base).__reduce_ex__(protocol)[:2], vars(self)
 
 
-# A class lives as long as models of it; traced graphs have a class each.
+# A class lives as long as its models; every traced graph has its own class.
 _classes: "weakref.WeakValueDictionary[Type[nn.Module], Type[nn.Module]]" = weakref.WeakValueDictionary()
 
 
@@ -375,57 +375,58 @@ def _new_inference_model(make: Callable[..., nn.Module], arguments: Tuple[Any, .
 
 @torch.inference_mode(False)
 def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
-    """Makes a model for inference that computes the same function with its norms folded into its convolutions.
+    """Folds the norms of a model into its convolutions, for inference; the result computes the same function.
 
     A norm in evaluation is f * (K * x_hat + bias) with x_hat = (x + w mean_hw(x) - mean) / sqrt(var + eps) and
-    f = sigmoid(u mean_hw(x_hat) + v), K a depthwise kernel. Where a convolution feeds it and nothing else:
+    f = sigmoid(u mean_hw(x_hat) + v), where K is a depthwise kernel. If the output of a convolution goes to the norm
+    only:
 
-    - 1 / sqrt(var + eps) and the mean fold into the convolution's weight and bias, always. The mean has to go before
-      the kernel, which pads the normalized features with zeros: behind it the shift would differ at the borders.
+    - 1 / sqrt(var + eps) and the mean always fold into the convolution's weight and bias. The mean has to be
+      subtracted before the kernel, which pads the normalized features with zeros; afterwards the shift would differ at
+      the borders.
     - A constant calibration (w = 0, u = 0, as after conversion from BatchNorm, or switched off) folds into K and bias.
-      What is left is a depthwise convolution, and nothing at all where K has one tap: that folds as BatchNorm does.
-    - A trained w or u depends on the instance and cannot fold. The mean per instance stays, one reading of the
-      features, and the factor f; with w also a sum in place before the kernel. With one tap the factor is part of it.
+      A depthwise convolution remains; with a single tap nothing does, as with BatchNorm.
+    - A trained w or u depends on the instance and cannot fold. The instance means, which read the features once, and
+      the factor f remain; w also needs an in-place sum before the kernel. With a single tap, f is part of the scale.
 
-    A plain ReLU that follows a norm inside of the same layer becomes a part of what is left.
+    A plain ReLU that follows the norm within the same layer becomes part of the remainder.
 
-    So a converted model costs what BatchNorm's costs when it is folded, and a trained one per norm: a depthwise
-    convolution, a reading and one or two sweeps in place; with the layer's kernels, on a GPU, a reading and one sweep
-    for all the rest. A norm that no convolution feeds (of pre-activation blocks), or one whose convolution's output has
-    other readers, is computed with constants prepared. Plain ``BatchNorm2d`` folds too. Norms without running
-    statistics, with forward hooks or with a forward of their own stay as they are, and so do convolutions of other
-    classes than ``Conv2d``.
+    A converted model then costs as much as a folded BatchNorm model. A trained one costs, per norm, a depthwise
+    convolution, one read and one or two in-place passes; with the kernels, on a GPU, one read and one pass. Norms that
+    no convolution feeds (in pre-activation blocks), or whose convolution's output has other consumers, are computed
+    with precomputed constants. Plain ``BatchNorm2d`` folds too. Norms without running statistics, with forward hooks or
+    with their own forward stay unchanged, and so do convolutions of classes other than ``Conv2d``.
 
-    Which convolution feeds which norm is seen in a run of a copy of the model, in which no operation may take the
-    convolution's output but the norm (:func:`ubn_zoo.layers.tracing.feeding_convolutions`). Without
-    ``example_inputs`` that copy has no values and costs nothing. timm's ``forward_intermediates`` is looked at in the
-    same way; other methods of a model have to use its layers as its ``forward`` does.
+    To find the convolution that feeds a norm, a copy of the model runs once, and no other operation may use the
+    convolution's output (:func:`ubn_zoo.layers.tracing.feeding_convolutions`). Without ``example_inputs`` that copy has
+    no values, so the run is free. timm's ``forward_intermediates`` is traced likewise; other methods of a model have to
+    use its layers as ``forward`` does.
 
-    Constants are computed in float64 and rounded once to the dtype of what they fold into. The result is the same
-    function but for rounding: in float64 to 1e-9 of the largest output on every architecture of the zoo, everything in
-    its layers random (seen: 4e-11). In float32 each folded weight is off by one rounding more (6e-8 of it), and the
-    outputs by what a network makes of that, which is what it makes of all its other roundings, too: 2e-6 of the largest
-    output for converted models, and for trained ones about the distance of the unfused float32 model from itself in
-    float64. In bfloat16 the extra rounding is one of 4e-3 per weight.
+    Constants are computed in float64 and rounded once to the dtype of the tensor they fold into. Outputs differ by
+    rounding only. In float64 they agree to 1e-9 of the largest output on every architecture of the zoo with random
+    parameters (measured: 4e-11). In float32 every folded weight has one more rounding error (6e-8 of it): outputs agree
+    to 2e-6 of the largest for converted models; for trained ones they differ about as much as the unfused float32 model
+    does from its float64 version. In bfloat16 the additional rounding error is 4e-3 per weight.
 
     Args:
-        model: In evaluation mode. Not changed, and the result shares no memory with it.
-        example_inputs: What the model is called with, one tensor or a tuple of arguments, for models that do not take
-            one image of timm's configured (or 224 by 224) size, or cannot run on the "meta" device. Used for one run of
-            a copy of the model.
+        model: A model in evaluation mode. Not changed, and the result shares no memory with it.
+        example_inputs: A tensor or a tuple of arguments to call the model with, for models that do not take one image
+            of timm's configured (or 224 by 224) size, or that cannot run on the "meta" device. Used for one run of a
+            copy of the model.
 
     Returns:
-        A model of a class derived from the model's, without gradients for parameters and fit for the same compilers
-        and exporters. ``train()`` raises RuntimeError. ``state_dict`` is its own: keep the original for training.
+        A model of a class derived from the model's, with parameters that take no gradients; compilers and exporters
+        accept it as they do the original. ``train()`` raises RuntimeError. Its ``state_dict`` does not load into the
+        original: keep that for training.
 
     Raises:
-        TypeError: A compiled, scripted or data-parallel model: fuse what it was made of.
+        TypeError: A compiled, scripted or data-parallel model: fuse the original model.
         ValueError: The model is in training mode, has no norm that can be fused, has parameters without values (on the
             "meta" device), or cannot be run without ``example_inputs``.
     """
     wrappers = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
     if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        raise TypeError(f"cannot fuse a {type(model).__name__}; fuse the model that it was made of")
+        raise TypeError(f"cannot fuse a {type(model).__name__}; fuse the model that it was made from")
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise ValueError(f"{type(model).__name__} is on the 'meta' device, without values to fold; load weights first")
     found = {name: module for name, module in model.named_modules() if _is_norm(module)}
@@ -441,7 +442,7 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
     memo: Dict[int, Any] = {}
     for norm in norms:
         conv = pairs.get(norm)
-        # Without a convolution to fold into, BatchNorm is as fast as it gets.
+        # BatchNorm without a convolution to fold into cannot get faster.
         if conv is None and not isinstance(norm, UnifiedBatchNorm2d):
             continue
         replaced, scaled = _replacements(norm, conv)
@@ -455,7 +456,7 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
         )
     result = copy.deepcopy(model, memo).requires_grad_(False)
     if result.training:
-        # A graph of torchvision's extractors comes out of a copy in training mode.
+        # Copies of the graphs of torchvision's feature extractors are in training mode.
         result.eval()
     result.__class__ = _inference_class(type(result))
     return result

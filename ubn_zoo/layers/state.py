@@ -18,7 +18,7 @@ _ENTRIES = ("weight", "bias", "running_mean", "feature_similarity", *CALIBRATION
 
 
 def affine_gain(scale_calibration: bool) -> float:
-    """What the affine makes up for an untrained calibration factor with: 1 / sigmoid(1), or 1 where there is none."""
+    """The factor by which the affine compensates an untrained calibration: 1 / sigmoid(1), or 1 without calibration."""
     return 1 + math.exp(-1) if scale_calibration else 1.0
 
 
@@ -30,17 +30,17 @@ def identity_kernel(weight: Tensor, kernel_size: int, gain: float) -> Tensor:
 
 
 def upgrade_layer_state(state_dict: MutableMapping[str, Any], prefix: str, layer: nn.Module) -> None:
-    """Rewrites one layer's entries of a state dict to UBN's, in place; UBN's own entries are left as they are.
+    """Rewrites one layer's entries of a state dict to UBN's format, in place; UBN's own entries stay unchanged.
 
-    Understood are the authors' released format (``bnconv.weight``, calibrations of shape (1, C, 1, 1)) and BatchNorm's
+    Supported are the authors' released format (``bnconv.weight``, calibrations of shape (1, C, 1, 1)) and BatchNorm's
     (``weight`` of shape (C,)), whose affine becomes the depthwise kernel that computes the same function. Neither
-    stores the gate's state, which starts anew. Entries that are missing from either format, or of the wrong shape,
-    stay so for the loading to report.
+    stores the state of the gate, which gets its initial value. Missing entries and entries of the wrong shape are left
+    for ``load_state_dict`` to report.
 
     Args:
-        state_dict: Of the whole model.
-        prefix: Of the layer's keys, with its dot.
-        layer: The UnifiedBatchNorm2d they are for.
+        state_dict: State dict of the whole model.
+        prefix: Prefix of the layer's keys, including the dot.
+        layer: The UnifiedBatchNorm2d that the entries are for.
     """
     entries = {name: state_dict[prefix + name] for name in _ENTRIES if prefix + name in state_dict}
     if _is_authors(entries):
@@ -86,5 +86,5 @@ def _upgrade_batchnorm(state_dict: MutableMapping[str, Any], prefix: str, layer:
             dtype = getattr(layer, name).dtype if weight is None else weight.dtype
             state_dict[prefix + name] = torch.full((layer.num_features,), start, dtype=dtype)
     if layer.num_batches_tracked is not None:
-        # Checkpoints from before BatchNorm counted batches lack it.
+        # Old checkpoints lack it: BatchNorm has not always counted batches.
         state_dict.setdefault(prefix + "num_batches_tracked", torch.zeros([], dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Which convolution feeds which norm and nothing else, told by running the model and not by the names of modules."""
+"""Finds the convolutions whose output goes to a norm only, by running the model rather than by names of modules."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["feeding_convolutions", "has_forward_hooks"]
 
-# Pixels per side of the input that a model without a configuration of timm is tried on; on "meta" size costs nothing.
+# Pixels per side of the input for models without a configuration of timm; on the "meta" device size costs nothing.
 _SIDE = 224
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether something looks at, or changes, what goes into the module or comes out of it."""
+    """Whether hooks observe or change the inputs or outputs of a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @dataclass(eq=False)
 class _Convolution:
-    """What one run showed of a convolution.
+    """Observations of a convolution during one run.
 
     Attributes:
-        module: In the model that was given.
+        module: The convolution in the given model.
         ran: Whether it ran.
-        consumers: The norms in whose forward an operation took its output; None stands for anywhere else.
-        parameter_uses: How often each parameter was taken by an operation; twice is a use outside of the convolution.
-        output: Its output, as long as something holds that.
+        consumers: The norms in whose forward an operation used its output; None stands for any other place.
+        parameter_uses: How many operations used each parameter; two mean a use outside of the convolution.
+        output: Its output, as long as something holds a reference.
     """
 
     module: nn.Module
@@ -47,8 +47,8 @@ class _Convolution:
 class _Watch(TorchDispatchMode):
     """Follows the outputs of convolutions, as objects, through one run of a model.
 
-    Every operation passes through here, those of scripted code and of autograd functions too, so that nothing can be
-    computed from an output without being seen.
+    Every operation passes through this mode, including those of scripted code and autograd functions, so it sees
+    everything that is computed from an output.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class _Watch(TorchDispatchMode):
             if isinstance(output, Tensor):
                 key = id(output)
                 self.outputs[key] = record
-                # Once it is gone, another tensor may get its id.
+                # Another tensor may get its id once it is freed.
                 record.output = weakref.ref(output, lambda _: self.outputs.pop(key, None))
 
         module.register_forward_hook(after)
@@ -101,7 +101,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """A copy on the "meta" device, where running costs nothing; the model's own tensors are not copied."""
+    """A copy on the "meta" device, where a run costs nothing; the model's tensors are not copied."""
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
@@ -110,7 +110,7 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def _usual_input(model: nn.Module, norms: Collection[nn.Module]) -> Tensor:
-    """An image without values: of the size in timm's configuration, with as many channels as the first layer takes."""
+    """An image without values, of the size in timm's configuration and with the channels of the first layer."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(cfg.get("input_size") or (3, _SIDE, _SIDE))
     channels = (
@@ -130,7 +130,7 @@ def _pairs_of_a_run(
     method: str,
     inputs: tuple[Any, ...],
 ) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
-    """Runs a copy of the model under watch; returns convolutions by norm, and everything watched that ran."""
+    """Runs a copy of the model under a watch; returns convolutions by norm, and all watched modules that ran."""
     valueless = all(leaf.is_meta for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
     twin = (_without_values(model) if valueless else copy.deepcopy(model)).eval()
     watch = _Watch()
@@ -152,7 +152,7 @@ def _pairs_of_a_run(
         alone = record.consumers == {norm} and max(record.parameter_uses.values()) == 1
         if alone and record.output is not None and record.output() is None:
             pairs[norm] = record.module
-    # Up to here they keep alive what they hold of the convolutions' outputs.
+    # Until here the outputs keep alive the convolutions' outputs that they hold.
     del outputs
     return pairs, set(watch.norm_calls) | {record.module for record in records if record.ran}
 
@@ -163,18 +163,18 @@ def feeding_convolutions(
     is_convolution: Callable[[nn.Module], bool],
     example_inputs: tuple[Any, ...] | None = None,
 ) -> dict[nn.Module, nn.Module]:
-    """The norms whose input is the output of a convolution that goes nowhere else.
+    """Finds the norms whose input is the output of a convolution that is used nowhere else.
 
-    A copy of the model runs once. A pair is found where each ran once, the very object that the convolution returned
-    is what the norm received, no operation outside of the norm took it, nothing still holds it when the run is over
-    (an output of the model, an attribute, a hook's list), and the convolution's parameters are used by it alone.
-    For models of timm the same has to hold in ``forward_intermediates``, which returns what ``forward`` only passes on.
+    A copy of the model runs once. A convolution and a norm are a pair if each ran once, the norm received the object
+    that the convolution returned, no operation outside of the norm used it, nothing holds it after the run (an output
+    of the model, an attribute, a hook's list), and nothing else uses the convolution's parameters. For timm's models
+    the same has to hold in ``forward_intermediates``, which returns features that ``forward`` only passes on.
 
     Args:
-        model: In evaluation mode; not changed.
-        norms: The norms in question, one at least.
-        is_convolution: Which modules are convolutions. Those with forward hooks are left out.
-        example_inputs: What to call the model with. None: an image on the "meta" device.
+        model: A model in evaluation mode; not changed.
+        norms: The norms to look for, at least one.
+        is_convolution: Whether a module is a convolution. Convolutions with forward hooks are left out.
+        example_inputs: Arguments to call the model with; None for an image on the "meta" device.
 
     Returns:
         Convolutions by norm.
@@ -192,8 +192,8 @@ def feeding_convolutions(
         if example_inputs is not None:
             raise
         raise ValueError(
-            f"cannot find out which convolution feeds which norm: {type(model).__name__} does not run on an input of "
-            f"shape {list(inputs[0].shape)} on the 'meta' device ({error}); give example_inputs, what it is called with"
+            f"cannot find the convolutions that feed the norms: {type(model).__name__} does not run on an input of "
+            f"shape {list(inputs[0].shape)} on the 'meta' device ({error}); pass example_inputs to call it with"
         ) from error
     (pairs, _), *others = runs
     for found, ran in others:

@@ -26,38 +26,42 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 @register_notrace_module
 class UnifiedBatchNorm2d(nn.Module):
-    """Unified Batch Normalization over (N, C, H, W) inputs, a drop-in replacement of ``torch.nn.BatchNorm2d``.
+    """Unified Batch Normalization over (N, C, H, W) inputs, a drop-in replacement for ``torch.nn.BatchNorm2d``.
 
-    A running cosine similarity between samples gates the statistics: while features are condensed (similarity above
-    ``threshold``) the batch's statistics normalize and the running ones move; otherwise the running statistics
-    normalize and stay as they are. Centering and scaling are calibrated per instance, and the affine is a depthwise
-    convolution. Source: Wang et al., arXiv 2311.15993; the equations are in :mod:`ubn_zoo.layers.functional`.
+    A running cosine similarity between samples gates the statistics. While features are condensed (similarity above
+    ``threshold``), the layer normalizes with batch statistics and updates the running ones. Otherwise it normalizes
+    with the running statistics and leaves them unchanged. Centering and scaling are calibrated per instance, and the
+    affine is a depthwise convolution. Source: Wang et al., arXiv 2311.15993; the equations are in
+    :mod:`ubn_zoo.layers.functional`.
 
-    With the parts switched off one by one this layer is RBN (``threshold=None, depthwise_affine=False``), BNET
-    (``threshold=None, center_calibration=False, scale_calibration=False``) and BatchNorm (all of these).
+    With parts switched off this layer is RBN, BNET or BatchNorm: see :data:`ubn_zoo.layers.variants.VARIANTS`.
 
-    Statistics are computed, and ``running_mean``, ``running_var`` and ``feature_similarity`` are kept, in float32
-    (float64 for float64 modules) whatever half precision the module is cast to. Layer methods never wait for the
-    device.
+    Statistics are computed and stored in float32 (float64 for float64 modules), also when the module is cast to half
+    precision. The layer never synchronizes with the device.
+
+    A training step whose statistics are not finite, such as an overflowed batch under float16 that loss scaling skips,
+    changes no buffer, and ``num_batches_tracked`` does not count it; the gate follows the last finite similarity. The
+    layer cannot repair buffers that are already NaN, and ``load_state_dict`` does not look for them: the package's
+    functions that load weights refuse values that are not finite.
 
     Args:
         num_features: Channels C.
         eps: Added to the variance.
         momentum: Weight of a batch in the running statistics; None for a cumulative average.
         affine: Whether there is a depthwise affine (``weight`` and ``bias``).
-        track_running_stats: Whether running statistics are kept. Without them batch statistics normalize always, in
-            evaluation too, and there is no gate.
-        threshold: Gate threshold tau on ``feature_similarity``; None switches the gate off (always batch statistics).
+        track_running_stats: Whether the layer keeps running statistics. Without them it always normalizes with batch
+            statistics, in evaluation too, and has no gate.
+        threshold: Threshold tau of the gate on ``feature_similarity``; None for no gate (always batch statistics).
         similarity_momentum: Weight of a batch in ``feature_similarity``.
-        similarity_samples: Leading samples of a batch whose similarity is measured.
+        similarity_samples: Number of leading samples of a batch to compare.
         kernel_size: Taps per side of the depthwise affine, odd.
         kernel_init: "identity" starts as BatchNorm; "kaiming" draws the depthwise kernel from
             N(0, 2 / (kernel_size^2 C)), as the authors do.
         center_calibration: Whether there is a centering calibration (``center_weight``).
         scale_calibration: Whether there is a scaling calibration (``scale_weight``, ``scale_bias``).
         depthwise_affine: False for BatchNorm's affine, one tap per channel whatever ``kernel_size``.
-        device: Of parameters and buffers.
-        dtype: Of parameters.
+        device: Device of parameters and buffers.
+        dtype: Dtype of parameters.
 
     Attributes:
         weight: (C, 1, k, k) depthwise kernel.
@@ -67,7 +71,7 @@ class UnifiedBatchNorm2d(nn.Module):
         scale_bias: (C,), starts at 1.
         running_mean: (C,) buffer, starts at 0.
         running_var: (C,) buffer, unbiased, starts at 1.
-        num_batches_tracked: Integer scalar buffer, training steps seen.
+        num_batches_tracked: Integer scalar buffer, the training steps whose statistics were finite.
         feature_similarity: Scalar buffer, running similarity r between samples, starts at 1.
 
     Raises:
@@ -109,7 +113,7 @@ class UnifiedBatchNorm2d(nn.Module):
         if num_features < 1:
             raise ValueError(f"num_features is {num_features}, valid are positive channel counts")
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}, valid are odd sizes from 1 on: the affine keeps H and W")
+            raise ValueError(f"kernel_size is {kernel_size}, valid are odd sizes from 1: the affine keeps H and W")
         if kernel_init not in ("identity", "kaiming"):
             raise ValueError(f"kernel_init is {kernel_init!r}, valid are 'identity' (as BatchNorm) and 'kaiming'")
         if similarity_samples < 2:
@@ -133,7 +137,7 @@ class UnifiedBatchNorm2d(nn.Module):
         self.frozen = False
         self._sync: Optional[distributed.SyncGroup] = None
         self._records = recompute.Records()
-        # Computes the plain equations everywhere, to compare the implementations with.
+        # Forces the plain equations, for comparisons with the other implementations.
         self._equations_only = False
         # The parameters' `requires_grad` before freezing.
         self._trainable: Tuple[bool, ...] = ()
@@ -159,7 +163,7 @@ class UnifiedBatchNorm2d(nn.Module):
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
-        """Puts all buffers back to their start."""
+        """Resets all buffers to their initial values."""
         state = self._state()
         if state is not None:
             state.mean.zero_()
@@ -168,7 +172,7 @@ class UnifiedBatchNorm2d(nn.Module):
             state.similarity.fill_(1)
 
     def reset_parameters(self) -> None:
-        """Puts all parameters and buffers back to their start; "kaiming" kernels are drawn anew."""
+        """Resets all parameters and buffers to their initial values; "kaiming" kernels are drawn anew."""
         self.reset_running_stats()
         for name, initial in CALIBRATIONS.items():
             parameter = getattr(self, name)
@@ -179,11 +183,11 @@ class UnifiedBatchNorm2d(nn.Module):
             nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def set_affine(self, weight: Tensor, bias: Tensor) -> None:
-        """Makes the affine that of a BatchNorm while ``scale_weight`` is 0 and ``scale_bias`` is 1.
+        """Sets the affine to a BatchNorm's; exact while ``scale_weight`` is 0 and ``scale_bias`` is 1.
 
         Args:
-            weight: (C,) of BatchNorm.
-            bias: (C,) of BatchNorm.
+            weight: BatchNorm's weight (C,).
+            bias: BatchNorm's bias (C,).
         """
         if self.weight is None or self.bias is None:
             return
@@ -220,14 +224,14 @@ class UnifiedBatchNorm2d(nn.Module):
         self._check_shape(input)
         if self.training and not self.frozen and self._sync is not None and self._sync.active():
             return distributed
-        # Programs that are exported consist of the equations alone. The transforms of torch.func take them too: they
-        # have no rules for the other implementations.
+        # Exported programs consist of the plain equations. So do the transforms of torch.func, which have no rules for
+        # the other implementations.
         if self._equations_only or internals.is_capturing():
             return functional
         return operators if operators.usable(input, self.kernel_size) else autograd
 
     def _run(self, input: Tensor, path: ModuleType, relu: bool = False) -> Tensor:
-        """Computes the layer by one of the modules; only ``operators`` can include a ReLU."""
+        """Computes the layer with the given module; only ``operators`` can include a ReLU."""
         device_type = input.device.type
         if internals.autocast_enabled(device_type):
             # The layer handles precision itself; autocast would lower that of the affine for float32 inputs.
@@ -258,7 +262,7 @@ class UnifiedBatchNorm2d(nn.Module):
     def _batch_statistics(
         self, input: Tensor, path: ModuleType, state: Optional[State], training: bool, recomputing: bool
     ) -> Tuple[Tensor, Tensor, Tensor, Union[Tensor, bool]]:
-        """Instance means, the statistics to normalize with, and the gate; the state moves."""
+        """Updates the state; returns instance means, the statistics to normalize with, and the gate."""
         recalling = recomputing and len(self._records) > 0
         gated = training and state is not None and self.threshold is not None and not recalling
         samples = self.similarity_samples if gated else None
@@ -275,7 +279,7 @@ class UnifiedBatchNorm2d(nn.Module):
             return instance_mean, mean, var, True
         if recalling:
             return instance_mean, *self._records.recall(mean, var)
-        # A recomputation without a record moves nothing either.
+        # A recomputation without a record does not move the state either.
         settings = (self.momentum, self.similarity_momentum, self.threshold)
         used_mean, used_var, gate = path.finalize(mean, var, similarity, state, count, *settings, not recomputing)
         if gated and recompute.may_be_recomputed():
@@ -340,7 +344,7 @@ class UnifiedBatchNorm2d(nn.Module):
             after = self._buffers[name]
             if before is None or after is None:
                 continue
-            # Running averages stall in half precision (and float16 cannot hold a large variance): they keep their own.
+            # Running averages stall in half precision, and float16 cannot hold a large variance: keep their dtype.
             if after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before.to(after.device)
             elif name == "feature_similarity" and after.dtype != torch.float32:
@@ -376,16 +380,16 @@ class UnifiedBatchNormAct2d(UnifiedBatchNorm2d):
         eps: Added to the variance.
         momentum: Weight of a batch in the running statistics; None for a cumulative average.
         affine: Whether there is a depthwise affine.
-        track_running_stats: Whether running statistics are kept.
-        apply_act: Whether the activation is applied.
-        act_layer: Activation, a module class, a function that makes a module, or timm's name of one.
-        act_kwargs: Arguments of the activation.
-        inplace: Whether the activation may work in place, where ``act_kwargs`` does not say.
-        drop_layer: Makes the module between normalization and activation (DropBlock, say).
+        track_running_stats: Whether the layer keeps running statistics.
+        apply_act: Whether to apply the activation.
+        act_layer: The activation: a module class, a function that returns a module, or timm's name for one.
+        act_kwargs: Keyword arguments of the activation.
+        inplace: Whether the activation works in place, unless ``act_kwargs`` says otherwise.
+        drop_layer: Returns the module between normalization and activation, DropBlock for example.
         **settings: The keyword settings of :class:`UnifiedBatchNorm2d`, ``device`` and ``dtype`` included.
 
     Attributes:
-        drop: What ``drop_layer`` made, or an identity.
+        drop: The module that ``drop_layer`` returned, or an identity.
         act: The activation, or an identity.
     """
 
