@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import math
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,18 @@ from torch import nn
 import ubn_zoo
 from tests.images import write_image_folder
 from ubn_zoo.evaluation.metrics import read_metrics
+from ubn_zoo.recipes.page import recipe_page
 from ubn_zoo.recipes.schema import (
+    Field,
     Recipe,
     RecipeError,
     apply_settings,
     decisive_settings,
     dump_recipe,
+    fields,
     list_recipes,
     load_recipe,
     parse_recipe,
-    recipe_page,
     recipe_path,
     recipe_sha256,
 )
@@ -47,6 +51,7 @@ lr: 0.1
 """
 RECIPE = parse_recipe(MINIMAL)
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+TYPES = typing.get_type_hints(Recipe)
 OPENING = ("source", "command", "hardware", "time", "expected")
 OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "log_interval", "keep_checkpoints")
 PUBLISHED = ("data_name", "data_license", "license")
@@ -112,7 +117,7 @@ OTHER: dict[str, list[Any]] = {
     "hflip": [0.0],
     "vflip": [0.5],
     "color_jitter": [0.4],
-    "auto_augment": ["rand-m7-mstd0.5-inc1"],
+    "auto_augment": ["rand-m7-mstd0.5-inc1", "original", "3a", "augmix-m3-w3"],
     "random_erasing": [0.1],
     "erasing_mode": ["const", "rand"],
     "repeats": [3],
@@ -165,7 +170,7 @@ OTHER: dict[str, list[Any]] = {
 # Of the right type, but not valid.
 WRONG: dict[str, list[Any]] = {
     **{key: ["", " "] for key in (*OPENING, "train_split", "device")},
-    "model": ["", "resnet10t_ubn"],
+    "model": ["", " "],
     "norm": ["batch", "BN", ""],
     "threshold": [-1.01, 1.01],
     "kernel_size": [0, -1, 2, 100],
@@ -197,6 +202,7 @@ WRONG: dict[str, list[Any]] = {
     "hflip": [-0.1, 1.1],
     "vflip": [-0.1, 1.1],
     "color_jitter": [-0.1, 1.1],
+    "auto_augment": ["", "randaugment", "auto"],
     "random_erasing": [-0.1, 1.1],
     "erasing_mode": ["black"],
     "repeats": [0, 65],
@@ -246,7 +252,6 @@ UNBOUNDED = {
         "test_split",
         "input_key",
         "target_key",
-        "auto_augment",
         "norm_decay",
     ),
     *("warmup_prefix", "ema_warmup", "channels_last", "compile", "grad_checkpointing", "sync_norm"),
@@ -261,7 +266,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
 
 
 def kind(name: str) -> str:
-    return str(FIELDS[name].type).partition(" |")[0].partition("[")[0]
+    return str(TYPES[name]).removeprefix("<class '").rstrip("'>").partition(" |")[0].partition("[")[0]
 
 
 def with_value(name: str, value: object) -> str:
@@ -318,7 +323,7 @@ def test_wrong_types_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_null_is_valid_only_where_it_means_something(name: str) -> None:
-    if "None" in str(FIELDS[name].type):
+    if "None" in str(TYPES[name]):
         assert getattr(parse_recipe(with_value(name, None)), name) is None
     else:
         with pytest.raises(RecipeError, match=f"^{name}: received None"):
@@ -332,7 +337,18 @@ def test_null_is_valid_only_where_it_means_something(name: str) -> None:
         (["pretrained=true", "checkpoint=a"], "checkpoint: received 'a'; valid: null, as pretrained is true"),
         (["tune=head"], "tune: received 'head'; valid: full, .*set pretrained or checkpoint"),
         (["keep_head=true"], "keep_head: received True; valid: false, as there are no weights to start from"),
-        (["model=resnet18_ubn"], "model: received 'resnet18_ubn'; valid: .*'resnet18'"),
+        (
+            ["model=resnet18_ubn", "norm=bn"],
+            "model: received 'resnet18_ubn'; valid: 'resnet18' with norm bn",
+        ),
+        (
+            ["batch_size=63", "mixup=0.2"],
+            "batch_size: received 63; valid: an even number .* Mixup and",
+        ),
+        (["batch_size=30", "accumulation=2", "cutmix=1.0"], "batch_size: received 30; valid: an even number"),
+        (["auto_augment=randaugment"], "auto_augment: received 'randaugment'; valid: timm's policies: .*rand-m7"),
+        (["optimizer=adan", "betas=[0.9, 0.99]"], "betas: received .*; valid: three numbers for Adan"),
+        (["optimizer=adahessian"], "optimizer: received 'adahessian'; valid: one of "),
         (["dataset=memory"], "crop: received 'rrc'; valid: pad with dataset memory"),
         (["crop=pad"], "crop: received 'pad'; valid: .*rrc, rkrc or rkrr with others"),
         (["dataset=memory", "crop=pad", "auto_augment=original"], "auto_augment: .*none with dataset memory"),
@@ -341,10 +357,10 @@ def test_null_is_valid_only_where_it_means_something(name: str) -> None:
         (["dataset=memory", "crop=pad", "train_interpolation=random"], "train_interpolation: .*bilinear or bicubic"),
         (["dataset=hfds"], "dataset: received 'hfds'; valid: one of folder, memory, wds, hfds/NAME, hfids/NAME"),
         (["batch_size=10", "accumulation=4"], "batch_size: received 10; valid: a multiple of accumulation"),
-        (["crop_scale=[1.0, 0.5]"], r"crop_scale: received \[1.0, 0.5\]; valid: the least share of the area first"),
+        (["crop_scale=[1.0, 0.5]"], r"crop_scale: received \[1.0, 0.5\]; valid: the smallest share of the area first"),
         (["warmup_epochs=4"], "warmup_epochs: received 4.0; valid: less than epochs, 4"),
         (["scheduler=multistep"], r"decay_milestones: received \[\]; valid: at least one epoch"),
-        (["decay_milestones=[2, 1]"], r"decay_milestones: received \[2.0, 1.0\]; valid: epochs that grow"),
+        (["decay_milestones=[2, 1]"], r"decay_milestones: received \[2.0, 1.0\]; valid: increasing epochs"),
         (["bce_threshold=0.2"], "bce_threshold: received 0.2; valid: null, as loss is not bce"),
         (["optimizer=sdg"], "optimizer: received 'sdg'; valid: one of .*lamb, .*sgd"),
         (["mean=[0.5]"], r"mean: received \[0.5\]; valid: a list of 3 numbers"),
@@ -441,6 +457,60 @@ def test_settings_change_values_as_the_file_would() -> None:
         apply_settings(RECIPE, ["mean=[0.1"])
 
 
+def test_names_of_twins_are_read_as_norm_ubn() -> None:
+    twin = parse_recipe(MINIMAL.replace("model: resnet10t", "model: resnet10t_ubn"))
+    assert twin == RECIPE
+    assert (twin.model, twin.norm) == ("resnet10t", "ubn")
+    other = apply_settings(apply_settings(RECIPE, ["norm=bn"]), ["model=resnet18_ubn"])
+    assert (other.model, other.norm) == ("resnet18", "ubn")
+    assert apply_settings(RECIPE, ["norm=ubn", "model=resnet18_ubn"]).model == "resnet18"
+    with pytest.raises(RecipeError, match="model: received 'resnet10t_ubn'; valid: 'resnet10t' with norm bnet"):
+        parse_recipe(MINIMAL.replace("model: resnet10t", "model: resnet10t_ubn\nnorm: bnet"))
+
+
+def test_settings_are_checked_together_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL + "warmup_epochs: 9\n", encoding="utf-8")
+    assert load_recipe(path, ["epochs=10"]).warmup_epochs == 9  # alone, the file is invalid
+    with pytest.raises(RecipeError, match=r"mine\.yaml with epochs=8: warmup_epochs: received 9.0; valid: less than"):
+        load_recipe(path, ["epochs=8"])
+
+
+def test_no_pretrained_weights_means_no_tag() -> None:
+    start = apply_settings(RECIPE, ["pretrained=true", "pretrained_tag=a1_in1k"])
+    assert apply_settings(start, ["pretrained=false"]).pretrained_tag is None
+    with pytest.raises(RecipeError, match="pretrained_tag: received 'b'; valid: null"):
+        apply_settings(start, ["pretrained=false", "pretrained_tag=b"])
+
+
+def test_every_key_says_what_it_means_and_what_is_valid() -> None:
+    found = {field.key: field for field in fields()}
+    assert list(found) == list(FIELDS)
+    for key, field in found.items():
+        assert field.meaning.endswith(".") and len(field.meaning) > 10, key
+        assert field.valid and field.type and field.default, key
+        number = kind(key) in ("int", "float", "tuple")
+        assert not number or " from " in field.valid, f"{key} has no range"
+    assert found["lr"] == Field("lr", "float", "required", "a number from 1e-12 to 1000", "Peak learning rate.")
+    assert found["amp"].valid == "bfloat16, float16, or null"
+
+
+def test_every_key_is_read_by_the_package() -> None:
+    root = Path(ubn_zoo.__file__).parent
+    read: set[str] = set()
+    for path in root.rglob("*.py"):
+        if path.parent.name == "recipes":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)
+    assert (
+        not set(FIELDS) - read - {"source", "hardware", "time", "exif_rotation"}
+    )  # for people; the page of recipes shows them
+
+
 def test_the_everyday_settings_have_these_names() -> None:
     settings: dict[str, Any] = {
         "model": "resnet18",
@@ -499,7 +569,7 @@ def test_recipes_open_with_what_they_are(name: str) -> None:
 
 def test_the_page_of_recipes_is_fresh() -> None:
     page = Path(__file__).parents[2] / "docs" / "recipes.md"
-    assert page.read_text(encoding="utf-8") == recipe_page(), "run: python -m ubn_zoo.recipes.schema docs/recipes.md"
+    assert page.read_text(encoding="utf-8") == recipe_page(), "run: python -m ubn_zoo.recipes.page docs/recipes.md"
 
 
 def rate(recipe: Recipe, epoch: float, steps: int = 10) -> float:

@@ -1,1 +1,1 @@
-"""Training runs as data."""
+"""Training runs as data: recipes, their keys and their files."""

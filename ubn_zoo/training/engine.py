@@ -173,6 +173,7 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> nn.Module
         if getattr(recipe, key):
             arguments[key] = getattr(recipe, key)
     model: Any = timm.create_model(model_name(recipe), **arguments)
+    _set_statistics(recipe, model)
     if recipe.checkpoint is not None:
         _load_start(model, recipe.checkpoint, keep_head=recipe.keep_head)
     elif recipe.pretrained and not recipe.keep_head:
@@ -182,6 +183,14 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> nn.Module
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     placed: nn.Module = model.to(device or torch.device("cpu")).to(memory_format=layout)
     return placed
+
+
+def _set_statistics(recipe: Recipe, model: nn.Module) -> None:
+    """Give all norm layers the recipe's epsilon and momentum, where it names them."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.BatchNorm2d, UnifiedBatchNorm2d)):
+            layer.eps = layer.eps if recipe.norm_eps is None else recipe.norm_eps
+            layer.momentum = layer.momentum if recipe.norm_momentum is None else recipe.norm_momentum
 
 
 def _load_start(model: Any, path: str, *, keep_head: bool) -> None:
@@ -509,7 +518,7 @@ def _train_epoch(job: _Job, train: TrainBatches, hooks: _Hooks) -> bool:
         _update(job, batch)
         job.step += 1
         end = job.step == job.steps
-        if job.step % pulse == 0 or end:
+        if job.step % pulse == 0 or job.updates % recipe.log_interval == 0 or end:
             mean, stopping = _check_loss(job, hooks.stopping())
             hooks.on_loss(job.updates, mean, job.lr)
             if stopping and not end:

@@ -362,7 +362,7 @@ def _run(
             on_epoch(row)
 
     def note_loss(done: int, loss: float, lr: float) -> None:
-        if events is not None and done % 50 == 0:
+        if events is not None and done % recipe.log_interval == 0:
             events.loss(done, loss, lr)
 
     def save(snapshot: Snapshot) -> None:
