@@ -20,8 +20,8 @@ __all__ = ["InferenceNorm2d", "fuse"]
 
 _VECTORS = ("slope", "shift", "center", "factor_slope", "factor_shift")
 _REFUSAL = (
-    "this model was made by ubn_zoo.fuse, for inference only: its norms are folded into its convolutions. Train the model "
-    "that it was made from, and fuse that again"
+    "this model was made by ubn_zoo.fuse, for inference only: its norms are folded into its convolutions. Train the "
+    "model that it was made from, and fuse that again"
 )
 
 
