@@ -16,7 +16,7 @@ from tests.images import RECIPE, write_image_folder
 from ubn_zoo.evaluation.metrics import read_metrics, write_metrics
 from ubn_zoo.hub.manifest import dump_manifest, load_manifest
 from ubn_zoo.recipes.schema import Recipe, dump_recipe
-from ubn_zoo.release.bundle import BundleError, bundle
+from ubn_zoo.release.bundle import BundleError, bundle, refresh
 from ubn_zoo.training.run import run
 
 SMALL = dataclasses.replace(RECIPE, model="mobilenetv3_small_050", epochs=1, warmup_epochs=0.0, probe_images=0)
@@ -72,6 +72,16 @@ def test_the_record_says_what_the_file_reaches(half: bool, images: Path, place: 
     assert record.origin.trained.endswith("--set seed=5")
     assert top1.measured.commit == "1" * 40
     assert record.input.size == (3, 32, 32)
+
+
+def test_hashes_of_recipes_are_refreshed(place: Path) -> None:
+    """The file's text has changed since: the record gets the new hash, and nothing else."""
+    bundled = load_manifest().find(source="bundled")
+    old = [dataclasses.replace(r, recipe=dataclasses.replace(r.recipe, sha256="0" * 64)) for r in bundled if r.recipe]
+    dump_manifest(old, place / "book.json")
+    assert refresh(place / "book.json") == [record.id for record in bundled]
+    assert load_manifest(place / "book.json").records == bundled
+    assert refresh(place / "book.json") == []
 
 
 def test_unfit_runs_are_refused(images: Path, place: Path) -> None:

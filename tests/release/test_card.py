@@ -79,7 +79,7 @@ def test_a_changed_recipes_run_is_published_by_one_option_and_repeated_from_its_
     assert (metadata["base_model"], metadata["base_model_relation"]) == (BASE, "finetune")
     head = hub.repositories[BASE].refs["main"]
     base_sha256 = sha256(files_of(hub, repo_id=BASE)["model.safetensors"])
-    for part in (f"`{BASE}` at revision `{head}`", base_sha256, "moving average of the trained weights (decay 0.9)"):
+    for part in (f"`{BASE}` at revision `{head}`", base_sha256, "moving average of the trained weights, decay 0.9"):
         assert part in body
 
     # The figure, and what it was measured on.
@@ -102,6 +102,7 @@ def test_a_changed_recipes_run_is_published_by_one_option_and_repeated_from_its_
     assert command == f"{start} --set model=resnet10t pretrained=true epochs=1"
     assert f"```\n{command}\n```" in body
     assert record.metrics[0].measured.command == command and command in record.origin.trained
+    assert record.origin.trained.endswith(f"starting from {BASE}@{head}")
     carry_out(command, images, tmp_path / "again")
     for name in ("model.safetensors", "model_ema.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()

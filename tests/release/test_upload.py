@@ -431,7 +431,7 @@ METRICS = [
         "value": 70.5,
         "dataset": "Imagenette",
         "split": "validation",
-        "measured": {"command": "python scripts/validate.py", "seeds": [], "commit": None},
+        "measured": {"command": "ubn-zoo validate", "seeds": [], "commit": None},
     }
 ]
 
@@ -482,7 +482,7 @@ def test_folder_in_timms_format(hub: HubServer, run: Path, book: Path, trained: 
     given = {"recipe": run / "recipe.yaml", "metrics": tmp_path / "measured.json", "dataset": "Imagenette"}
     record = publish(folder, REPO, manifest=book, **given).record
     assert (record.id, record.license, record.input.size) == (f"{NAME}.mine", "mit", (3, 48, 48))
-    assert (record.metrics[0].value, record.metrics[0].measured.command) == (70.5, "python scripts/validate.py")
+    assert (record.metrics[0].value, record.metrics[0].measured.command) == (70.5, "ubn-zoo validate")
     assert json.loads(files_of(hub)["config.json"])["label_names"] == names
     assert json.loads(files_of(hub)["metrics.json"]) == METRICS
 

@@ -1,7 +1,7 @@
-"""Put a trained run's weights into the package, with a record that says what they reach and how it was measured.
+"""Add a trained run's weights to the package, with a record of their accuracy and how it was measured.
 
-`python -m ubn_zoo.release.bundle --help` is for those who maintain the package; everybody else publishes
-(`ubn_zoo.release.upload`).
+`python -m ubn_zoo.release.bundle --help` is for maintainers of the package; everybody else publishes on the Hub
+(`ubn-zoo publish`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ubn_zoo.errors import BundleError
 from ubn_zoo.evaluation.accuracy import measure
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics
 from ubn_zoo.hub import manifest
-from ubn_zoo.hub.manifest import Record, add_record, record_from_dict
+from ubn_zoo.hub.manifest import Record, add_record, load_manifest, record_from_dict
 from ubn_zoo.models.registry import SUFFIX
 from ubn_zoo.recipes.schema import load_recipe, recipe_path, recipe_sha256
 from ubn_zoo.release.run_record import train_command
@@ -30,7 +30,7 @@ from ubn_zoo.training.checkpoint import tensor_bytes
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.files import write_file
 
-__all__ = ["bundle", "main"]
+__all__ = ["bundle", "main", "refresh"]
 
 MAX_BYTES = 12 * 10**6
 MAX_BYTES_IN_ALL = 30 * 10**6
@@ -38,7 +38,7 @@ MAX_BYTES_IN_ALL = 30 * 10**6
 
 def _last_row(run: Path) -> EpochMetrics:
     if not (run / "model.safetensors").is_file():
-        raise BundleError(f"{run} is not the folder of a finished run: it has no model.safetensors")
+        raise BundleError(f"{run} is not the folder of a finished run; it has no model.safetensors")
     row = read_metrics(run / "metrics.csv")[-1]
     if row.commit is None or row.commit.endswith("+"):
         raise BundleError(f"{run}: its commit is {row.commit}; valid: one that holds all of the code that was run")
@@ -65,17 +65,18 @@ def bundle(
         run: Folder of the run.
         tag: Name of the weights, in ``architecture.tag``.
         recipe_name: The packaged recipe that the run was made from.
-        data_dir: Data of the run; its held-out images are measured with the stored file.
-        dataset: Their name.
-        origin: What the weights were trained on, a sentence.
-        twin: Folder of the same run with BatchNorm, whose accuracy goes beside.
-        half: Whether parameters are stored in float16, half the size; they are widened on load, and measured so.
-        description: One sentence for people.
-        book: The manifest's file; by default the one that this package carries.
+        data_dir: Folder of the run's data; the stored file is evaluated on its held-out images.
+        dataset: Name of the data.
+        origin: A sentence on the training data.
+        twin: Folder of the same run with BatchNorm, whose accuracy is recorded for comparison.
+        half: Whether to store parameters in float16, at half the size. They are widened when loaded, and the accuracy
+            is that of the widened parameters.
+        description: A one-sentence description.
+        book: The manifest's file; by default the one in this package.
         weights: Folder of the bundled files; by default the package's.
 
     Returns:
-        The record, as it is in the manifest now.
+        The record as it is in the manifest.
 
     Raises:
         BundleError: The run is not finished, its code had no commit, or the file is too large.
@@ -159,9 +160,41 @@ def bundle(
     return record
 
 
+def refresh(book: str | Path | None = None) -> list[str]:
+    """Bring the recipe hashes of bundled records up to date, after the text of a packaged recipe has changed.
+
+    Args:
+        book: The manifest's file; by default the one in this package.
+
+    Returns:
+        The ids of the records that changed.
+
+    Raises:
+        ManifestError: The manifest is not valid.
+        RecipeError: A recorded recipe is no longer in the package.
+    """
+    changed = []
+    for record in load_manifest(book):
+        if record.source == "bundled" and record.recipe is not None:
+            sha256 = recipe_sha256(Path(record.recipe.name).stem)
+            if sha256 != record.recipe.sha256:
+                recipe = dataclasses.replace(record.recipe, sha256=sha256)
+                add_record(dataclasses.replace(record, recipe=recipe), book, replace=True)
+                changed.append(record.id)
+    return changed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Bundle from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m ubn_zoo.release.bundle", description=__doc__)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words == ["--refresh"]:
+        sys.stdout.write("".join(f"{name}: recipe hash updated\n" for name in refresh()) or "nothing to update\n")
+        return 0
+    parser = argparse.ArgumentParser(
+        prog="python -m ubn_zoo.release.bundle",
+        description=__doc__,
+        epilog="--refresh alone updates the recipe hashes of bundled records after a packaged recipe has changed",
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--tag", required=True)
     parser.add_argument("--recipe", required=True, help="packaged recipe that the run was made from")
@@ -171,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--twin", type=Path, help="the same run with BatchNorm")
     parser.add_argument("--half", action="store_true", help="store parameters in float16")
     parser.add_argument("--description", required=True)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     record = bundle(
         options.run,
         tag=options.tag,

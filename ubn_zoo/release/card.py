@@ -132,14 +132,14 @@ def _metadata(record: Record, source: Source) -> ModelCardData:
 
 def _facts(record: Record, source: Source) -> dict[str, str]:
     classes = _classes(source)
-    names = f": {', '.join(map(escape, classes[:_SHOWN_CLASSES]))}" if _named(classes) else ""
-    more = f" and {len(classes) - _SHOWN_CLASSES} more" if names and len(classes) > _SHOWN_CLASSES else ""
+    more = [f"and {len(classes) - _SHOWN_CLASSES} more"] if len(classes) > _SHOWN_CLASSES else []
+    names = f" ({', '.join([*map(escape, classes[:_SHOWN_CLASSES]), *more])})" if _named(classes) else ""
     recipe = source.parsed_recipe
     facts = {
         "Architecture": f"{code(record.architecture)}, Unified Batch Normalization "
         "([arXiv 2311.15993](https://arxiv.org/abs/2311.15993))",
         "Parameters": f"{record.params:,}",
-        "Classes": f"{record.num_classes}{names}{more}",
+        "Classes": f"{record.num_classes}{names}",
         "Input": f"{'x'.join(map(str, record.input.size))}, {record.input.interpolation}, "
         f"crop {record.input.crop_pct:g}",
         "Base model": _base(source.base, trained=bool(source.rows)),
@@ -158,7 +158,7 @@ def _weights(source: Source) -> str | None:
     if not source.rows or recipe is None:
         return None
     if source.averaged:
-        return f"moving average of the trained weights (decay {recipe.ema_decay:g})"
+        return f"moving average of the trained weights, decay {recipe.ema_decay:g}"
     return "as trained, after the last epoch"
 
 
@@ -204,11 +204,11 @@ def _measurement(record: Record, source: Source, measured: str | None) -> list[s
     loss = last.ema_test_loss if source.averaged else last.test_loss
     calibration = last.ema_calibration_error if source.averaged else last.calibration_error
     counted = f"{images:,}" if images else f"an unknown number of ({_NOT_RECORDED})"
-    sentences = [f"Measured on {counted} held-out images, with the weights published here ({_weights(source)})."]
+    sentences = [f"Measured on {counted} held-out images with the weights published here: {_weights(source)}."]
     if images and record.metrics:
         share = record.metrics[0].value / 100
         error = 196 * math.sqrt(max(share * (1 - share), 0.25 / images) / images)
-        sentences.append(f"With so many images chance alone moves the accuracy by about {error:.1f} points.")
+        sentences.append(f"95 % confidence interval of the accuracy for that many images: about ±{error:.1f} points.")
     if loss is not None and calibration is not None:
         sentences.append(f"Test loss {loss:.4f} nats, expected calibration error {calibration:.2f} %.")
     check = code(validate_command(str(record.repo_id), source.parsed_recipe, source.split))
@@ -254,14 +254,16 @@ def _training(record: Record, source: Source) -> list[str]:
         if source.recipe is not None:
             sections.append("The recipe of the run is in `recipe.yaml`.")
         return [*sections, *pictures]
-    minutes = sum(row.seconds for row in source.rows) / 60
+    seconds = sum(row.seconds for row in source.rows)
     commit = source.rows[-1].commit
     details = {
         "Seed": f"{recipe.seed} (one run)",
-        "Schedule": f"{recipe.epochs} epochs of {recipe.batch_size} images per update, {escape(recipe.optimizer)}, "
-        f"learning rate {recipe.lr:g}",
+        "Epochs": str(recipe.epochs),
+        "Batch size": str(recipe.batch_size),
+        "Optimizer": f"{escape(recipe.optimizer)}, peak learning rate {recipe.lr:g}",
         "Hardware": escape(facts.hardware) if facts else _NOT_RECORDED,
-        "Time": f"{minutes:.1f} minutes of training"
+        "Time": (f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds")
+        + " of training"
         + (f", started {facts.starts} times" if facts and facts.starts > 1 else ""),
         "Software": escape(facts.software) if facts else _NOT_RECORDED,
         "Commit of ubn-zoo": code(commit) if commit else f"{_NOT_RECORDED} (an installed package)",

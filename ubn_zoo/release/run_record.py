@@ -54,6 +54,9 @@ class Base:
     revision: str | None = None
     sha256: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.repository or self.name}{f'@{self.revision}' if self.revision else ''}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
@@ -102,7 +105,7 @@ def read_environment(folder: Path, recipe: Recipe) -> RunFacts:
             raise ValueError(f"test_images is {images!r}")
         processes = f"{last['ranks']} processes, each on" if last["ranks"] > 1 else "one process on"
         cpu = machine["name"] == "cpu"
-        device = f"the CPU ({machine['machine']}, {machine['cpu']}, {last['threads']} threads)"
+        device = f"the CPU ({machine['machine']}, {machine['cpu']}; torch threads: {last['threads']})"
         return RunFacts(
             base=_base(first.get("base", _MISSING), recipe),
             images=images,

@@ -428,7 +428,8 @@ def _metrics_of_run(found: Source, table: bytes) -> None:
         classes=len(facts.classes) if facts else None,
     )
     found.command = command
-    found.trained = found.trained or f"{command} (seed {recipe.seed})"
+    start = f", starting from {found.base}" if found.base else ""
+    found.trained = found.trained or f"{command} (seed {recipe.seed}){start}"
     found.metrics = [
         {
             "name": "top1",
