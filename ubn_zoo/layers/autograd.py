@@ -222,7 +222,7 @@ def _broadcast(values: Tensor) -> Tensor:
 
 
 class _Scales(NamedTuple):
-    """What normalizes, x_hat = (x + shift) * scale = x * scale + offset, and what calibrates, without gradients."""
+    """Factors of normalization, x_hat = (x + shift) * scale = x * scale + offset, and calibration; no gradients."""
 
     scale: Tensor  # (C,)
     shift: Tensor  # (N, C), and so are the others
@@ -256,7 +256,7 @@ def _scales(
 
 def _scaled(values: Tensor, planes: bool, scale: Tensor, shift: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """(values + shift) * scale = values * scale + offset with numbers (C,) or (N, C), rounded once to dtype."""
-    # Allocated first: the result's layout would otherwise follow the broadcast operands where N, C, H or W is 1.
+    # Allocated first, because where N, C, H or W is 1 the result's memory format would follow the broadcast operands.
     out = torch.empty_like(values, dtype=dtype)
     if planes:
         return torch.add(values, _broadcast(shift), out=out).mul_(_broadcast(scale))
@@ -266,8 +266,8 @@ def _scaled(values: Tensor, planes: bool, scale: Tensor, shift: Tensor, offset: 
 def _by_planes(input: Tensor, dtype: torch.dtype) -> bool:
     """Whether to shift and scale in two operations.
 
-    In this layout torch.addcmul takes three times as long over numbers that stay the same for a whole plane. The shift
-    comes first then: what is left of a large mean after a product would be lost to its rounding.
+    In this memory format torch.addcmul takes three times as long with operands that are constant over a plane. The
+    shift comes first: after the product, rounding would swamp small deviations from a large mean.
     """
     return input.dtype == dtype and input.is_contiguous()
 
@@ -311,11 +311,11 @@ def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, scales: _
 
 
 class _Sums(NamedTuple):
-    """What the backward pass needs of the output's gradient, times the calibration factor, over H and W: (N, C)."""
+    """Sums over H and W, (N, C), that the backward pass needs; all include the calibration factor."""
 
-    grad: Tensor  # the sum of it
-    grad_normalized: Tensor  # of what it means for the normalized features
-    projection: Tensor  # of the products of the latter with these
+    grad: Tensor  # sum of the output's gradient
+    grad_normalized: Tensor  # sum of the normalized features' gradient
+    projection: Tensor  # sum of its products with the normalized features
 
 
 class _CalibratedAffine(torch.autograd.Function):
@@ -363,7 +363,7 @@ class _CalibratedAffine(torch.autograd.Function):
         if bias is not None:
             grad_bias = sums.grad.sum(0).to(bias.dtype)
 
-        # What the normalized features receive, summed over H and W, and its product with them.
+        # Gradient of the normalized features, summed over H and W, and its product with them.
         total, moment = sums.grad_normalized, sums.projection
         if scales.factor is not None:
             logits = sums.projection
@@ -407,10 +407,10 @@ class _CalibratedAffine(torch.autograd.Function):
 def _sums(
     input: Tensor, grad_output: Tensor, weight: Tensor | None, scales: _Scales, weight_needs_grad: bool
 ) -> tuple[list[Tensor], _Sums, Tensor | None]:
-    """Sweep 1: the gradient of the output carried back through the depthwise kernel, in chunks, sums, and the kernel's.
+    """Sweep 1: the gradient before the depthwise kernel (in chunks), the sums, and the kernel's gradient.
 
-    The calibration factor is put into the features, which are needed for products only: into the (N, C) numbers that
-    normalize them, at no cost, instead of into the gradient.
+    The calibration factor multiplies the features instead of the gradient. That is free, because it enters the (N, C)
+    factors that normalize them, and features only appear in products.
     """
     scale, shift, offset, _, factor = scales
     if factor is None:
@@ -418,7 +418,7 @@ def _sums(
     else:
         scale, offset = scale * factor, offset * factor
     kernel = None if weight is None or weight.shape[2] == 1 else weight.to(input.dtype)
-    # A forward convolution is faster than a backward one, and the transpose of this one is such.
+    # The transpose of a depthwise convolution is one with the flipped kernel, and forward convolutions are faster.
     flipped = None if kernel is None else kernel.flip(2, 3)
     planes = _by_planes(input, scale.dtype)
     grad_weight = None
@@ -451,8 +451,8 @@ def _sums(
 
 
 def _grad_center_weight(instance_mean: Tensor, instance_grad: Tensor, gate: Tensor | bool) -> Tensor:
-    # Through batch statistics instance_grad sums to exactly 0 over instances: taking the mean off first keeps a large
-    # one from blowing up rounding errors.
+    # With batch statistics instance_grad sums to 0 over instances. Subtracting the mean first keeps a large one from
+    # amplifying the rounding errors of that sum.
     if gate is False:
         return (instance_mean * instance_grad).sum(0)
     center = instance_mean.mean(0)
@@ -470,9 +470,9 @@ def _grad_input(
     offset: Tensor | None,
     scales: _Scales,
 ) -> Tensor:
-    """Sweep 2: grads * factors + x_hat * slope + offset with numbers per channel (slope) or instance.
+    """Sweep 2: grads * factors + x_hat * slope + offset; ``slope`` is per channel, the others are per instance.
 
-    Empties ``grads``, so that its parts are free as soon as they are used.
+    Empties ``grads``, so that each part is freed as soon as it is used.
     """
     planes = _by_planes(input, factors.dtype)
     result = torch.empty_like(input)
@@ -509,7 +509,7 @@ def differentiable_backward(
     instance_mean, instance_var = reference.instance_moments(input)
     if gate is not False:
         batch_mean, batch_var = reference.batch_statistics(instance_mean, instance_var, center_weight)
-        # Where the gate is open these equal `mean` and `var`, with their dependence on the input.
+        # With an open gate these equal `mean` and `var`, but depend on the input.
         if isinstance(gate, Tensor):
             batch_mean, batch_var = torch.where(gate, batch_mean, mean), torch.where(gate, batch_var, var)
         mean, var = batch_mean, batch_var
@@ -530,7 +530,7 @@ def calibrated_affine(
     parameters: Parameters,
     eps: float,
 ) -> Tensor:
-    """:func:`functional.calibrated_affine` for constant statistics, differentiable through them where ``gate`` is open.
+    """:func:`functional.calibrated_affine` with the backward pass through the statistics where ``gate`` is open.
 
     Args:
         input: (N, C, H, W), not empty.

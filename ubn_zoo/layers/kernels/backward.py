@@ -31,7 +31,7 @@ __all__ = ["affine_backward"]
 
 @triton.jit
 def _before_relu(gradient, activated):
-    """The gradient of a ReLU's input by its output; that of NaN passes, as torch has it."""
+    """The gradient before a ReLU, from its output; gradients at NaN pass, as in torch."""
     return tl.where(activated <= 0, 0.0, gradient)
 
 
@@ -42,10 +42,10 @@ def _before_relu(gradient, activated):
 )  # fmt: skip
 def _sums_kernel(
     grad_output,
-    activated,  # the output where that was a ReLU's, otherwise None
+    activated,  # the output if a ReLU is included, otherwise None
     input,
     sums,  # (3, strips, N, C): with f dy the scaled gradient, sums of f dy (K * x_hat), of f dy (K * 1) and of f dy
-    kernel_sums,  # (groups * strips, KERNEL * KERNEL, C): sums over a group of samples; None if not asked for
+    kernel_sums,  # (groups * strips, KERNEL * KERNEL, C): sums over a group of samples; None if not needed
     instance_mean,
     mean,
     var,
@@ -86,7 +86,7 @@ def _sums_kernel(
 
     for sample in tl.range(index * group, tl.minimum(index * group + group, N)):
         scale, shift, average = normalization(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
-        # The gradient is multiplied by the calibration factor first of all.
+        # The gradient is multiplied by the calibration factor first.
         factor = 1.0
         if scale_weight is not None:
             factor = calibration_factor(c, C, (average + shift) * scale, scale_weight, scale_bias, DTYPE)[:, None]
@@ -101,7 +101,7 @@ def _sums_kernel(
             if activated is not None:
                 outputs = activated + base + offsets
             start = tl.maximum(top - HALF, 0)
-            # The rows of the gradient that meet an input row, the uppermost first; those outside the strip are zero.
+            # Gradient rows within reach of an input row, from the top; rows outside the strip are zero.
             window = ()
             for t in tl.static_range(2 * HALF):
                 h = start - HALF + t
@@ -110,7 +110,7 @@ def _sums_kernel(
                 if activated is not None:
                     gradient = _before_relu(gradient, tl.load(outputs + h * row_stride, mask=mask, other=0.0))
                 window = window + (gradient.to(DTYPE) * factor,)
-            # Sums down the columns of the gradient, per vertical tap, without what meets no input row.
+            # Column sums of the gradient per vertical tap, without rows whose tap is outside the image.
             strip_sums = ()
             for _ in tl.static_range(KERNEL):
                 strip_sums = strip_sums + (zero,)
@@ -132,7 +132,7 @@ def _sums_kernel(
                         centered = centered + (rows[t * KERNEL + j].to(DTYPE) + shifts[j] * valid,)
                     added, longer = (), ()
                     for i in tl.static_range(KERNEL):
-                        # Tap i joins an output row to the input row i - HALF below it.
+                        # Tap i connects an output row with the input row i - HALF below it.
                         longer = longer + (strip_sums[i] + meeting[KERNEL - 1 - i] * valid,)
                         for j in tl.static_range(KERNEL):
                             added = added + (products[i * KERNEL + j] + meeting[KERNEL - 1 - i] * centered[j],)
@@ -146,7 +146,7 @@ def _sums_kernel(
                 for j in tl.static_range(KERNEL):
                     of_ones += tl.where(columns[j] < row_width(W, True), taps[i * KERNEL + j] * strip_sums[i], 0.0)
 
-        # The products go on over the samples; this one's is what it has added.
+        # The products accumulate over the samples; this sample's share is the difference.
         taps = load_taps(weight, c, C, KERNEL, False, DTYPE)
         so_far = zero
         for t in tl.static_range(KERNEL * KERNEL):
@@ -167,7 +167,7 @@ def _sums_kernel(
 
 @triton.jit
 def _instance_sums(sums, n, c, valid, N, C, strips):
-    """The three sums per instance, over strips."""
+    """The three sums of every instance, added over strips."""
     size = N.to(tl.int64) * C
     place = n[:, None].to(tl.int64) * C + c[None, :]
     of_normalized = tl.load(sums + place, mask=valid, other=0.0)
@@ -256,7 +256,7 @@ def _parameters_kernel(
         bias_total += of_all
         sum_total += of_ones
         product_total += of_normalized
-    # Means over the batch of what normalization takes off, where its statistics are the batch's own.
+    # The correction terms of normalization by batch statistics; 0 behind a closed gate.
     mean_total = opened * tl.sum(sum_total, 0)[None, :] / count
     product_mean = opened * tl.sum(product_total, 0)[None, :] / count
     tl.store(slopes + c[None, :], -scale * scale * product_mean, mask=present[None, :])
@@ -283,8 +283,8 @@ def _parameters_kernel(
         instance_grad = scale * (instance_grad - pixels * (mean_total + product_mean * n_mean))
         offset = scale * (offset - mean_total) + center * instance_grad / pixels
         tl.store(offsets + place, offset, mask=valid)
-        # Through batch statistics these gradients sum up to 0: with the mean taken off first, a large one does not blow
-        # up their rounding errors.
+        # With batch statistics these gradients sum to 0. Subtracting the mean first keeps a large one from amplifying
+        # the rounding errors of that sum.
         center_total += tl.where(valid, (average - origin) * instance_grad, 0.0)
         instance_total += tl.where(valid, instance_grad, 0.0)
     if grad_center_weight is not None:
@@ -314,7 +314,7 @@ def _input_gradient_kernel(
     activated,  # as in `_sums_kernel`
     input,
     grad_input,
-    slopes,  # (C,); None where the input's values do not matter
+    slopes,  # (C,); None if the gradient does not depend on the input
     offsets,  # (N, C)
     instance_mean,
     mean,
@@ -420,24 +420,24 @@ def affine_backward(
     """Gradients of :func:`affine`, through the statistics where the gate is open.
 
     Args:
-        grad_output: In the layout of ``input``.
-        activated: The output in that layout where it was a ReLU's, otherwise None.
-        input: As in :func:`affine`, and so are those not named here.
+        grad_output: (N, C, H, W) in the memory format of ``input``.
+        activated: The output in the same memory format if it includes a ReLU, otherwise None.
+        input: (N, C, H, W), dense.
         instance_mean: (N, C).
         mean: (C,).
         var: (C,).
-        gate: Boolean scalar, or None for shut.
+        gate: Boolean scalar, or None for a closed gate.
         weight: (C, 1, k, k) or None.
         bias: (C,) or None.
         center_weight: (C,) or None.
         scale_weight: (C,) or None.
         scale_bias: (C,) or None.
         eps: Added to the variance.
-        needs_input: Whether the input's gradient is computed.
-        needs_weight: Whether that of ``weight`` is.
+        needs_input: Whether to compute the input's gradient.
+        needs_weight: Whether to compute the gradient of ``weight``.
 
     Returns:
-        The gradients of input, weight, bias, center_weight, scale_weight and scale_bias; None where there is none.
+        The gradients of input, weight, bias, center_weight, scale_weight and scale_bias, or None.
     """
     samples, channels, height, width = input.shape
     dtype, torch_dtype = sum_dtype(input)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def program_tile(tiles, channel_blocks, CHANNELS_LAST: tl.constexpr):
-    """Tile, channel block and sample of this program; neighbors in memory are neighbors in time."""
+    """Tile, channel block and sample of this program; programs that are neighbors in memory run together."""
     index = tl.program_id(0)
     if CHANNELS_LAST:
         block = index % channel_blocks
@@ -87,8 +87,8 @@ def load_taps(weight, c, C, KERNEL: tl.constexpr, FLIPPED: tl.constexpr, DTYPE: 
 def tap_columns(c, w, channels, W, KERNEL: tl.constexpr):
     """Columns of the horizontal neighbors of columns `w`, one tile per tap.
 
-    They are unsigned, so that those outside to the left are huge, and so are those of channels and columns that are
-    only there to fill a block: one comparison with W, or with 0 for a row outside, makes the mask.
+    They are unsigned, so columns left of the image become huge, and the padding of a block is set to a huge value: a
+    single comparison with W, or with 0 for a row outside, gives the mask.
     """
     columns = ()
     valid = (c[:, None] < channels) & (w[None, :] < W)
@@ -99,13 +99,13 @@ def tap_columns(c, w, channels, W, KERNEL: tl.constexpr):
 
 @triton.jit
 def row_width(W, valid):
-    """W where a row counts, 0 where it does not."""
+    """W for a valid row, otherwise 0."""
     return tl.where(valid, W, 0).to(tl.uint32)
 
 
 @triton.jit
 def load_rows(source, first, H, W, row_stride, column_stride, columns, ROWS: tl.constexpr, KERNEL: tl.constexpr):
-    """ROWS rows, each once per horizontal tap; rows from H on are zeros."""
+    """Loads ROWS rows, each once per horizontal tap; rows below the image are zeros."""
     rows = ()
     for t in tl.static_range(ROWS):
         row = source + (first + t) * row_stride
@@ -118,7 +118,7 @@ def load_rows(source, first, H, W, row_stride, column_stride, columns, ROWS: tl.
 
 @triton.jit
 def tap_shifts(columns, W, shift, KERNEL: tl.constexpr):
-    """The shift of every horizontal neighbor: the padding is of x_hat, not of the input, so 0 outside."""
+    """The shift at every horizontal neighbor, 0 outside: x_hat is padded with zeros, not the input."""
     shifts = ()
     for j in tl.static_range(KERNEL):
         shifts = shifts + (tl.where(columns[j] < row_width(W, True), shift[:, None], 0.0),)

@@ -34,7 +34,7 @@ __all__ = ["affine", "launch_affine"]
 def _affine_kernel(
     input,
     output,
-    instance_mean,  # None where nothing depends on it
+    instance_mean,  # None if nothing depends on it
     mean,  # None for a norm that was prepared for inference
     var,
     slope,  # (C,) of such a norm, or None
@@ -42,7 +42,7 @@ def _affine_kernel(
     weight,
     bias,
     center_weight,
-    scale_weight,  # of x_hat's mean; of the input's where the norm was prepared
+    scale_weight,  # multiplies the mean of x_hat; for a prepared norm that of the input
     scale_bias,
     C,
     H,
@@ -70,7 +70,7 @@ def _affine_kernel(
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     w = tile % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
 
-    # The normalization's scale is part of the gain, a prepared norm's slope stays with the input.
+    # The gain includes the normalization's scale; the slope of a prepared norm multiplies the input instead.
     if mean is not None:
         gain, addend, average = normalization(sample, c, C, instance_mean, mean, var, center_weight, EPS, DTYPE)
         factor_mean = (average + addend) * gain
@@ -93,7 +93,7 @@ def _affine_kernel(
     offsets = c[:, None] * channel_stride + w[None, :] * column_stride
     source, target = input + base + offsets, output + base + offsets
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
-    # Rows that wait for the taps below them, the uppermost first.
+    # Output rows that still lack the taps below them, from the top.
     unfinished = ()
     for _ in tl.static_range(KERNEL - 1):
         unfinished = unfinished + (zero,)

@@ -1,4 +1,4 @@
-"""How tensors are cut into programs, and what kernels are compiled for; nothing here runs on the device."""
+"""Launch configurations: how tensors are split into programs, and the compile-time arguments of kernels."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Slots for partial sums of the similarity: enough programs to read at the memory's full speed.
+# Slots for partial sums of the similarity: enough programs to read at the full memory bandwidth.
 SIMILARITY_SLOTS = 512
 # Positions of one program of the similarity: 16 per thread.
 SIMILARITY_BLOCK = 2048
-# Programs that keep the largest GPUs busy: 132 multiprocessors, 8 programs of 128 threads on each, twice over.
+# Programs that keep the largest GPUs busy: 132 multiprocessors with 8 programs of 128 threads each, two rounds.
 PROGRAMS = 2112
 
 
 class Blocks(NamedTuple):
-    """How a tensor is cut into programs."""
+    """How a tensor is split into programs."""
 
-    channels: int  # channels of a tile
-    positions: int  # positions of a tile, columns of one row for the kernels over taps
-    vector: int  # what the contiguous sizes are divisible by, at most 8
+    channels: int  # channels per tile
+    positions: int  # positions per tile; columns of one row in the kernels with taps
+    vector: int  # power of two, at most 8, that divides the contiguous size
     warps: int
-    pieces: int  # parts along the positions, or strips of rows
-    span: int  # positions, or rows, of a part
-    rows: int = 1  # rows that are loaded together
-    group: int = 1  # samples of one program that sums over them
-    registers: Optional[int] = None  # at most, per thread
+    pieces: int  # parts of the positions, or strips of rows
+    span: int  # positions, or rows, per part
+    rows: int = 1  # rows loaded together
+    group: int = 1  # samples that one program sums over
+    registers: Optional[int] = None  # limit per thread
 
     def channel_blocks(self, channels: int) -> int:
         """Number of tiles that cover the channels."""
@@ -46,9 +46,9 @@ class Blocks(NamedTuple):
 def statistics_blocks(shape: Tuple[int, int, int, int], channels_last: bool) -> Blocks:
     """Tiles of 1024 values, 8 for each of 128 threads: one load of 16 bytes in half precision.
 
-    In rows of 256 positions, what one warp loads at once, or of 64 channels, one line of the cache in half precision.
-    Where samples and channels make few programs the positions are split, into parts of at least four tiles: smaller
-    ones would spend their time on the merging.
+    Rows of a tile are 256 positions, the load of one warp, or 64 channels, a cache line in half precision. If samples
+    and channels give few programs, positions are split into parts of at least four tiles; smaller parts would spend
+    their time on merging.
     """
     samples, channels, height, width = shape
     pixels = height * width
@@ -71,23 +71,23 @@ def statistics_blocks(shape: Tuple[int, int, int, int], channels_last: bool) -> 
 def tap_blocks(
     shape: Tuple[int, int, int, int], channels_last: bool, kernel: int, purpose: str, activated: bool = False
 ) -> Blocks:
-    """Tiles of one row by channels for the kernels over taps, 128 threads each.
+    """Tiles of one row by channels for the kernels with taps, 128 threads each.
 
-    With channels last a tile has at least 64 channels, one line of the cache in half precision, if there are as many,
-    and otherwise at most 64 columns. Its columns are the power of two that covers a row at the least cost, where a tile
-    of b columns costs b + 8: what is loaded beside it and at the ends of its lines. Loads along columns are not
-    widened: the taps to the left and right are not aligned.
+    With channels last a tile has at least 64 channels (a cache line in half precision) if the tensor has as many;
+    otherwise at most 64 columns. The number of columns is the power of two that covers a row at the least cost, where a
+    tile of b columns costs b + 8, because of the neighbors it loads and of partly used cache lines. Loads along columns
+    are not widened: the taps to the left and right are not aligned.
 
-    Values per thread, and rows that are loaded together, are as many as registers allow: with channels last loads are
-    as wide as a thread has values; otherwise each value has an address, and two of them leave room for more threads.
+    Values per thread, and rows loaded together, are as many as registers allow. With channels last one load has all
+    values of a thread; otherwise each value needs an address, and two values leave room for more threads.
 
     Args:
         shape: (N, C, H, W).
-        channels_last: The layout.
+        channels_last: The memory format.
         kernel: Taps per side.
-        purpose: "output", "sums" or "gradient": for which kernel. Programs that sum up go over all columns of their
-            rows and over a group of samples.
-        activated: Whether the output is read beside its gradient, which takes registers of its own.
+        purpose: The kernel: "output", "sums" or "gradient". Programs of "sums" cover all columns of their rows and a
+            group of samples.
+        activated: Whether the kernel also reads the output, which takes registers.
     """
     samples, channels, height, width = shape
     summing = purpose == "sums"
@@ -107,12 +107,12 @@ def tap_blocks(
     programs = samples * triton.cdiv(channels, block_channels)
     if not summing:
         programs *= triton.cdiv(width, block)
-    # Strips of at least 8 rows: each reads the rows next to it as well.
+    # Strips have at least 8 rows, because each also reads the adjacent rows.
     strips = min(max(1, PROGRAMS // programs), triton.cdiv(height, 8))
     rows = triton.cdiv(height, strips)
     group = 1
     if summing:
-        # The sums of taps over small maps would be of the maps' own size if they did not go over some samples.
+        # Without groups of samples the tap sums of small maps would be as large as the maps.
         group = max(1, min(2 * programs // PROGRAMS, 512 // (height * width), samples))
     return Blocks(
         channels=block_channels,
@@ -123,7 +123,7 @@ def tap_blocks(
         span=rows,
         rows=rows_together,
         group=group,
-        # Three or four programs of 128 threads on a multiprocessor; left alone, the compiler takes registers for two.
+        # Allows three or four programs of 128 threads per multiprocessor; without a limit the compiler allows two.
         registers=(168 if channels_last else 128) if summing and kernel <= 3 else None,
     )
 
@@ -143,9 +143,8 @@ def is_channels_last(input: Tensor) -> bool:
 def parameter_blocks(samples: int, channels: int) -> Tuple[int, int]:
     """Channels and samples of a tile of the kernels over (N, C).
 
-    8 channels in float32 are the least that memory hands out, and make programs enough of few channels; samples are as
-    many as a common batch has: these kernels wait for one load after another, the fewer the better. 4 values for each
-    of 256 threads.
+    8 channels in float32 are the smallest memory transaction, and give enough programs for few channels. A tile covers
+    a common batch, because these kernels wait for one load after another. 4 values for each of 256 threads.
     """
     return min(8, triton.next_power_of_2(channels)), min(128, triton.next_power_of_2(samples))
 

@@ -44,7 +44,7 @@ def _merged(mean, m2, count, AXIS: tl.constexpr):
 def _moments_kernel(
     input,
     means,  # (splits, N, C)
-    squares,  # (splits, N, C) sums of squared deviations; None: the shares of the means are written to `means`
+    squares,  # (splits, N, C) sums of squared deviations; None to write shares of the means to `means`
     N,
     C,
     pixels,
@@ -66,7 +66,7 @@ def _moments_kernel(
     channel_stride, _, position_stride = layout_strides(channels, positions, 1, CHANNELS_LAST)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_P)
-    # A span is a multiple of the block: saying so again lets the compiler widen loads.
+    # A span is a multiple of the block; saying so lets the compiler widen loads.
     start = split * span // BLOCK_P * BLOCK_P
     end = tl.minimum(start + span, pixels)
     source = input + sample.to(tl.int64) * channels * positions + c[:, None] * channel_stride
@@ -309,7 +309,7 @@ def statistics(
 ) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
     """Instance means (N, C), mean and biased variance (C,) of the centered features of a dense tensor.
 
-    The fourth result holds partial sums of the similarity between the first ``samples`` samples, None for 0.
+    The fourth result holds partial sums of the similarity of the first ``samples`` samples; None if that is 0.
     """
     number, channels, height, width = input.shape
     pixels = height * width
