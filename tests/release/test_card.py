@@ -134,7 +134,7 @@ def test_forged_figures_are_refused(
     other = 96.875 if true < 90 else 3.125
     for forged, reason in [
         (999.0, "from 0 to 100 percent"),
-        (99.9, "no number of right answers for 32 images"),
+        (99.9, "not a whole number of correct answers out of 32"),
         (other, "in the run's newest checkpoint"),
     ]:
         forge(folder, ema_top1=forged)

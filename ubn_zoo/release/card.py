@@ -1,7 +1,7 @@
 """The model card: metadata for the Hub and its leaderboards, and a page for people.
 
-Everything comes from the manifest's record, from what the run recorded about itself, or from the caller of `publish`;
-what nobody recorded is called so, never guessed. Texts are escaped, so none of them becomes markup.
+Every fact comes from the manifest's record, from the run's own files, or from the caller of `publish`. Facts that
+nobody recorded are marked as not recorded, never guessed. All texts are escaped, so none of them becomes markup.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def card_text(record: Record, source: Source, measured: str | None = None) -> st
     """Write the model card of a checkpoint.
 
     Args:
-        record: What the manifest will say of it.
-        source: What is known of it.
-        measured: A sentence on a second measurement; None if there was none.
+        record: Its record for the manifest.
+        source: Everything known about it.
+        measured: A sentence about a second measurement; None if there was none.
 
     Returns:
         The content of ``README.md``.
@@ -143,17 +143,19 @@ def _facts(record: Record, source: Source) -> dict[str, str]:
         "Input": f"{'x'.join(map(str, record.input.size))}, {record.input.interpolation}, "
         f"crop {record.input.crop_pct:g}",
         "Base model": _base(source.base, trained=bool(source.rows)),
-        "Weights": _weights(source) or _NOT_RECORDED,
         "Training data": escape(record.origin.data),
         "License of the weights": escape(record.license),
     }
+    weights = _weights(source)
+    if weights is not None:
+        facts["Weights"] = weights
     if recipe is not None and recipe.data_license is not None:
         facts["License of the data"] = escape(recipe.data_license)
     return facts | {"SHA-256 of the weights": code(record.sha256)}
 
 
 def _weights(source: Source) -> str | None:
-    """Which weights of a run these are, and were measured; None where the source is not a run."""
+    """Which of a run's weights are published and were measured; None if the source is not a run."""
     recipe = source.parsed_recipe
     if not source.rows or recipe is None:
         return None
@@ -215,7 +217,7 @@ def _measurement(record: Record, source: Source, measured: str | None) -> list[s
     return [
         " ".join(sentences),
         *([measured] if measured else []),
-        f"To measure it on your own copy of the data: {check}",
+        f"To evaluate it on your copy of the data: {check}",
     ]
 
 
@@ -245,7 +247,7 @@ def validate_command(repo_id: str, recipe: Recipe | None, split: str | None) -> 
 
 
 def _training(record: Record, source: Source) -> list[str]:
-    """How the weights came about, and the command that repeats it."""
+    """How the weights were made, and the command that repeats the run."""
     pictures = [f"![{Path(name).stem}]({name})" for name in source.pictures]
     recipe, facts = source.parsed_recipe, source.facts
     sections = ["## Training"]
@@ -270,7 +272,7 @@ def _training(record: Record, source: Source) -> list[str]:
     }
     return [
         *sections,
-        "The command that repeats the run, with `DIR` the folder of the data and `RUN` that of the new run:",
+        "Command to repeat the run; `DIR` is the folder of the data, `RUN` the output folder:",
         f"```\n{source.command}\n```",
         "`recipe.yaml` in this repository holds all settings of the run; `--recipe recipe.yaml` repeats it as well.",
         _list(details),

@@ -1,4 +1,4 @@
-"""Measure the files of a publication once more, before they are sent."""
+"""Evaluate the files of a publication before they are uploaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMAGES = 2
 def measure_files(
     contents: Mapping[str, bytes], data_dir: str | os.PathLike[str], recipe: Recipe | None, split: str | None
 ) -> Accuracy:
-    """Measure published files as whoever downloads them would.
+    """Evaluate files exactly as users who download them will.
 
     Args:
         contents: ``config.json`` and ``model.safetensors``.
@@ -50,7 +50,7 @@ def measure_files(
 def agrees(recorded: float, found: Accuracy) -> bool:
     """Whether a second measurement confirms a recorded top-1 accuracy, in percent.
 
-    Another processor rounds differently and may turn an image or two: 0.1 points, or two images, are allowed.
+    Rounding differs between processors and may change a few predictions: 0.1 points, or two images, are allowed.
 
     Args:
         recorded: The figure of the run.

@@ -1,4 +1,4 @@
-"""A Hub repository's main branch, brought to hold a publication in one commit."""
+"""Update the main branch of a Hub repository to a publication, in one commit."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Repository:
         others: Mapping[str, str],
         replace: bool,
     ) -> tuple[str, bool]:
-        """Bring main to hold exactly these files of ours, beside files that are not ours.
+        """Update main so that these are its only published files. Files of other origin stay.
 
         Args:
             files: The publication.
@@ -86,13 +86,13 @@ class Repository:
             private: Whether the repository must be private.
             recorded: Revisions of earlier publications; their files may be overwritten and removed.
             others: Weights of other models that were published here: SHA-256 by name.
-            replace: Whether other models, files of others and pickles may be replaced and removed.
+            replace: Whether to replace other models and files of other origin, and to remove pickles.
 
         Returns:
             The commit, and whether it is a new one.
 
         Raises:
-            PublishConflictError: Main has something else, or changes meanwhile.
+            PublishConflictError: Main holds other content, or changes meanwhile.
             HubError: The Hub refuses, or cannot be reached.
         """
         head, is_private = retry(lambda: self._open(private), self._subject, _ADVICE)
@@ -146,7 +146,7 @@ class Repository:
                 files = (entry for entry in entries if isinstance(entry, RepoFile))
                 return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
             except (AttributeError, LookupError, TypeError) as error:
-                # The client reads the listing page by page, out of reach of the retry engine's look at the answer.
+                # The client reads the listing in a generator, where the retry engine cannot see the answer.
                 raise HubError(
                     f"{self._subject}: the Hub answers HTTP 200 with a listing of files that cannot be read "
                     f"({type(error).__name__}: {error}); check HF_ENDPOINT"
@@ -175,7 +175,7 @@ class Repository:
         try:
             tree = self.tree(revision)
         except HubNotFoundError:
-            # The repository was made anew, or its history squashed.
+            # The repository was recreated, or its history squashed.
             return {}
         shown: set[str] = set()
         if pictures and CARD in tree:

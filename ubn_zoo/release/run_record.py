@@ -1,4 +1,4 @@
-"""What a training run's own files say about it: how to repeat it, what it started from, what it was measured on."""
+"""Facts from a training run's own files: the command that repeats it, its base weights, hardware and test images."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class RunFacts:
 
     Attributes:
         base: The weights that training started from; None if it started from scratch.
-        images: Held-out images that the figures were measured on; None if the data does not tell.
-        split: The part of the data that they are; None if it was not recorded.
+        images: Number of held-out images in the evaluation; None if the data does not tell.
+        split: Split that these images are from; None if it was not recorded.
         classes: Names of the classes in the order of the outputs; empty if the data has no names.
-        hardware: The machine, in words.
-        software: Versions, in words.
+        hardware: Description of the machine.
+        software: Versions of the packages.
         ranks: Processes that trained together.
         recipe_name: The packaged recipe that the run's command names; None if it names none.
-        starts: How often the run was started.
+        starts: How many times the run was started.
     """
 
     base: Base | None
@@ -157,11 +157,11 @@ def train_command(recipe: Recipe, *, name: str | None = None, ranks: int = 1, cl
         recipe: The run's recipe, complete.
         name: The recipe it was made from: a packaged one, or a file. By default a packaged recipe with the same source.
         ranks: Processes that trained together.
-        classes: Classes of the data; the number of outputs is a setting of its own only where it differs.
+        classes: Number of classes in the data; `num_classes` is a setting only if it differs.
 
     Returns:
-        A command with a recipe and the settings that lead to the run's; where no packaged recipe does, with the
-        ``recipe.yaml`` that the run has kept.
+        A command with a packaged recipe and the settings that lead to the run's recipe; if no packaged recipe does, a
+        command with the run's own ``recipe.yaml``.
     """
     recipe = without_folders(recipe)
     launcher = "ubn-zoo" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m ubn_zoo"
@@ -175,16 +175,16 @@ def train_command(recipe: Recipe, *, name: str | None = None, ranks: int = 1, cl
 
 
 def without_folders(recipe: Recipe) -> Recipe:
-    """Leave out the folder of the checkpoint that a recipe starts from: it means nothing on another machine."""
+    """Remove the folder from the path of a recipe's checkpoint: it is private and means nothing on another machine."""
     if recipe.checkpoint is None:
         return recipe
     return dataclasses.replace(recipe, checkpoint=Path(recipe.checkpoint).name)
 
 
 def _settings(recipe: Recipe, base: Recipe, classes: int | None) -> list[str] | None:
-    """What ``--set`` makes of a base recipe to get a run's; None if nothing does.
+    """The ``--set`` arguments that turn a base recipe into a run's recipe; None if there are none.
 
-    What a run fills in by itself, from its model or its data, is left out.
+    Values that a run fills in from its model or its data are left out.
     """
     wanted, given = decisive_settings(recipe), decisive_settings(base)
     changed = {key: value for key, value in wanted.items() if value != given[key] and given[key] is not None}
@@ -213,15 +213,15 @@ def _yaml(value: object) -> str:
 
 
 def check_figures(rows: Sequence[EpochMetrics], facts: RunFacts | None, folder: Path | None) -> list[str]:
-    """Check that a run's figures are possible, and are those that its other files have.
+    """Check that a run's figures are possible and match its other files.
 
     Args:
         rows: The rows of its ``metrics.csv``.
-        facts: What its environment says; None if that is not known.
+        facts: Facts from its environment; None if there are none.
         folder: The run's folder, whose newest checkpoint holds the figures too; None if there is none.
 
     Returns:
-        What is wrong with them.
+        The problems found.
     """
     for row in rows:
         where = f"epoch {row.epoch}"
@@ -239,9 +239,8 @@ def check_figures(rows: Sequence[EpochMetrics], facts: RunFacts | None, folder: 
                 value = getattr(row, name)
                 right = None if value is None else value * facts.images / 100.0
                 if right is not None and abs(right - round(right)) > _TOLERANCE:
-                    return [
-                        f"{where}: {name} is {value:g}, which no number of right answers for {facts.images} images is"
-                    ]
+                    answers = f"a whole number of correct answers out of {facts.images}"
+                    return [f"{where}: {name} is {value:g}, which is not {answers}"]
     return [] if folder is None else _check_against_checkpoint(rows, folder)
 
 

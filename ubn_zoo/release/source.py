@@ -1,4 +1,4 @@
-"""What a publication is made from: a run, a folder in timm's format, a converted file, or a record of the manifest."""
+"""The source of a publication: a run, a folder in timm's format, a converted file, or a record of the manifest."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the caller of `publish` says about a checkpoint; None where it is to be found out.
+    """What the caller of `publish` specifies about a checkpoint; None for values from the checkpoint itself.
 
     Attributes:
         tag: Name of the weights in ``architecture.tag``.
@@ -87,10 +87,10 @@ class Options:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Source:
-    """What is known of a checkpoint before it is checked; None where nothing was found.
+    """Everything known about a checkpoint before it is checked; None for what was not found.
 
     Attributes:
-        label: What messages call it.
+        label: Its name in messages.
         weights: Content of the weights' file.
         state: The weights by name.
         model: The model they are for, freshly built.
@@ -101,14 +101,14 @@ class Source:
         base: The weights that training started from, or that were converted.
         data: Name of the data of training and measurement.
         split: The part of it that the metrics were measured on.
-        trained: How the weights came about.
+        trained: How the weights were made.
         command: The command that repeats the run; None if it is not a run's.
         data_config: Preprocessing, in timm's terms.
         labels: Entries of timm's config.json that name classes.
         recipe: Content of the recipe's file.
-        recipe_name: What the record calls it.
-        recipe_sha256: The hash that it must have; None for any.
-        needs_recipe: Whether a recipe must be there.
+        recipe_name: Its name in the record.
+        recipe_sha256: Its required SHA-256; None for any.
+        needs_recipe: Whether a recipe is required.
         metrics: Metrics as in the manifest.
         table: Content of the run's table of metrics.
         rows: Its rows; empty unless they are those of the whole run.
@@ -116,7 +116,7 @@ class Source:
         folder: The run's folder; None if it is not a run's.
         averaged: Whether the weights are the moving average of the run's.
         pictures: Plots by name.
-        problems: Why it cannot be published.
+        problems: Reasons why it cannot be published.
     """
 
     label: str
@@ -159,12 +159,12 @@ class Source:
 def gather(
     source: str | os.PathLike[str], book: Manifest, options: Options, cache_dir: str | os.PathLike[str] | None
 ) -> Source:
-    """Find out what a source is, and read everything that is known of it.
+    """Find out what a source is, and read everything known about it.
 
     Args:
         source: Path of a folder or file, or id of a record.
         book: The manifest.
-        options: What the caller says; it has precedence.
+        options: Values from the caller; they take precedence.
         cache_dir: Cache folder for a record's weights.
 
     Raises:
@@ -199,6 +199,8 @@ def gather(
     found.tag = found.tag or (_slug(found.data) if found.data else None)
     if found.table is not None:
         _metrics_of_run(found, found.table)
+    else:
+        _check_percentages(found)
     found.metrics = _without_secrets(found.metrics)
     return found
 
@@ -394,12 +396,15 @@ def _read_json_metrics(found: Source, path: Path) -> list[Any] | None:
     if not isinstance(metrics, list) or not metrics:
         found.problems.append(f"metrics: {path.name} is not a list of metrics as in the manifest")
         return None
-    for metric in metrics:
+    return metrics
+
+
+def _check_percentages(found: Source) -> None:
+    for metric in found.metrics or []:
         name, value = (metric.get("name"), metric.get("value")) if isinstance(metric, dict) else (None, None)
         percentage = isinstance(name, str) and _PERCENTAGE.fullmatch(name) is not None
         if percentage and isinstance(value, (int, float)) and not 0 <= value <= 100:
             found.problems.append(f"metrics: {name} is {value:g}; valid: from 0 to 100 percent")
-    return metrics
 
 
 def _metrics_of_run(found: Source, table: bytes) -> None:

@@ -166,8 +166,8 @@ def publish(
         add_record(record, path, replace=replace, expected=earlier)
     except (OSError, ManifestError) as error:
         raise NotRecordedError(
-            f"{repo_id} holds {record.id} at commit {revision}, but it is not in the manifest {path}: {error}. Nothing "
-            "is lost: once that is mended, publish again as before; no new commit will be made, and it will be recorded"
+            f"{repo_id} holds {record.id} at commit {revision}, but it is not in the manifest {path}: {error}. Fix "
+            "that, then publish again with the same arguments: no new commit is made, and the record is added"
         ) from error
     return Publication(record=record, files=files, committed=committed, recorded=True)
 
@@ -250,7 +250,7 @@ def _check_recipe(found: Source) -> None:
 
 
 def _check_facts(found: Source) -> None:
-    """What a publication must say."""
+    """Check that everything a publication needs is known."""
     reasons = found.problems
     if not found.metrics and not any(reason.startswith("metrics") for reason in reasons):
         reasons.append(f"metrics are missing: neither {CSV} nor {JSON} is there; pass a file as `metrics`")
