@@ -1,4 +1,4 @@
-"""What the tests of the layer share: making layers with random contents, and comparing them with the reference."""
+"""Helpers of the layer's tests: layers with random parameters and statistics, and comparisons with the reference."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make_layer(
     cls: Callable[..., nn.Module] | None = None,
     **settings: Any,
 ) -> nn.Module:
-    """A UBN layer of which every parameter and every statistic is random, with its gate open or shut."""
+    """A UBN layer with random parameters and statistics, and an open or a closed gate."""
     layer = (cls or ubn_zoo.UnifiedBatchNorm2d)(num_features, **settings)
     return randomize(layer, seed, gate)
 
@@ -118,7 +118,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameter gradients that are there."""
+    """Copies of all parameter gradients that exist."""
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -146,7 +146,7 @@ def assert_state(layer: nn.Module, expected: reference.State, dtype: torch.dtype
 
 
 def assert_step(layer: nn.Module, x: Tensor, grad_y: Tensor, dtype: torch.dtype | None = None) -> reference.Result:
-    """One step of `layer` on `x`, all of it compared with the reference; returns the reference's result."""
+    """Compares every result of one step of `layer` on `x` with the reference; returns the reference's result."""
     dtype = dtype or x.dtype
     expected = reference.run_like(layer, x, grad_y)
     y, grad_x = step(layer, x, grad_y)

@@ -1,7 +1,7 @@
-"""Compiles the layer's kernels for GPUs that need not be there, and prints what they take; run by `test_kernels.py`.
+"""Compiles the layer's kernels without a GPU, and prints the resources they need; run by `test_kernels.py`.
 
-The launchers run on tensors without values, their kernels replaced by recorders, so what is compiled has the blocks and
-the types of real launches.
+The launchers run on tensors without values, with recorders instead of kernels, so that the kernels are compiled with
+the blocks and types of real launches.
 
     python compile_kernels.py 90 '{"shape": [8, 64, 56, 56], "dtype": "bfloat16", "kernel": 3, "last": true}' ...
 """
@@ -36,7 +36,7 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorder:
-    """Stands for a kernel and keeps the arguments of its launches."""
+    """Replaces a kernel and records the arguments of its launches."""
 
     def __init__(self, name: str, kernel: Any, launches: list[tuple[str, Any, dict[str, Any]]]) -> None:
         self.name, self.kernel, self.launches = name, kernel, launches

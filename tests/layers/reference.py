@@ -1,9 +1,8 @@
 """The equations of Unified Batch Normalization (arXiv 2311.15993), stated a second time for the tests.
 
-Everything is float64 and written the long way round: cosines pair by pair, centered variances, the calibrated features
-formed in full, the depthwise convolution as a padded sum over its taps. It shares nothing with `ubn_zoo`, so that
-the two can only agree by being right. All of it is differentiable by autograd, except the similarity, which has no
-gradient.
+Everything is float64 and written out: cosines pair by pair, centered variances, the calibrated features in full, the
+depthwise convolution as a padded sum over its taps. It shares no code with `ubn_zoo`, so the two agree only if both are
+right. Autograd differentiates everything except the similarity, which has no gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is learned. None where a part is switched off."""
+    """The learned parameters; None for a part that is switched off."""
 
     weight: Tensor | None = None  # (C, 1, k, k)
     bias: Tensor | None = None  # (C,)
@@ -37,13 +36,13 @@ class Parameters:
     scale_bias: Tensor | None = None  # (C,)
 
     def items(self) -> list[tuple[str, Tensor]]:
-        """The parameters that are there, by name."""
+        """Names and values of the parameters that are not None."""
         return [(name, value) for name, value in vars(self).items() if value is not None]
 
 
 @dataclass(frozen=True)
 class State:
-    """What training moves. `running_mean` and `running_var` are None where no statistics are tracked."""
+    """The buffers. `running_mean` and `running_var` are None where no statistics are tracked."""
 
     running_mean: Tensor | None  # (C,)
     running_var: Tensor | None  # (C,)
@@ -207,5 +206,5 @@ def settings_of(layer: torch.nn.Module) -> Settings:
 
 
 def run_like(layer: torch.nn.Module, x: Tensor, grad_y: Tensor) -> Result:
-    """What `layer` should do with `x` in its present mode, computed without it and without moving its state."""
+    """The expected results of `layer` on `x` in its present mode; its state does not move."""
     return run(x, grad_y, parameters_of(layer), state_of(layer), settings_of(layer), layer.training)

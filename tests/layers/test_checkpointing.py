@@ -1,8 +1,8 @@
 """Activation checkpointing runs a layer's forward a second time during backward.
 
 The state must move once, and the second run must normalize as the first did: on the same side of the gate, with the
-running statistics of that time. Both would go unnoticed with BatchNorm, whose gradients do not depend on its state, so
-every test here poises the gate such that moving the state twice would flip it.
+same running statistics. BatchNorm would hide both errors, because its gradients do not depend on its state. So every
+test here sets the gate such that moving the state twice would flip it.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class TestOneStep:
         compare(layer, reentrant, train)
 
     def test_channels_last_in_bfloat16_autocast(self, threshold: float, reentrant: bool) -> None:
-        """The second run gets the same values and must not be told apart by their rounding."""
+        """The second run receives the same values, up to rounding, and must find its record."""
         x = random_input((4, 3, 6, 5), dtype=F32)[0].contiguous(memory_format=torch.channels_last)
         model = poise_model(make_model(threshold, F32), x)
         twin = copy.deepcopy(model)

@@ -126,7 +126,7 @@ class TestCompile:
         assert sum(tensor.numel() >= x.numel() for tensor in kept) == 1
 
     def test_across_the_gate_without_recompilation(self) -> None:
-        """The gate flips between steps while the graph stays one and the same."""
+        """The gate flips between steps without another graph."""
         model = small_model(gate=0.4, similarity_momentum=0.6)
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, fullgraph=True, backend=counter)

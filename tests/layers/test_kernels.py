@@ -1,7 +1,7 @@
 """The Triton kernels: in Triton's interpreter on the CPU, or natively where there is a GPU.
 
-Everything is compared with the float64 reference. What an interpreter cannot tell, whether the kernels compile and
-what they take of a GPU, is found by compiling them for GPUs that need not be there.
+Everything is compared with the float64 reference. Whether the kernels compile, and the registers and memory they need,
+is tested by compiling them for GPUs that need not be present.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ both_gates = pytest.mark.parametrize("gate", [OPEN, SHUT], ids=["open", "shut"])
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Sends the tensors of these tests through the kernels; lists the launchers that were called."""
+    """Lets the kernels compute the tensors of these tests; lists the launchers that were called."""
     called: list[str] = []
     launch = operators._launch
 
@@ -881,7 +881,7 @@ class TestCompile:
 
     @pytest.mark.parametrize("cls", [ubn_zoo.UnifiedBatchNorm2d, ubn_zoo.UnifiedBatchNormAct2d])
     def test_checkpointing(self, cls: type[nn.Module], launches: list[str]) -> None:
-        """A compiler that is told to run the layer again in backward."""
+        """Compiled checkpointing, where the compiler recomputes the layer in backward."""
 
         class Checkpointed(nn.Sequential):
             def forward(self, input: Tensor) -> Tensor:
