@@ -64,6 +64,7 @@ def test_converted_tag_names_its_repository(hub: HubServer, tmp_path: Path) -> N
     assert cli.main(["convert", tag, "--output", str(output), "--cache-dir", str(tmp_path / "cache")]) == 0
     said = metadata(output)
     assert (said["converted_from"], said["base_model"]) == (f"{SIBLING}.lamb_in1k", repository)
+    assert said["base_revision"] == hub.repositories[repository].refs["main"]
 
 
 def test_authors_format(tmp_path: Path) -> None:
@@ -110,6 +111,11 @@ def test_existing_file_is_replaced_only_by_force(
     assert cli.main(arguments(source, output, "--force")) == 0
     assert output.read_bytes() == first
     assert {path.name for path in tmp_path.iterdir()} == {source.name, broken.name, output.name}
+
+
+def test_other_endings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", NAME, "--output", str(tmp_path / "ubn.pth")]) == 1
+    assert "valid: a name that ends in .safetensors" in capsys.readouterr().err
 
 
 class Bomb:

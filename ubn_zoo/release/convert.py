@@ -10,6 +10,7 @@ from typing import Any
 import safetensors.torch
 import timm
 
+from ubn_zoo.errors import InvalidArgumentError
 from ubn_zoo.hub.fetch import cached_path
 from ubn_zoo.models import catalog
 from ubn_zoo.models.catalog import Entry
@@ -45,11 +46,11 @@ def convert(
         CheckpointError: The weights do not fit the model, or are not finite.
         FileExistsError: `output` exists, and `force` is not set.
         HubError: The weights cannot be downloaded.
-        ValueError: `output` does not end in ``.safetensors``.
+        InvalidArgumentError: `output` does not end in ``.safetensors``.
     """
     entry, target = catalog.describe(name), Path(output)
     if target.suffix != ".safetensors":
-        raise ValueError(f"received the output {target}; valid: a name that ends in .safetensors")
+        raise InvalidArgumentError(f"received the output {target}; valid: a name that ends in .safetensors")
     if target.exists() and not force:
         raise FileExistsError(f"{target}: exists already; choose another name, or pass `force=True` to replace it")
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
