@@ -4,4 +4,6 @@ import sys
 
 from ubn_zoo.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.argv[0] = "ubn-zoo"  # runs record the command that started them
+    sys.exit(main())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pkgutil
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,6 @@ import torch
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
 from ubn_zoo import __version__, cli
-from ubn_zoo.cli import quickstart
 from ubn_zoo.hub import fetch as hub
 from ubn_zoo.hub import manifest
 from ubn_zoo.hub.manifest import load_manifest
@@ -206,14 +208,6 @@ def test_recipes_that_are_not_there_or_not_valid_are_errors(capsys: pytest.Captu
     assert "epoch: unknown key; did you mean 'epochs'?" in err and err.count("\n") == 1
 
 
-def test_quickstart_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
-    monkeypatch.setattr(quickstart, "main", lambda arguments: seen.append(list(arguments)) or 7)
-    assert cli.main(["quickstart", "--output", "x", "--force"]) == 7
-    assert cli.main(["quickstart"]) == 7
-    assert seen == [["--output", "x", "--force"], []]
-
-
 @pytest.mark.parametrize(
     "arguments", [[], ["lst"], ["list", "a", "b"], ["info"], ["recipes", "a", "b"], ["list", "--nosuch"]]
 )
@@ -224,14 +218,48 @@ def test_wrong_command_lines_exit_with_2(capsys: pytest.CaptureFixture[str], arg
     assert "usage: ubn-zoo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["list", "--help"], ["info", "-h"], ["recipes", "-h"], ["quickstart", "--help"]]
-)
-def test_help_is_there(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+COMMANDS = [module.name for module in pkgutil.iter_modules(cli.__path__) if not module.name.startswith("_")]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
+        cli.main(["--help"])
     assert caught.value.code == 0
-    assert "usage: ubn-zoo" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^    {name.replace('_', '-')}\b", text, re.MULTILINE) for name in COMMANDS)
+    assert {"train", "validate", "analyze", "quickstart", "list", "info", "recipes"} < set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_says_what_it_does_and_shows_an_example(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    name = name.replace("_", "-")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: ubn-zoo {name} ")
+    (examples,) = re.findall(r"^Examples:\n((?:    .+\n)+)", text, re.MULTILINE)
+    commands = [line.strip() for line in examples.splitlines()]
+    for line in commands:
+        program, *arguments = shlex.split(line.replace("-m ubn_zoo", "ubn-zoo"))
+        arguments = arguments[arguments.index("ubn-zoo") + 1 :] if program == "torchrun" else arguments
+        assert (arguments[0], cli._parser().parse_args(arguments).command) == (name, name), line
+
+
+@pytest.mark.parametrize("name", ["analyze", "train", "validate"])
+def test_scripts_of_a_clone_are_the_commands(name: str) -> None:
+    script = Path(cli.__file__).parents[2] / "scripts" / f"{name}.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith(f"usage: ubn-zoo {name} ")
+
+
+def test_commands_import_their_work_when_they_run() -> None:
+    code = "import sys, ubn_zoo.cli; ubn_zoo.cli._parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    rooms = {name.split(".")[1] for name in done.stdout.split() if name.startswith("ubn_zoo.")}
+    assert not rooms & {"data", "evaluation", "recipes", "release", "training"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,3 +300,14 @@ def test_listing_builds_no_model(capsys: pytest.CaptureFixture[str], monkeypatch
 
     monkeypatch.setattr(torch.nn.Module, "__init__", fail)
     assert len(listed(capsys, "--tags")) >= len(ARCHITECTURES)
+
+
+def test_recipes_list_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "recipes", "--fields")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines() if not line.startswith(" ")] == [
+        field.name for field in dataclasses.fields(Recipe)
+    ]
+    assert "\nlabel_smoothing  (float, default 0.0)\n" in out
+    rows = json.loads(run(capsys, "recipes", "--fields", "--json")[1])
+    assert all(row["meaning"] and row["valid"] for row in rows)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from ubn_zoo import cli
-from ubn_zoo.cli import quickstart
-from ubn_zoo.cli.quickstart import QuickstartError, load_digits
+from ubn_zoo.errors import QuickstartError
+from ubn_zoo.training import quickstart
+from ubn_zoo.training.quickstart import load_digits
 
 RESULTS = ("  fine-tuned from CIFAR-10", "  from scratch  ")
 SMALL = ["--set", "epochs=1", "batch_size=64", "img_size=32", "warmup_epochs=0", "--threads", "1"]
@@ -93,7 +94,7 @@ def test_quickstart_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     written = (output / "model/model.safetensors").stat().st_mtime_ns
     assert cli.main(arguments) == 0
     second = capsys.readouterr().out
-    assert "finished outputs of an earlier run" in second
+    assert "the finished outputs of an earlier run" in second
     assert "epoch" not in second
     assert (output / "model/model.safetensors").stat().st_mtime_ns == written
     assert accuracies(second) == accuracies(first)
@@ -112,14 +113,14 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    assert quickstart.main(["--output", str(tmp_path), *SMALL]) == 1
+    assert cli.main(["quickstart", "--output", str(tmp_path), *SMALL]) == 1
     assert 'pip install "ubn-zoo[quickstart]"' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("_threads")
 def test_settings_that_are_not_valid_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert quickstart.main(["--output", str(tmp_path), "--set", "epoch=1"]) == 1
+    assert cli.main(["quickstart", "--output", str(tmp_path), "--set", "epoch=1"]) == 1
     assert "epoch: unknown key" in capsys.readouterr().err
 
 

@@ -1,13 +1,11 @@
-"""The script that measures accuracy, from its command line to its results file."""
+"""The command that measures accuracy, from its command line to its results file."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
@@ -20,20 +18,14 @@ from PIL import Image
 from timm.models._hub import save_config_for_hf
 
 from tests.images import write_image, write_image_folder
+from ubn_zoo import cli
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "validate.py"
 MODEL = "resnet10t_ubn"
 IMAGES = 13
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("validate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def validate(arguments: list[str]) -> int:
+    return cli.main(["validate", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +83,10 @@ def logits_of(run_folder: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("dataset", ["folder", "memory"])
 def test_a_run_is_measured_by_its_own_configuration(
-    dataset: str, script: ModuleType, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: str, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "results.csv"
-    assert script.main(options(data, run=run_folder, csv=table, dataset=dataset)) == 0
+    assert validate(options(data, run=run_folder, csv=table, dataset=dataset)) == 0
     logits, labels = logits_of(run_folder, data)
     (row,) = rows(table)
     top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
@@ -110,7 +102,7 @@ def test_a_run_is_measured_by_its_own_configuration(
     assert printed.endswith(f"{IMAGES} images\n")
 
 
-def test_results_of_several_are_added(script: ModuleType, data: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_results_of_several_are_added(data: Path, run_folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "results.csv"
     weights = tmp_path / "weights.safetensors"
     torch.manual_seed(2)
@@ -121,7 +113,7 @@ def test_results_of_several_are_added(script: ModuleType, data: Path, run_folder
         {"run": run_folder, "samples": 4, "split": "train"},
     ]
     for change in changes:
-        assert script.main(options(data, csv=table, **change)) == 0
+        assert validate(options(data, csv=table, **change)) == 0
     averaged, other, few = rows(table)
     # All weights are zero, so all classes are equally probable.
     assert float(averaged["loss"]) == pytest.approx(float(numpy.log(2)), abs=1e-6)
@@ -136,7 +128,7 @@ def test_results_of_several_are_added(script: ModuleType, data: Path, run_folder
 
 
 def test_the_command_says_what_is_wrong(
-    script: ModuleType, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "other.csv").write_text("a,b\n", encoding="utf-8")
     write_image(tmp_path / "test" / "cat" / "1.png", numpy.zeros((8, 8, 3), numpy.uint8))
@@ -154,17 +146,17 @@ def test_the_command_says_what_is_wrong(
         (options(data, run=run_folder, dataset="files"), "dataset: received 'files'; valid: "),
     ]
     for arguments, message in wrong:
-        assert script.main(arguments) == 1
+        assert validate(arguments) == 1
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith("validate: ")
+        assert printed.err.startswith("ubn-zoo: ")
         assert message in printed.err
         assert printed.err.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_the_script_runs_by_itself(data: Path, run_folder: Path) -> None:
-    command = [sys.executable, str(SCRIPT), *options(data, run=run_folder, threads=1)]
+    command = [sys.executable, "scripts/validate.py", *options(data, run=run_folder, threads=1)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{MODEL}: top-1 ")

@@ -152,9 +152,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RANK_SCRIPT = """
 import dataclasses, json, sys
 tests, folder, *arguments = sys.argv[1:]
-sys.path[:0] = [tests, f"{tests}/scripts"]
-import torch, validate
+sys.path.insert(0, tests)
+import torch
 from tests.evaluation.test_accuracy import Table, batches_of
+from ubn_zoo.cli import main
 from ubn_zoo.evaluation.accuracy import measure
 from ubn_zoo.utils.distributed import joined
 torch.set_num_threads(1)
@@ -166,7 +167,7 @@ with joined("cpu", timeout=60) as ranks:
         found = measure(Table(logits), batches, ranks)
         with open(f"{folder}/{total}.{ranks.rank}", "w") as file:
             json.dump(dataclasses.asdict(found), file)
-    validate.validate(validate.parse(arguments), ranks)
+sys.exit(main(["validate", *arguments]))
 """
 
 

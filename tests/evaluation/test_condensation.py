@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubn_zoo import UnifiedBatchNorm2d, convert_sync_ubn, freeze_ubn
+from ubn_zoo import UnifiedBatchNorm2d, cli, convert_sync_ubn, freeze_ubn
 from ubn_zoo.evaluation.condensation import (
     compare_layers,
     format_table,
@@ -430,14 +428,9 @@ def test_tables_are_markdown() -> None:
     assert format_table([]) == ""
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    pytest.importorskip("matplotlib", reason="the script draws")
-    spec = importlib.util.spec_from_file_location("analyze", Path(__file__).parents[2] / "scripts" / "analyze.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def analyze(*arguments: str) -> int:
+    pytest.importorskip("matplotlib", reason="the command draws")
+    return cli.main(["analyze", *arguments])
 
 
 @pytest.fixture
@@ -452,10 +445,10 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "photographs"
 
 
-def test_the_script_measures_as_timm_prepares_images(script: ModuleType, photographs: Path, tmp_path: Path) -> None:
+def test_the_command_measures_as_timm_prepares_images(photographs: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "output"
     name = "regnetx_002_ubn.cifar10"
-    assert script.main(["--model", name, "--data-dir", str(photographs), "--output", str(output)]) == 0
+    assert analyze("--model", name, "--data-dir", str(photographs), "--output", str(output)) == 0
     model = timm.create_model(name, pretrained=True)
     transform = create_transform(**resolve_model_data_config(model))
     prepared = [transform(Image.open(path).convert("RGB")) for path in sorted(photographs.rglob("*.png"))]
@@ -466,13 +459,11 @@ def test_the_script_measures_as_timm_prepares_images(script: ModuleType, photogr
     assert sorted(path.name for path in output.iterdir()) == ["similarity.csv", "similarity.png"]
 
 
-def test_the_script_takes_a_checkpoint_with_its_number_of_classes(
-    script: ModuleType, photographs: Path, tmp_path: Path
-) -> None:
+def test_the_command_takes_a_checkpoint_with_its_number_of_classes(photographs: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file(build("resnet10t").state_dict(), tmp_path / "bn.safetensors")
     arguments = ["--checkpoint", str(tmp_path / "bn.safetensors"), "--data-dir", str(photographs), "--img-size", "32"]
     for name in ("resnet10t", "resnet10t_ubn"):
-        assert script.main(["--model", name, *arguments, "--output", str(tmp_path / name)]) == 0
+        assert analyze("--model", name, *arguments, "--output", str(tmp_path / name)) == 0
     plain, twin = (read_similarity(tmp_path / name / "similarity.csv") for name in ("resnet10t", "resnet10t_ubn"))
     # A UBN model made of BatchNorm's weights computes the same function.
     for row, other in zip(plain, twin, strict=True):
@@ -480,28 +471,28 @@ def test_the_script_takes_a_checkpoint_with_its_number_of_classes(
         assert row.similarity == pytest.approx(other.similarity, abs=1e-4)
 
 
-def test_the_script_compares_runs(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run, value in (("bn/0", 0.5), ("ubn/0", 0.25)):
         (tmp_path / run).mkdir(parents=True)
         write_similarity(tmp_path / run / "similarity.csv", rows_of([value, value]))
     runs = [str(tmp_path / "bn" / "0"), str(tmp_path / "ubn" / "0")]
-    assert script.main(["--runs", *runs, "--output", str(tmp_path / "both")]) == 0
+    assert analyze("--runs", *runs, "--output", str(tmp_path / "both")) == 0
     assert "| depth | layer |  bn/0 | ubn/0 |" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "both").iterdir()] == ["similarity.png"]
-    assert script.main(["--runs", runs[0], "--output", str(tmp_path / "one")]) == 0
+    assert analyze("--runs", runs[0], "--output", str(tmp_path / "one")) == 0
     assert "| depth | layer |     0 |" in capsys.readouterr().out
 
 
-def test_the_script_reports_errors_in_a_line(
-    script: ModuleType, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_reports_errors_in_a_line(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = ["--output", str(tmp_path / "output")]
-    assert script.main(["--runs", str(tmp_path / "missing"), *output]) == 1
+    assert analyze("--runs", str(tmp_path / "missing"), *output) == 1
     arguments = ["--model", "regnetx_002_ubn.cifar10", "--data-dir", str(photographs), *output]
-    assert script.main([*arguments, "--images", "1"]) == 1
-    assert script.main([*arguments, "--checkpoint", str(tmp_path / "none.safetensors")]) == 1
+    assert analyze(*arguments, "--images", "1") == 1
+    assert analyze(*arguments, "--checkpoint", str(tmp_path / "none.safetensors")) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["analyze"] * 3
+    assert [line.partition(":")[0] for line in lines] == ["ubn-zoo"] * 3
     with pytest.raises(SystemExit):
-        script.main(["--model", "resnet10t"])
+        analyze("--model", "resnet10t")
     assert "--model needs --data-dir" in capsys.readouterr().err

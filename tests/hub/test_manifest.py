@@ -41,7 +41,7 @@ def bundled() -> dict[str, Any]:
         },
         "num_classes": 10,
         "license": "apache-2.0",
-        "origin": {"data": "CIFAR-10", "trained": "scripts/train_cifar10.py"},
+        "origin": {"data": "CIFAR-10", "trained": "ubn-zoo train"},
         "recipe": {"name": "cifar10_small", "sha256": "f" * 64},
         "metrics": [
             {
@@ -49,7 +49,7 @@ def bundled() -> dict[str, Any]:
                 "value": 90,
                 "dataset": "CIFAR-10",
                 "split": "test",
-                "measured": {"command": "python scripts/validate.py", "seeds": [0, 1], "commit": "a" * 40},
+                "measured": {"command": "ubn-zoo validate", "seeds": [0, 1], "commit": "a" * 40},
             }
         ],
         "description": "A small ResNet.",

@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ import timm
 import torch
 
 from tests.images import RECIPE, striped_images, write_image_folder
+from ubn_zoo.cli import main
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.data.readers import DataError
 from ubn_zoo.evaluation.metrics import read_metrics, read_similarity
@@ -36,7 +36,6 @@ from ubn_zoo.training.run import RunError, run
 from ubn_zoo.utils.distributed import Ranks
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "train.py"
 TIMED = ("seconds", "step_ms", "images_per_second")
 
 
@@ -51,7 +50,7 @@ def change(**settings: Any) -> Recipe:
 
 def command(recipe: Path, images: Path, output: Path, *settings: str) -> list[str]:
     where = ["--recipe", str(recipe), "--data-dir", str(images), "--output", str(output)]
-    return [sys.executable, str(SCRIPT), *where, *(["--set", *settings] if settings else [])]
+    return [sys.executable, "-m", "ubn_zoo", "train", *where, *(["--set", *settings] if settings else [])]
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> Path:
@@ -237,7 +236,7 @@ def test_sigterm_saves_and_ends_cleanly(workers: int, images: Path, tmp_path: Pa
     os.killpg(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "stopped by SIGTERM; its state is saved, the same command goes on" in out
+    assert "stopped by SIGTERM; the state is saved, and the same command resumes" in out
     assert "Traceback" not in errors
     found = newest_snapshot(folder / "checkpoints")
     assert found is not None
@@ -356,15 +355,14 @@ def test_data_that_changed_is_told(images: Path, tmp_path: Path, caplog: pytest.
 def test_the_command_says_what_is_wrong_in_one_line(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = runpy.run_path(str(SCRIPT))["main"]
     recipe = write_recipe(tmp_path, RECIPE)
     for arguments, message in (
-        (command(recipe, images, tmp_path / "a", "epoch=3"), "train: epoch: unknown key; did you mean 'epochs'"),
-        (command(tmp_path / "no.yaml", images, tmp_path / "a"), "train: no file"),
-        (command(recipe, tmp_path / "nowhere", tmp_path / "a"), "train: "),
-        (command(recipe, images, tmp_path / "a", "device=cuda:7"), "train: device: received 'cuda:7'"),
+        (command(recipe, images, tmp_path / "a", "epoch=3"), "ubn-zoo: epoch: unknown key; did you mean 'epochs'"),
+        (command(tmp_path / "no.yaml", images, tmp_path / "a"), "ubn-zoo: no file"),
+        (command(recipe, tmp_path / "nowhere", tmp_path / "a"), "ubn-zoo: "),
+        (command(recipe, images, tmp_path / "a", "device=cuda:7"), "ubn-zoo: device: received 'cuda:7'"),
     ):
-        assert main(arguments[2:]) == 1
+        assert main(arguments[3:]) == 1
         shown = capsys.readouterr()
         assert not shown.out
         assert shown.err.startswith(message), shown.err
@@ -417,7 +415,7 @@ def test_a_rank_that_dies_is_told_and_torchrun_starts_again(images: Path, tmp_pa
     # The second rank dies once, in the middle of the third epoch.
     script.write_text(
         f"""
-import os, runpy, signal, sys
+import os, signal, sys
 mark = {str(tmp_path / "died")!r}
 if os.environ["RANK"] == "1" and not os.path.exists(mark):
     from ubn_zoo.training import engine as train
@@ -429,12 +427,12 @@ if os.environ["RANK"] == "1" and not os.path.exists(mark):
             os.kill(os.getpid(), signal.SIGKILL)
         real(job, parts)
     train._update = update
-sys.argv[0] = {str(SCRIPT)!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
+from ubn_zoo.cli import main
+sys.exit(main())
 """
     )
     arguments = command(recipe, images, folder)
-    arguments[1] = str(script)
+    arguments[1:3] = [str(script)]
     done = subprocess.run(torchrun(arguments, 2, "--max-restarts=1"), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "died").exists()

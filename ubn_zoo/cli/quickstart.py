@@ -1,322 +1,48 @@
-"""The main job in one go: load the bundled model, fine-tune it on real images, save it, read it back, show predictions.
+"""Fine-tune a bundled model on real images.
 
-`python -m ubn_zoo.cli.quickstart` is `ubn-zoo quickstart`. It needs the extra `ubn-zoo[quickstart]` and no network.
+Trains, saves the model, reads it back in a fresh process, and draws its predictions.
+
+Examples:
+    ubn-zoo quickstart
+    ubn-zoo quickstart --output quickstart --set epochs=2
+
+Needs `pip install "ubn-zoo[quickstart]"` and no network. A second run reports the finished results again.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import timm
-import torch
-from timm.models._hub import save_for_hf
-from torch import Tensor, nn
-
-from ubn_zoo import __version__
-from ubn_zoo.data.loaders import MemoryEval, MemoryTrain, eval_input, normalization
-from ubn_zoo.data.memory import ImageSet, Normalizer
-from ubn_zoo.errors import QuickstartError
-from ubn_zoo.evaluation.accuracy import predict, predict_as_configured
-from ubn_zoo.evaluation.metrics import EpochMetrics
-from ubn_zoo.hub.manifest import load_manifest
-from ubn_zoo.recipes.schema import Recipe, RecipeError, apply_settings, decisive_settings, load_recipe
-from ubn_zoo.training.engine import build_model, complete, fit
-from ubn_zoo.utils.distributed import Ranks
-from ubn_zoo.utils.progress import Progress
-
-__all__ = ["check_saved_model", "load_digits", "main", "run_quickstart"]
-
-RECIPE = "digits_finetune"
-HELD_OUT = 450
-GRID = (5, 10)
-FILES = ("model/config.json", "model/model.safetensors", "logits.safetensors")
-PICTURE = "predictions.png"
-INSTALL = 'pip install "ubn-zoo[quickstart]"'
 
 
-def _require(*packages: str) -> None:
-    """Fail early, and say how to install it, if a package of the extra is missing."""
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise QuickstartError(f"the quickstart needs {package}, which cannot be imported; {INSTALL}") from error
-
-
-def load_digits() -> tuple[ImageSet, ImageSet]:
-    """scikit-learn's 1,797 handwritten digits as training and held-out images; the split is fixed and stratified.
-
-    Returns:
-        1,347 training and 450 held-out images, (N, 3, 8, 8) each, three equal channels.
-
-    Raises:
-        QuickstartError: scikit-learn is not installed.
-    """
-    _require("sklearn")
-    from sklearn import datasets, model_selection
-
-    digits = datasets.load_digits()
-    # Ink is 0 to 16.
-    pixels = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)
-    images = pixels[:, None].expand(-1, 3, -1, -1).contiguous()
-    labels = torch.from_numpy(digits.target).long()
-    classes = tuple(str(name) for name in digits.target_names)
-    parts = model_selection.train_test_split(
-        range(len(labels)), test_size=HELD_OUT, stratify=digits.target, random_state=0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart_output"), metavar="DIR", help="folder of the results"
     )
-    train, test = (ImageSet(images[part], labels[part], classes) for part in map(torch.tensor, parts))
-    return train, test
-
-
-def _train(recipe: Recipe, train: ImageSet, test: ImageSet, label: str) -> tuple[nn.Module, float]:
-    """Fine-tune, or train from scratch; return the model and its held-out accuracy in percent."""
-    model: Any = build_model(recipe)
-    progress = Progress(label)
-
-    def on_epoch(row: EpochMetrics, layers: object) -> None:
-        nonlocal progress
-        progress.close()
-        print(
-            f"  {label}: epoch {row.epoch}/{recipe.epochs}, loss {row.train_loss:.3f}, "
-            f"held-out accuracy {row.top1:.1f} %, {row.seconds:.0f} s",
-            flush=True,
-        )
-        progress = Progress(label)
-
-    outcome = fit(
-        recipe,
-        model,
-        MemoryTrain(recipe, train, Ranks()),
-        MemoryEval(recipe, test, Ranks()),
-        on_step=lambda done, total: progress(done, total),
-        on_epoch=on_epoch,
+    parser.add_argument("--force", action="store_true", help="repeat the quickstart even if its results exist")
+    # With batches this small a second thread gains a fifth, and one thread gives the same numbers everywhere.
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's CPU threads (default: 1)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="change the recipe digits_finetune"
     )
-    return outcome.model, outcome.metrics[-1].top1
-
-
-def _save(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Path) -> None:
-    """Write a model as timm's Hub layout, config.json and model.safetensors, no pickle."""
-    side = recipe.img_size
-    save_for_hf(
-        model.to(memory_format=torch.contiguous_format),  # the only one that safetensors stores
-        str(folder),
-        model_config={
-            "label_names": list(classes),
-            "pretrained_cfg": {
-                "tag": "digits_quickstart",
-                "description": "CIFAR-10 model fine-tuned on scikit-learn's handwritten digits by ubn-zoo quickstart",
-                "origin_url": None,  # that of the weights it started from
-            },
-        },
-        data_config={
-            "input_size": (3, side, side),
-            "mean": recipe.mean,
-            "std": recipe.std,
-            "interpolation": recipe.interpolation,
-            "crop_pct": 1.0,
-        },
-        safe_serialization=True,
-    )
-
-
-def check_saved_model(output: str | os.PathLike[str]) -> int:
-    """Read a saved model through timm and compare its predictions with those it had when it was saved.
-
-    Args:
-        output: Folder of a quickstart.
-
-    Returns:
-        How many held-out images were compared.
-
-    Raises:
-        QuickstartError: There is no saved model, or the predictions differ.
-    """
-    folder = Path(output)
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise QuickstartError(f"{folder} has no {', '.join(missing)}; run the quickstart first")
-    _, test = load_digits()
-    model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True)
-    expected = safetensors.torch.load_file(folder / "logits.safetensors")["logits"]
-    found = predict_as_configured(model, test.images)
-    if not torch.equal(found, expected):
-        different = int((found.argmax(1) != expected.argmax(1)).sum())
-        gap = float((found - expected).abs().max())
-        raise QuickstartError(
-            f"{folder / 'model'}: read back, {different} of {len(test)} predictions differ (logits by up to {gap:.3g})"
-        )
-    return len(test)
-
-
-def _check_in_fresh_process(output: Path) -> None:
-    """Run `check_saved_model` in a new interpreter, so that nothing of this one can help."""
-    command = [sys.executable, "-m", "ubn_zoo.cli.quickstart", "--check", "--output", str(output)]
-    command += ["--threads", str(torch.get_num_threads())]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_OFFLINE})
-    if found.returncode:
-        raise QuickstartError(f"the saved model failed its check in a fresh process:\n{found.stderr.strip()}")
-    print(f"  {found.stdout.strip()}")
-
-
-_OFFLINE = {"HF_HUB_OFFLINE": "1"}
-
-
-def _plot(test: ImageSet, logits: Tensor, path: Path) -> None:
-    """Draw held-out images with prediction and confidence; wrong ones first, framed in red, with their true class."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    rows, columns = GRID
-    confidence, predicted = logits.softmax(1).max(1)
-    wrong = predicted != test.labels
-    # Half of the picture at most, so that it does not look worse than the model is.
-    order = [*torch.where(wrong)[0].tolist()[: rows * columns // 2], *torch.where(~wrong)[0].tolist()]
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(1.15 * columns, 1.4 * rows + 0.6), layout="constrained")
-        count = int(wrong.sum())
-        shown = f"; the {min(count, rows * columns // 2)} wrong ones in red come first" if count else ""
-        figure.suptitle(f"scikit-learn digits, held out: {len(test) - count} of {len(test)} right{shown}")
-        for axes, index in zip(figure.subplots(rows, columns).flat, order, strict=False):
-            missed = bool(wrong[index])
-            axes.imshow(test.images[index, 0].numpy(), cmap="gray_r", vmin=0, vmax=255)
-            title = f"{test.classes[int(predicted[index])]}  {100 * float(confidence[index]):.0f} %"
-            if missed:
-                title += f"\n(is {test.classes[int(test.labels[index])]})"
-            axes.set_title(title, color="tab:red" if missed else "black", pad=3)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set_edgecolor("tab:red" if missed else "0.7")
-                spine.set_linewidth(2.5 if missed else 0.8)
-        figure.savefig(path, dpi=120)
-
-
-def _fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Everything that decides the results, to tell whether finished outputs are still those of this installation."""
-    record = load_manifest().get(f"{recipe.model}_ubn.{recipe.pretrained_tag}")
-    settings = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in decisive_settings(recipe).items()
-    }
-    return {
-        "recipe": settings,
-        "weights": record.sha256,
-        "threads": torch.get_num_threads(),
-        "versions": {"ubn_zoo": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
-    }
-
-
-def _finished(output: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of an earlier, complete quickstart of the same fingerprint."""
-    path = output / "summary.json"
-    if not path.is_file() or not all((output / name).is_file() for name in (*FILES, PICTURE)):
-        return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return summary if isinstance(summary, dict) and summary.get("fingerprint") == fingerprint else None
-
-
-def _report(summary: dict[str, Any], output: Path) -> None:
-    print("\nheld-out accuracy after the same number of steps:")
-    print(f"  fine-tuned from CIFAR-10  {summary['fine_tuned']:.1f} %")
-    print(f"  from scratch              {summary['from_scratch']:.1f} %")
-    print(f"\nmodel:       {output / 'model'}  (config.json, model.safetensors)")
-    print(f"predictions: {output / PICTURE}")
-    print(f'load it:     import ubn_zoo, timm; timm.create_model("local-dir:{output / "model"}", pretrained=True)')
-
-
-def run_quickstart(output: str | os.PathLike[str], *, settings: Sequence[str] = (), force: bool = False) -> None:
-    """Fine-tune the bundled model on handwritten digits, beside the same model from scratch; save, read back, plot.
-
-    Args:
-        output: Folder for the results; finished ones of the same installation are shown again, not made again.
-        settings: Changes to the recipe, ``key=value`` each.
-        force: Make them again all the same.
-
-    Raises:
-        QuickstartError: A package is missing, or the saved model does not read back with the same predictions.
-        RecipeError: A setting is not valid.
-    """
-    start = time.monotonic()
-    _require("sklearn", "matplotlib")
-    folder = Path(output)
-    recipe = complete(apply_settings(load_recipe(RECIPE), settings))
-    fingerprint = _fingerprint(recipe)
-    earlier = None if force else _finished(folder, fingerprint)
-    if earlier is not None:
-        print(f"finished outputs of an earlier run are in {folder}; using them again (--force makes new ones)")
-        _check_in_fresh_process(folder)
-        _report(earlier, folder)
-        return
-    train, test = load_digits()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").unlink(missing_ok=True)
-    name = f"{recipe.model}_ubn.{recipe.pretrained_tag}"
-    print(f"1/5  fine-tune {name} on {len(train)} digits, {len(test)} held out ({torch.get_num_threads()} threads)")
-    model, fine_tuned = _train(recipe, train, test, "fine-tuned")
-    print("2/5  train the same model from scratch, same budget")
-    _, from_scratch = _train(
-        dataclasses.replace(recipe, pretrained=False, pretrained_tag=None), train, test, "from scratch"
-    )
-    print("3/5  save as safetensors")
-    _save(model, recipe, test.classes, folder / "model")
-    # With the recipe's preprocessing, so that reading back also proves what config.json says of it.
-    logits = predict(
-        model.to(memory_format=torch.channels_last),
-        test.images,
-        Normalizer(*normalization(recipe), torch.device("cpu")),
-        img_size=eval_input(recipe)[0],
-        interpolation=eval_input(recipe)[1],
-    )
-    safetensors.torch.save_file({"logits": logits}, folder / "logits.safetensors")
-    print("4/5  read back through timm in a fresh process")
-    _check_in_fresh_process(folder)
-    print("5/5  draw predictions")
-    _plot(test, logits, folder / PICTURE)
-    summary = {"fingerprint": fingerprint, "fine_tuned": fine_tuned, "from_scratch": from_scratch}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _report(summary, folder)
-    print(f"done in {time.monotonic() - start:.0f} s")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the quickstart from the command line.
-
-    Returns:
-        The exit code, 1 if it failed.
-    """
-    parser = argparse.ArgumentParser(prog="ubn-zoo quickstart", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("quickstart_output"), help="folder for the results")
-    parser.add_argument("--force", action="store_true", help="make the results again, even if they are there")
-    # One by default: with batches this small a second gains a fifth, and the numbers do not depend on the cores.
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=f"change the recipe {RECIPE}")
     parser.add_argument("--check", action="store_true", help="only read the saved model back and compare predictions")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the quickstart, or only its check."""
+    import torch
+
+    from ubn_zoo.training import quickstart
+
     torch.set_num_threads(options.threads)
-    try:
-        if options.check:
-            count = check_saved_model(options.output)
-            print(f"read back: identical predictions for all {count} held-out images")
-        else:
-            run_quickstart(options.output, settings=options.set, force=options.force)
-    except (QuickstartError, RecipeError) as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 1
+    if options.check:
+        count = quickstart.check_saved_model(options.output)
+        print(f"read back: identical predictions for all {count} held-out images")
+    else:
+        quickstart.run_quickstart(options.output, settings=options.set, force=options.force, report=_print)
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _print(text: str) -> None:
+    print(text, flush=True)

@@ -38,6 +38,7 @@ __all__ = [
     "predict",
     "predict_as_configured",
     "result_row",
+    "subject_of",
 ]
 
 _BINS = 15
@@ -94,7 +95,7 @@ class _Counts:
         values = self.sums.cpu().double()
         images = int(values[0])
         if not images:
-            raise ValueError("received 0 images; valid: at least 1")
+            raise EvaluationError("received 0 images; valid: at least 1")
         _, confidence, right = values[4:].view(3, _BINS)
         return Accuracy(
             top1=100.0 * float(values[1]) / images,
@@ -181,7 +182,7 @@ def predict(
         ValueError: There are no images.
     """
     if not len(images):
-        raise ValueError("received 0 images; valid: at least 1")
+        raise EvaluationError("received 0 images; valid: at least 1")
     training = model.training
     model.eval()
     try:
@@ -210,9 +211,11 @@ def predict_as_configured(model: nn.Module, images: Tensor, *, batch_size: int =
     _, height, width = config["input_size"]
     if height != width or config["crop_pct"] != 1.0 or config["interpolation"] not in _RESIZES:
         received = f"{height}x{width}, crop_pct {config['crop_pct']}, {config['interpolation']}"
-        raise ValueError(f"the model's input: received {received}; valid: square, crop_pct 1.0, bilinear or bicubic")
+        raise EvaluationError(
+            f"the model's input: received {received}; valid: square, crop_pct 1.0, bilinear or bicubic"
+        )
     if images.shape[2] != images.shape[3]:
-        raise ValueError(f"images: received {tuple(images.shape)}; valid: square ones")
+        raise EvaluationError(f"images: received {tuple(images.shape)}; valid: square ones")
     device = next(model.parameters()).device
     return predict(
         model.to(memory_format=torch.channels_last),
@@ -280,6 +283,17 @@ def load_subject(
         raise EvaluationError(f"{run or name}: {error}") from error
     records = {record.id: record.sha256 for record in load_manifest().records}
     return Subject(model=model, name=cast(str, name), classes=_label_names(model), sha256=records.get(cast(str, name)))
+
+
+def subject_of(model: nn.Module) -> Subject:
+    """The subject that a model of timm is, such as one that was just trained.
+
+    Args:
+        model: With `num_classes` and `pretrained_cfg`, as timm's models have.
+    """
+    config = cast(Mapping[str, Any], model.pretrained_cfg)
+    name = config.get("architecture") or type(model).__name__
+    return Subject(model=model, name=name, classes=_label_names(model), sha256=None)
 
 
 def _load_run(folder: Path, ema: bool) -> Subject:

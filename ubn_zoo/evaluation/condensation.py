@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ubn_zoo.errors import EvaluationError
 from ubn_zoo.evaluation.metrics import LayerSimilarity
 from ubn_zoo.layers import UnifiedBatchNorm2d
 from ubn_zoo.layers.functional import feature_similarity
@@ -124,7 +125,7 @@ def measure_similarity(
     """
     for name, value in (("batch_size", batch_size), ("samples", samples)):
         if value is not None and value < 2:
-            raise ValueError(f"{name}: received {value}; valid: at least 2, images are compared in pairs")
+            raise EvaluationError(f"{name}: received {value}; valid: at least 2, images are compared in pairs")
     inner = _unwrap(model)
     device = _device(inner)
     layers = norm_layers(inner)
@@ -144,10 +145,10 @@ def measure_similarity(
                 inner(batch.to(device, non_blocking=True))
     if largest < 2:
         received = "no images" if largest == 0 else "one image per batch"
-        raise ValueError(f"images: received {received}; valid: at least 2 in a batch, they are compared in pairs")
+        raise EvaluationError(f"images: received {received}; valid: at least 2 in a batch, they are compared in pairs")
     if not found:
         kinds = "UnifiedBatchNorm2d, BatchNorm2d or SyncBatchNorm"
-        raise ValueError(f"{type(inner).__name__} called no norm layer; a model with {kinds} can be measured")
+        raise EvaluationError(f"{type(inner).__name__} called no norm layer; a model with {kinds} can be measured")
     return tuple(
         _row(epoch, name, depth, layers[name], _weighted_mean(values))
         for depth, (name, values) in enumerate(found.items())
@@ -182,12 +183,14 @@ def _batches(images: Tensor | Iterable[Tensor], batch_size: int) -> Iterable[Ten
 
 def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor):
-        raise ValueError(
+        raise EvaluationError(
             f"images: received {type(images).__name__} as a batch; valid: tensors (N, 3, H, W), without labels"
         )
     if images.ndim != 4 or not images.is_floating_point():
         shown = f"{tuple(images.shape)} {images.dtype}"
-        raise ValueError(f"images: received {shown}; valid: (N, 3, H, W), floating point, normalized for the model")
+        raise EvaluationError(
+            f"images: received {shown}; valid: (N, 3, H, W), floating point, normalized for the model"
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -257,10 +260,10 @@ def _rows_at(label: str, rows: Sequence[LayerSimilarity], epoch: int | None) -> 
     """The rows of one epoch, by default the last, in the order of depth."""
     epochs = sorted({row.epoch for row in rows})
     if not epochs:
-        raise ValueError(f"{label!r}: received no rows of feature similarity; valid: at least one")
+        raise EvaluationError(f"{label!r}: received no rows of feature similarity; valid: at least one")
     wanted = epochs[-1] if epoch is None else epoch
     if wanted not in epochs:
-        raise ValueError(f"{label!r}: received epoch {wanted}; valid: {', '.join(map(str, epochs))}")
+        raise EvaluationError(f"{label!r}: received epoch {wanted}; valid: {', '.join(map(str, epochs))}")
     return sorted((row for row in rows if row.epoch == wanted), key=lambda row: row.depth)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ubn_zoo.errors import EvaluationError
+
 __all__ = [
     "EpochMetrics",
     "LayerSimilarity",
@@ -140,10 +142,12 @@ def _read(path: str | os.PathLike[str], kind: type[_Row], *, labeled: bool) -> t
         reader = csv.reader(file)
         header = next(reader, [])
         if header != names:
-            raise ValueError(f"{path}: received the columns {', '.join(header)}; valid: {', '.join(names)}")
+            raise EvaluationError(f"{path}: received the columns {', '.join(header)}; valid: {', '.join(names)}")
         for values in reader:
             if len(values) != len(names):
-                raise ValueError(f"{path}, line {reader.line_num}: received {len(values)} values; valid: {len(names)}")
+                raise EvaluationError(
+                    f"{path}, line {reader.line_num}: received {len(values)} values; valid: {len(names)}"
+                )
             label = values.pop(0) if labeled else ""
             parsed: dict[str, Any] = {}
             for field, value in zip(fields, values, strict=True):
@@ -152,7 +156,7 @@ def _read(path: str | os.PathLike[str], kind: type[_Row], *, labeled: bool) -> t
                     parsed[field.name] = None if optional and not value else kinds[base](value)
                 except ValueError:
                     where = f"{path}, line {reader.line_num}, {field.name}"
-                    raise ValueError(f"{where}: received {value!r}; valid: {field.type}") from None
+                    raise EvaluationError(f"{where}: received {value!r}; valid: {field.type}") from None
             rows.append((label, kind(**parsed)))
     return tuple(rows)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ubn_zoo.errors import EvaluationError, MissingPackageError
 from ubn_zoo.evaluation.condensation import DEFAULT_THRESHOLD
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, read_metrics, read_similarity
 
@@ -74,7 +75,9 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise ImportError("matplotlib cannot be imported; pip install 'ubn-zoo[quickstart]' brings it") from error
+        raise MissingPackageError(
+            "matplotlib cannot be imported; pip install 'ubn-zoo[quickstart]' brings it"
+        ) from error
     # The default padding leaves so little between panels that one's label seems to belong to the other.
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
 
@@ -143,7 +146,7 @@ def draw_run(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     folder = Path(folder)
     rows = sorted(read_metrics(folder / "metrics.csv"), key=lambda row: row.epoch)
     if not rows:
-        raise ValueError(f"{folder / 'metrics.csv'}: received no rows; valid: at least one epoch, train for one")
+        raise EvaluationError(f"{folder / 'metrics.csv'}: received no rows; valid: at least one epoch, train for one")
     name = f"{rows[-1].model}, {rows[-1].norm}, seed {rows[-1].seed}"
     written = [
         _draw_loss_accuracy(rows, name, folder / "loss_accuracy.png"),
@@ -260,10 +263,12 @@ def _draw_similarity(rows: Sequence[LayerSimilarity], name: str, path: Path) -> 
 
 def _styles(groups: Mapping[str, Sequence[Any]], what: str) -> dict[str, Style]:
     if not 0 < len(groups) <= len(STYLES):
-        raise ValueError(f"received {len(groups)} groups to compare; valid: 1 to {len(STYLES)}, draw several pictures")
+        raise EvaluationError(
+            f"received {len(groups)} groups to compare; valid: 1 to {len(STYLES)}, draw several pictures"
+        )
     for label, members in groups.items():
         if not members:
-            raise ValueError(f"{label!r}: received no {what}; valid: at least one")
+            raise EvaluationError(f"{label!r}: received no {what}; valid: at least one")
     return dict(zip(groups, STYLES, strict=False))
 
 
@@ -328,11 +333,11 @@ def draw_comparison(
         ImportError: matplotlib is missing.
     """
     if x not in ("epoch", "seconds"):
-        raise ValueError(f"x: received {x!r}; valid: 'epoch', 'seconds'")
+        raise EvaluationError(f"x: received {x!r}; valid: 'epoch', 'seconds'")
     styles = _styles(groups, "runs")
     for label, runs in groups.items():
         if not all(runs):
-            raise ValueError(f"{label!r}: received a run without rows; valid: at least one epoch, train for one")
+            raise EvaluationError(f"{label!r}: received a run without rows; valid: at least one epoch, train for one")
     figure = new_figure(10, 4.4)
     figure.suptitle(title, fontsize=11)
     accuracy, loss = figure.subplots(1, 2)
@@ -431,10 +436,10 @@ def draw_scores(
         ImportError: matplotlib is missing.
     """
     if not groups:
-        raise ValueError("received no groups; valid: at least one")
+        raise EvaluationError("received no groups; valid: at least one")
     for label, scores in groups.items():
         if not scores:
-            raise ValueError(f"{label!r}: received no scores; valid: at least one")
+            raise EvaluationError(f"{label!r}: received no scores; valid: at least one")
     figure = new_figure(6.5, 1.2 + 0.38 * len(groups))
     axes = figure.subplots()
     for index, scores in enumerate(groups.values()):

@@ -31,7 +31,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, but not in __all__
 
-from ubn_zoo.errors import ChecksumError, UnsafeFileError
+from ubn_zoo.errors import ChecksumError, InvalidArgumentError, UnsafeFileError
 from ubn_zoo.hub.manifest import MAX_FILE_BYTES, Record, bundled_path
 from ubn_zoo.hub.retry import (
     RETRY_SECONDS_VARIABLE,
@@ -235,13 +235,13 @@ def _checked_filename(filename: str) -> str:
 
 def _checked_revision(revision: str) -> str:
     if not _REVISION.fullmatch(revision) or ".." in revision:
-        raise ValueError(f"received the revision {revision!r}; valid: a 40-digit commit, a tag or a branch")
+        raise InvalidArgumentError(f"received the revision {revision!r}; valid: a 40-digit commit, a tag or a branch")
     return revision
 
 
 def _checked_sha256(sha256: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise ValueError(f"received the sha256 {sha256!r}; valid: 64 lower-case hexadecimal digits")
+        raise InvalidArgumentError(f"received the sha256 {sha256!r}; valid: 64 lower-case hexadecimal digits")
     return sha256
 
 

@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ubn_zoo.errors import HubAccessError, HubError, HubNotFoundError, HubUnavailableError
+from ubn_zoo.errors import HubAccessError, HubError, HubNotFoundError, HubUnavailableError, InvalidArgumentError
 
 __all__ = [
     "RETRY_SECONDS",
@@ -185,7 +185,9 @@ def _retry_seconds() -> float:
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"{RETRY_SECONDS_VARIABLE}: received {value!r}; valid: a number of seconds, 0 or more")
+        raise InvalidArgumentError(
+            f"{RETRY_SECONDS_VARIABLE}: received {value!r}; valid: a number of seconds, 0 or more"
+        )
     return seconds
 
 

@@ -82,7 +82,7 @@ def _environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     if len(given) < len(names) or not all(value.isdigit() for value in given.values()):
         raise RanksError(
             f"the environment has {', '.join(f'{k}={v}' for k, v in given.items())}; valid: all of {', '.join(names)}, "
-            "as torchrun sets them, or none. Start several processes by: torchrun --nproc-per-node N scripts/train.py"
+            "as torchrun sets them, or none. Start several processes by: torchrun --nproc-per-node N -m ubn_zoo train"
         )
     rank, count, local = (int(given[name]) for name in names)
     if not rank < count:

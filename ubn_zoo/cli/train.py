@@ -1,0 +1,92 @@
+"""Train a model by a recipe.
+
+The same command again resumes an interrupted run.
+
+Examples:
+    ubn-zoo train --recipe cifar10_small --data-dir data/cifar10 --output runs/cifar10
+    ubn-zoo train --recipe finetune_full --data-dir photos --output runs/photos --set model=resnet50 epochs=20
+    torchrun --nproc-per-node 8 -m ubn_zoo train --recipe rsb_a2 --data-dir imagenet --output runs/rsb_a2
+
+`ubn-zoo recipes` lists the recipes, and `ubn-zoo recipes --fields` every key that --set changes. The data is an image
+folder with train/CLASS/IMAGE and one of validation/, val/, test/, unless the recipe names another kind. SIGTERM saves
+the state and ends the command with exit code 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ubn_zoo.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from ubn_zoo.evaluation.metrics import EpochMetrics
+    from ubn_zoo.recipes.schema import Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
+    parser.add_argument("--data-dir", required=True, metavar="DIR", help="folder of the data, or location of shards")
+    parser.add_argument("--output", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="change the recipe")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, showing progress on the first rank."""
+    from ubn_zoo.recipes.schema import apply_settings, load_recipe
+    from ubn_zoo.training.run import run as train
+    from ubn_zoo.utils.distributed import joined
+
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    recipe = apply_settings(load_recipe(options.recipe), options.set)
+    try:
+        with joined(recipe.device) as ranks:
+            shown = _Reporter() if ranks.first else None
+            done = train(
+                recipe,
+                options.data_dir,
+                options.output,
+                ranks,
+                on_start=shown.start if shown else None,
+                on_step=shown.step if shown else None,
+                on_epoch=shown.epoch if shown else None,
+            )
+            if ranks.first:
+                reached = f"finished, top-1 {done.metrics[-1].top1:.2f} %" if done.finished else _STOPPED
+                print(f"{reached}: {done.folder}")
+    except KeyboardInterrupt:
+        print("ubn-zoo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+_STOPPED = "stopped by SIGTERM; the state is saved, and the same command resumes"
+
+
+class _Reporter:
+    """Shows a run on the terminal: a progress bar, and a line per epoch."""
+
+    def start(self, recipe: Recipe, updates: int) -> None:
+        self.label = f"{recipe.model} {recipe.norm} seed {recipe.seed}"
+        self.epochs = recipe.epochs
+        self.progress = Progress(self.label)
+        if updates:
+            print(f"{self.label}: resumes after update {updates}", flush=True)
+
+    def step(self, done: int, total: int) -> None:
+        self.progress(done, total)
+
+    def epoch(self, row: EpochMetrics) -> None:
+        self.progress.close()
+        gates = f", gates open {row.gates_open}/{row.gates}" if row.gates else ""
+        ema = "" if row.ema_top1 is None else f" (EMA {row.ema_top1:.2f} %)"
+        print(
+            f"{self.label}: epoch {row.epoch}/{self.epochs}, loss {row.train_loss:.3f}, top-1 {row.top1:.2f} %{ema}, "
+            f"{row.seconds:.0f} s, {row.step_ms:.0f} ms/step, {row.images_per_second:.0f} images/s{gates}",
+            flush=True,
+        )
+        self.progress = Progress(self.label)
