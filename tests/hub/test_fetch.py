@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 
 from tests.hub_server import HubServer
 from ubn_zoo.hub import fetch as client
@@ -65,9 +69,11 @@ def prelude(cache: Path) -> str:
     )
 
 
-def fresh_process(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def fresh_process(
+    code: str, cache: Path, prefix: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run code in a new interpreter, where `hub`, `fetch` and `cache` are defined."""
-    command = [sys.executable, "-c", prelude(cache) + code]
+    command = [*prefix, sys.executable, "-c", prelude(cache) + code]
     env = {**os.environ, **environment}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
@@ -551,7 +557,7 @@ def test_expected_hashes_that_are_none_are_refused(hub: HubServer, cache: Path, 
 HEADERS = {
     "no commit": ({"X-Repo-Commit": None}, "answer like a Hub|answers for the commit"),
     "another commit": ({"X-Repo-Commit": "1" * 40}, "answers for the commit"),
-    "no hash": ({"X-Linked-Etag": '"abc"'}, "reports no hash"),
+    "no hash": ({"X-Linked-Etag": '"abc"'}, "has a hash to check the file by"),
     "too large": ({"X-Linked-Size": str(2**40)}, "valid: at most"),
 }
 
@@ -565,13 +571,303 @@ def test_servers_that_are_no_hub_are_named(
         client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
 
 
-def test_read_only_cache_serves(hub: HubServer, revision: str, cache: Path) -> None:
-    path = client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
-    folders = [folder for folder in [cache, *cache.rglob("*")] if folder.is_dir()]
+ROOT = os.name == "posix" and os.geteuid() == 0
+READ_ONLY = [
+    "read-only",
+    pytest.param("of another user", marks=pytest.mark.skipif(not ROOT, reason="only root can give files away")),
+]
+
+
+@contextlib.contextmanager
+def unwritable(cache: Path, how: str) -> Iterator[None]:
+    """Make a cache that `as_ordinary_user` can read, but not write."""
+    folders = [cache, *(path for path in cache.rglob("*") if path.is_dir() and not path.is_symlink())]
     for folder in folders:
-        folder.chmod(0o555)
+        if how == "read-only":
+            folder.chmod(0o555)
+        else:
+            os.chown(folder, 65534, 65534)
+            folder.chmod(0o755)
     try:
-        assert client.fetch(REPO, FILE, revision=revision, cache_dir=cache) == path
+        yield
     finally:
         for folder in folders:
+            if ROOT:
+                os.chown(folder, 0, 0)
             folder.chmod(0o755)
+
+
+def as_ordinary_user(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter for which the permissions of files count.
+
+    They do not count for root, whose capabilities are dropped here. Root stays the user, because the interpreter may
+    lie in a folder that no other user can read.
+    """
+    prefix: list[str] = []
+    if ROOT:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root without setpriv, to which permissions do not apply")
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner,-chown", "--inh-caps=-all"]
+    check = (
+        "import os, pathlib\n"
+        "try:\n    (pathlib.Path(cache) / 'probe').write_bytes(b'')\n"
+        "except OSError:\n    pass\n"
+        "else:\n    raise AssertionError('the cache is writable')\n"
+    )
+    return fresh_process(check + code, cache, prefix, **environment)
+
+
+@pytest.mark.parametrize("how", READ_ONLY)
+@pytest.mark.parametrize("state", ["online", "offline", "down"])
+def test_cache_that_cannot_be_written_serves(hub: HubServer, revision: str, cache: Path, how: str, state: str) -> None:
+    client.fetch(REPO, FILE, cache_dir=cache)
+    client.fetch(REPO, "config.json", cache_dir=cache)
+    shutil.rmtree(cache / ".locks")
+    before = sorted(cache.rglob("*"))
+    if state == "down":
+        hub.fail(method="HEAD", drop=True, times=None)
+    if state == "online":
+        hub.repositories[REPO].refs["same"] = revision  # a ref that cannot be noted in this cache
+    wanted = ["None", repr(revision), *(["'same'"] if state == "online" else [])]
+    code = "".join(
+        f"print(fetch({REPO!r}, {file!r}, revision={name}, cache_dir=cache))\n"
+        for file in (FILE, "config.json")
+        for name in wanted
+    )
+    with unwritable(cache, how):
+        done = as_ordinary_user(
+            code, cache, HF_HUB_OFFLINE="1" if state == "offline" else "0", UBN_ZOO_RETRY_SECONDS="0"
+        )
+    assert done.returncode == 0, done.stderr
+    assert {Path(line).name for line in done.stdout.splitlines()} == {FILE, "config.json"}
+    assert len(done.stdout.splitlines()) == 2 * len(wanted)
+    assert sorted(cache.rglob("*")) == before
+
+
+@pytest.mark.parametrize("how", READ_ONLY)
+def test_cache_that_cannot_be_written_is_named_if_it_would_have_to_be(
+    hub: HubServer, revision: str, cache: Path, how: str
+) -> None:
+    path = client.fetch(REPO, "config.json", cache_dir=cache)
+    Path(os.path.realpath(path)).write_bytes(b"altered")
+    code = (
+        f"for file in {FILE!r}, 'config.json':\n"
+        f"    try:\n        fetch({REPO!r}, file, revision={revision!r}, cache_dir=cache)\n"
+        "    except (OSError, hub.ChecksumError) as error:\n        print(type(error).__name__, error)\n"
+    )
+    with unwritable(cache, how):
+        done = as_ordinary_user(code, cache)
+    assert done.returncode == 0, done.stderr
+    missing, altered = done.stdout.splitlines()
+    for part in ("PermissionError", FILE, "cannot be written to the cache", str(cache), "HF_HUB_CACHE", "cache_dir"):
+        assert part in missing
+    for part in ("ChecksumError", "cannot be deleted", f"Delete {path}", "HF_HUB_CACHE"):
+        assert part in altered
+
+
+def without_links(cache: Path, copy: Path, *, record: bool, blobs: bool) -> Path:
+    """Copy a cache as `cp -rL` does, or as a system without symbolic links has it."""
+    shutil.copytree(cache, copy, symlinks=False)
+    for folder in copy.glob("models--*"):
+        if not record:
+            shutil.rmtree(folder / ".ubn-zoo")
+        if not blobs:
+            shutil.rmtree(folder / "blobs")
+    assert not [path for path in copy.rglob("*") if path.is_symlink()]
+    return copy
+
+
+@pytest.mark.parametrize("file", [FILE, "config.json"])
+@pytest.mark.parametrize(("record", "blobs"), [(True, True), (True, False), (False, True)])
+def test_copied_cache_without_links_serves_while_the_hub_is_down(
+    hub: HubServer,
+    revision: str,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    record: bool,
+    blobs: bool,
+) -> None:
+    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0.05")
+    original = client.fetch(REPO, file, cache_dir=cache).read_bytes()
+    copy = without_links(cache, tmp_path / "copy", record=record, blobs=blobs)
+    hub.fail(method="HEAD", drop=True, times=None)
+    for wanted in (None, revision):
+        path = client.fetch(REPO, file, revision=wanted, cache_dir=copy)
+        assert path.is_relative_to(copy) and path.read_bytes() == original
+    path.write_bytes(original[:-1] + b"?")
+    with pytest.raises(client.HubError):
+        client.fetch(REPO, file, revision=revision, cache_dir=copy)
+    hub.faults.clear()
+    assert client.fetch(REPO, file, revision=revision, cache_dir=copy).read_bytes() == original
+
+
+def test_cache_without_links_or_hashes_is_not_trusted_until_the_hub_was_asked(
+    hub: HubServer, revision: str, cache: Path, tmp_path: Path
+) -> None:
+    client.fetch(REPO, FILE, cache_dir=cache)
+    copy = without_links(cache, tmp_path / "copy", record=False, blobs=False)
+    hub.fail(method="HEAD", drop=True, times=None)
+    with pytest.raises(client.HubError, match="neither the server nor the cache .* has a hash") as caught:
+        client.fetch(REPO, FILE, revision=revision, cache_dir=copy)
+    assert str(copy) in str(caught.value) and "sha256" in str(caught.value)
+    assert client.fetch(REPO, FILE, revision=revision, sha256=sha256(CONTENT), cache_dir=copy).read_bytes() == CONTENT
+    shutil.rmtree(next(copy.glob("models--*/.ubn-zoo")))
+    hub.faults.clear()
+    client.fetch(REPO, FILE, revision=revision, cache_dir=copy)
+    hub.fail(method="HEAD", drop=True, times=None)
+    assert client.fetch(REPO, FILE, revision=revision, cache_dir=copy).read_bytes() == CONTENT
+    assert hub.count("GET", BODY) == 1
+
+
+@pytest.mark.parametrize("recorded", ["0" * 64, "nonsense", ""])
+def test_recorded_hash_that_is_wrong_does_no_lasting_harm(
+    hub: HubServer, revision: str, cache: Path, tmp_path: Path, recorded: str
+) -> None:
+    client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
+    copy = without_links(cache, tmp_path / "copy", record=True, blobs=False)
+    (record,) = (path for path in copy.glob("models--*/.ubn-zoo/*/*") if path.is_file())
+    assert record.read_text() == f"{sha256(CONTENT)}\n"
+    record.write_text(recorded)
+    for _ in range(2):
+        assert client.fetch(REPO, FILE, revision=revision, cache_dir=copy).read_bytes() == CONTENT
+
+
+def test_hash_records_do_not_disturb_huggingface_hubs_tools(hub: HubServer, revision: str, cache: Path) -> None:
+    from huggingface_hub import scan_cache_dir
+
+    client.fetch(REPO, FILE, cache_dir=cache)
+    found = scan_cache_dir(cache)
+    assert found.warnings == [] or all(".ubn-zoo" not in str(warning) for warning in found.warnings)
+    (repository,) = found.repos
+    assert [file.file_name for commit in repository.revisions for file in commit.files] == [FILE]
+
+
+PORTALS: dict[str, dict[str, object]] = {
+    "page": {"status": 200},
+    "not found": {"status": 404},
+    "login": {"status": 511},
+    "redirect": {"status": 302, "header": {"Location": "http://localhost:9/login"}},
+    "refused": {"status": 403},
+    "gone": {"status": 410},
+}
+
+
+@pytest.mark.parametrize("fault", PORTALS.values(), ids=PORTALS.keys())
+@pytest.mark.parametrize("pinned", [True, False])
+def test_warm_cache_serves_behind_a_login_page(
+    hub: HubServer, revision: str, cache: Path, fault: dict[str, object], pinned: bool
+) -> None:
+    """A network that answers every request itself, as hotels do, is as good as none."""
+    wanted = revision if pinned else None
+    for file in (FILE, "config.json"):
+        client.fetch(REPO, file, revision=wanted, cache_dir=cache)
+    for method in ("HEAD", "GET"):
+        hub.fail(method=method, times=None, **fault)
+    for file in (FILE, "config.json"):
+        assert client.fetch(REPO, file, revision=wanted, cache_dir=cache).is_file()
+
+
+@pytest.mark.parametrize("fault", PORTALS.values(), ids=PORTALS.keys())
+def test_login_page_without_a_cache_is_a_hub_error(
+    hub: HubServer, revision: str, cache: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, object]
+) -> None:
+    monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0")
+    for method in ("HEAD", "GET"):
+        hub.fail(method=method, times=None, **fault)
+    with pytest.raises(client.HubError, match=r"answer like a Hub|answers HTTP|refuses access"):
+        client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
+
+
+def test_large_configuration_is_refused_before_the_download(hub: HubServer, revision: str, cache: Path) -> None:
+    hub.fail(method="HEAD", path="resolve-cache", header={"Content-Length": str(2**30)}, times=None)
+    with pytest.raises(client.HubError, match=f"{2**30} bytes; valid: at most"):
+        client.fetch(REPO, "config.json", revision=revision, cache_dir=cache)
+    assert hub.count("GET", "resolve-cache") == 0
+
+
+def test_full_disk_names_the_file_and_the_cache(
+    hub: HubServer, revision: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
+    for part in (FILE, REPO, str(cache), "HF_HUB_CACHE"):
+        assert part in str(caught.value)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_password_in_the_endpoint_is_never_shown(hub: HubServer, revision: str, cache: Path) -> None:
+    """Not in errors, not in tracebacks, not in the log, whatever goes wrong."""
+    address = hub.endpoint.replace("http://", "http://me:SECRET@")
+    code = (
+        "import logging, traceback\nlogging.basicConfig(level=logging.DEBUG, format='%(name)s %(message)s')\n"
+        "for name in ('httpx', 'httpx2', 'httpcore', 'httpcore2'):\n    logging.getLogger(name).setLevel('WARNING')\n"
+        "def attempt(**settings):\n"
+        "    try:\n"
+        f"        print(fetch({REPO!r}, {FILE!r}, cache_dir=cache, **settings))\n"
+        "    except Exception:\n        traceback.print_exc()\n"
+        f"attempt(revision={revision!r})\nattempt(revision='nowhere')\nattempt(revision='main', size=3)\n"
+    )
+    lost = {"method": "HEAD", "path": "/main", "times": None}
+    for fault in (
+        {"path": BODY, "status": 503},
+        {"path": BODY, "drop": True},
+        {**lost, "header": {"X-Repo-Commit": None}},
+    ):
+        hub.fail(**fault)
+    shown = fresh_process(code, cache, HF_ENDPOINT=address, UBN_ZOO_RETRY_SECONDS="2")
+    down = fresh_process(code, cache / "other", HF_ENDPOINT="http://me:SECRET@127.0.0.1:9", UBN_ZOO_RETRY_SECONDS="0")
+    bare = fresh_process(code, cache / "other", HF_ENDPOINT="me:SECRET@127.0.0.1:9", UBN_ZOO_RETRY_SECONDS="0")
+    for done in (shown, down, bare):
+        assert "Error" in done.stderr and "127.0.0.1" in done.stderr
+        assert "SECRET" not in done.stdout + done.stderr, done.stderr
+        assert "Signature" not in done.stdout + done.stderr
+    assert str(cache) in shown.stdout
+
+
+def test_token_that_is_not_ascii_is_explained(hub: HubServer, revision: str, cache: Path) -> None:
+    code = f"fetch({REPO!r}, {FILE!r}, revision={revision!r}, cache_dir=cache)"
+    done = fresh_process(code, cache, HF_TOKEN="hf_s\u00e9cret\u2026")
+    assert "HubAccessError" in done.stderr and "token has characters other than ASCII" in done.stderr
+    assert "codec" not in done.stderr and "cret" not in done.stderr
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://localhost/x"])
+def test_redirect_to_another_scheme_is_not_followed(hub: HubServer, revision: str, cache: Path, target: str) -> None:
+    hub.fail(method="HEAD", path=RESOLVE, header={"Location": target}, times=None)
+    with pytest.raises(client.HubError, match="redirects to an address that is not http:// or https://") as caught:
+        client.fetch(REPO, FILE, revision=revision, cache_dir=cache)
+    assert hub.endpoint in str(caught.value) and blobs(cache) == []
+
+
+ANSWERS = {
+    "missing field": (200, b'{"other": 1}'),
+    "no object": (200, b"[1, 2]"),
+    "conflict": (409, b'{"error": "It exists, see https://host/x?Signature=SECRET"}'),
+    "teapot": (418, b"I am a teapot"),
+}
+
+
+@pytest.mark.parametrize(("status", "body"), ANSWERS.values(), ids=ANSWERS.keys())
+def test_any_answer_of_a_server_is_an_error_with_its_status_and_body(hub: HubServer, status: int, body: bytes) -> None:
+    hub.fail(method="POST", status=status, body=body, times=None)
+    advice = retry.Advice(login="log in", offline="go online", exhausted="try later")
+    with pytest.raises(client.HubError, match=f"^the thing: .*HTTP {status}") as caught:
+        retry.retry(lambda: HfApi().create_repo(REPO, exist_ok=True), "the thing", advice)
+    words = body.decode().split()[-1].strip('}]"')
+    assert words.partition("?")[0] in str(caught.value) and "SECRET" not in str(caught.value)
+
+
+def test_mistakes_of_ours_are_not_blamed_on_the_server() -> None:
+    advice = retry.Advice(login="log in", offline="go online", exhausted="try later")
+
+    def attempt() -> None:
+        raise KeyError("a mistake")
+
+    with pytest.raises(KeyError, match="a mistake"):
+        retry.retry(attempt, "the thing", advice)

@@ -1,17 +1,20 @@
-"""Fetch checkpoint files from the Hub: pinned, verified, safetensors only, and patient with the network.
+"""Download files from the Hub: pinned to a commit, verified by hash, never a pickle, with retries.
 
-Transfers and the cache are huggingface_hub's own, so mirrors (``HF_ENDPOINT``), tokens, offline mode and files that
-other tools have cached work as they do there. What is added here: every file's hash is checked before its path is
-given out, a file that fails is deleted and fetched once more, and passing faults of the network are retried.
+Transfers and the cache are huggingface_hub's own, so mirrors (``HF_ENDPOINT``), tokens, offline mode and the caches of
+other tools work as usual. This module adds that the hash of every file is checked before its path is returned, that a
+file which fails is deleted and downloaded once more, and that temporary failures are retried.
 
-A file is checked on the first use in every process. Nothing about that is written down, so there is no record that
-could go stale or be forged; hashing 100 MB takes a tenth to a third of a second.
+Every process checks a file on its first use; hashing 100 MB takes a tenth to a third of a second. The expected hash is
+the caller's, or the one that the Hub reported. huggingface_hub keeps the latter only as the name of a symbolic link's
+target, which a copied cache or Windows does not have, so it is also written to ``.ubn-zoo/COMMIT/FILE`` beside the
+snapshots. A cache that can only be read is used as it is; nothing is locked or written there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import logging
 import os
@@ -28,7 +31,12 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, but not in __all__
 
 from ubn_zoo.errors import ChecksumError, InvalidArgumentError, UnsafeFileError
@@ -46,6 +54,7 @@ from ubn_zoo.hub.retry import (
     retry,
     traceable,
 )
+from ubn_zoo.utils.files import write_file
 
 __all__ = [
     "ChecksumError",
@@ -62,7 +71,12 @@ __all__ = [
 SAFE_SUFFIXES = (".safetensors", ".json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar", ".npz")
 
-_HASH_LENGTHS = {64: "SHA-256", 40: "Git SHA-1"}
+MAX_JSON_BYTES = 16 * 2**20
+
+_HASH_NAMES = {64: "SHA-256", 40: "Git SHA-1"}
+_HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
+_HASH_FOLDER = ".ubn-zoo"
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -71,7 +85,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _MismatchError(Exception):
-    """A file's hash was wrong, and the file is deleted."""
+    """A file had the wrong hash and was deleted."""
 
     def __init__(self, expected: str, found: str) -> None:
         super().__init__(expected, found)
@@ -101,7 +115,7 @@ class _Request:
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """What the Hub says of a file: the commit it belongs to and its hash."""
+    """What the Hub reports about a file: the commit and the hash."""
 
     commit: str
     etag: str | None
@@ -116,30 +130,31 @@ def fetch(
     size: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Give the local path of a Hub file whose hash has been checked, downloading it if the cache lacks it.
+    """Return the local path of a file on the Hub, downloaded if needed, its hash verified.
 
-    The hash is `sha256` if given, and otherwise the one that the Hub reports for the file: SHA-256 of large files,
-    Git's SHA-1 of small ones. A file that fails is deleted and fetched once more. Server errors (5xx, 408, 425, 429),
-    timeouts, broken connections and short answers are retried with growing pauses, for `RETRY_SECONDS` seconds.
+    The expected hash is `sha256` if given, otherwise the one that the Hub reports: SHA-256 for large files, Git's SHA-1
+    for small ones. A file that fails is deleted and downloaded once more. Server errors (5xx, 408, 425, 429), timeouts,
+    broken connections and short answers are retried with growing pauses for `RETRY_SECONDS` seconds.
 
-    A cached file of a pinned revision needs no network. With a branch or tag the Hub is asked what it points to; if
-    the Hub cannot be reached, the last commit seen is used. Processes that ask for the same file download it once.
+    A cached file of a pinned revision needs no network. For a branch or tag the Hub is asked which commit it points to;
+    if the Hub cannot be reached, the last known commit is used. Processes that need the same file download it once.
 
     Args:
         repo_id: Repository, ``owner/name``.
-        filename: Path inside it, ending in ``.safetensors`` or ``.json``.
-        revision: Commit, tag or branch; by default the main branch. Only a full 40-hex commit is a pin.
+        filename: Path in the repository, ending in ``.safetensors`` or ``.json``.
+        revision: Commit, tag or branch; by default the main branch. Only a full 40-digit commit is a pin.
         sha256: Expected hash, 64 hexadecimal digits.
-        size: Expected size in bytes, compared before anything is downloaded.
-        cache_dir: Cache folder; by default huggingface_hub's.
+        size: Expected size in bytes, checked before the download.
+        cache_dir: Cache folder; by default huggingface_hub's. It may be read-only if it already has the file.
 
     Raises:
-        UnsafeFileError: The file is of another kind, for example a pickle.
+        UnsafeFileError: The file is of another type, for example a pickle.
         HubNotFoundError: The repository, revision or file does not exist.
         HubAccessError: The repository is gated, private or disabled.
-        HubUnavailableError: The Hub cannot be reached and the cache lacks the file.
-        ChecksumError: The file failed twice, or is not of the expected size.
+        HubUnavailableError: The Hub cannot be reached and the cache does not have the file.
+        ChecksumError: The file failed twice, or does not have the expected size.
         HubError: The server does not behave like a Hub.
+        OSError: The cache cannot be written, for example because the disk is full.
         ValueError: An argument is not valid.
     """
     request = _Request(
@@ -153,28 +168,28 @@ def fetch(
     try:
         return _from_cache(request) or retry(lambda: _obtain(request), str(request), _advice(request))
     except _MismatchError as first:
-        _logger.warning("%s: hash is %s instead of %s; fetching it again", request, first.found, first.expected)
+        _logger.warning("%s: hash is %s instead of %s; downloading it again", request, first.found, first.expected)
     try:
         return retry(lambda: _obtain(request), str(request), _advice(request))
     except _MismatchError as second:
-        kind = _HASH_LENGTHS[len(second.expected)]
+        kind = _HASH_NAMES[len(second.expected)]
         raise ChecksumError(
-            f"{request}: expected {kind} {second.expected}, found {second.found}, twice. The file was deleted and is "
-            "not used. Either the repository or the mirror (HF_ENDPOINT) serves another file, or something between "
-            "alters it: try again later or from another network, and check the expected hash."
+            f"{request}: expected {kind} {second.expected}, found {second.found}, twice. The file was deleted. Either "
+            "the repository or the mirror (HF_ENDPOINT) has another file, or the network alters it: try again later "
+            "or from another network, and check the expected hash."
         ) from None
 
 
 def fetch_record(record: Record, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Give the local path of a record's checkpoint, its hash checked.
+    """Return the local path of a record's checkpoint, its hash verified.
 
     Args:
-        record: A record of the manifest, bundled or on the Hub.
+        record: A record of the manifest, of either source.
         cache_dir: Cache folder; by default huggingface_hub's.
 
     Raises:
-        ChecksumError: A bundled file is not the recorded one, or a Hub file failed twice.
-        FileNotFoundError: The installation lacks the bundled file.
+        ChecksumError: A bundled file does not have the recorded hash, or a Hub file failed twice.
+        FileNotFoundError: The bundled file is missing from the installation.
         HubError: As in `fetch`.
     """
     if record.source == "hub":
@@ -189,7 +204,7 @@ def fetch_record(record: Record, *, cache_dir: str | os.PathLike[str] | None = N
     path = bundled_path(record)
     found = _digest(path, record.sha256)
     if found != record.sha256:
-        raise ChecksumError(f"{path}: expected SHA-256 {record.sha256}, found {found}; install ubn-zoo again")
+        raise ChecksumError(f"{path}: expected SHA-256 {record.sha256}, found {found}; reinstall ubn-zoo")
     return path
 
 
@@ -200,12 +215,12 @@ def cached_path(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path | None:
-    """Give the path of a file in the cache, unchecked and without network; None if it is not there.
+    """Return the path of a file in the cache, not verified and without network; None if it is not cached.
 
     Args:
         repo_id: Repository, ``owner/name``.
-        filename: Path inside it.
-        revision: Commit, tag or branch as last seen; by default the main branch.
+        filename: Path in the repository.
+        revision: Commit, tag or branch; by default the main branch. A tag or branch means its last known commit.
         cache_dir: Cache folder; by default huggingface_hub's.
     """
     path = try_to_load_from_cache(
@@ -221,8 +236,8 @@ def _checked_filename(filename: str) -> str:
     suffix = Path(filename).suffix.lower()
     if suffix in PICKLE_SUFFIXES:
         raise UnsafeFileError(
-            f"{filename!r}: received a file whose loading can run code; valid are {' and '.join(SAFE_SUFFIXES)}. "
-            "Download it and turn it into safetensors with `ubn-zoo convert NAME --checkpoint FILE`."
+            f"received the file {filename!r}, whose loading can run code; valid: {' and '.join(SAFE_SUFFIXES)}. "
+            "Download it and convert it to safetensors with `ubn-zoo convert NAME --checkpoint FILE`."
         )
     plain = all(_FILE_PART.fullmatch(part) and not part.endswith(".") for part in filename.split("/"))
     if not plain or suffix not in SAFE_SUFFIXES:
@@ -256,7 +271,7 @@ def _advice(request: _Request) -> Advice:
 
 
 def _raise_missing_file(error: Exception, request: _Request) -> NoReturn:
-    """Say what the repository has instead: most often an old one holds only a pickle."""
+    """Raise an error that says what the repository has instead; old ones often hold only a pickle."""
     cause = traceable(error)
     try:
         names = HfApi().list_repo_files(request.repo_id, revision=request.revision)
@@ -266,26 +281,27 @@ def _raise_missing_file(error: Exception, request: _Request) -> NoReturn:
     safe = [name for name in names if name.lower().endswith(".safetensors")]
     if pickles and not safe:
         raise UnsafeFileError(
-            f"{request}: the repository offers its weights only as {', '.join(pickles[:5])}, whose loading can run "
-            "code. Download that file and turn it into safetensors with `ubn-zoo convert NAME --checkpoint FILE`."
+            f"{request}: the repository has weights only as {', '.join(pickles[:5])}, whose loading can run code. "
+            "Download that file and convert it to safetensors with `ubn-zoo convert NAME --checkpoint FILE`."
         ) from cause
     offered = f"it has {', '.join(safe[:10])}" if safe else "it has no safetensors file at all"
     raise HubNotFoundError(f"{request}: the repository has no such file; {offered}") from cause
 
 
 def _from_cache(request: _Request) -> Path | None:
-    """The cached file of a pinned revision if it holds what it should; None if the Hub must be asked."""
+    """The cached file of a pinned revision if it is intact; None if the Hub must be asked."""
     path = request.cached()
     if path is None or not request.pinned:
         return None
-    expected = request.sha256 or _reported_hash(path)
+    expected = request.sha256 or _known_hash(path, request)
     if expected is None:
         return None
     with contextlib.suppress(FileNotFoundError):  # another process has just deleted it
         if _digest(path, expected) == expected:
+            _record_hash(path, request, expected)
             return path
     with _lock(request):
-        # Looked at again, as another process may have put a good file in its place.
+        # Checked again, because another process may have replaced it by an intact file.
         if not path.exists():
             return None
         _verify(path, request, None)
@@ -293,24 +309,32 @@ def _from_cache(request: _Request) -> Path | None:
 
 
 def _obtain(request: _Request) -> Path:
-    """One attempt: ask the Hub, download if needed, verify; the cache serves if the Hub cannot be asked."""
+    """Make one attempt: ask the Hub, download if needed, verify; use the cache if the Hub cannot be asked."""
     try:
         answer = _ask(request)
     except (HTTPError, OSError) as error:
+        # A server that is no Hub, such as the login page of a network, is as good as none.
+        gone = isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) and error.response.status_code == 404
         cached = request.cached()
-        if cached is None or (isinstance(error, HfHubHTTPError) and error.response.status_code == 404):
+        if cached is None or gone:
             raise
         with _lock(request):
-            if not cached.exists():  # another process found it altered
+            if not cached.exists():  # another process deleted it
                 raise
             _verify(cached, request, None)
         if not request.pinned:
-            _logger.warning(
-                "%s: %s; using the cached commit %s", request, describe_failure(error), _commit(cached, request)
-            )
+            reason, commit = describe_failure(error), _commit(cached, request)
+            _logger.warning("%s: %s; using the cached commit %s", request, reason, commit)
         return cached
     with _lock(request):
-        path = Path(
+        path = _download(request, answer)
+        _verify(path, request, answer.etag if _commit(path, request) == answer.commit else None)
+    return path
+
+
+def _download(request: _Request, answer: _Answer) -> Path:
+    try:
+        return Path(
             hf_hub_download(
                 request.repo_id,
                 request.filename,
@@ -319,73 +343,127 @@ def _obtain(request: _Request) -> Path:
                 library_name="ubn-zoo",
             )
         )
-        _verify(path, request, answer.etag if _commit(path, request) == answer.commit else None)
-    return path
+    except (OSError, RuntimeError) as error:
+        # hf_xet reports errors of the file system as text.
+        number = errno.ENOSPC if "No space left on device" in str(error) else getattr(error, "errno", None)
+        if number is None or isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+            raise
+        cached = dataclasses.replace(request, revision=answer.commit).cached()
+        if cached is not None and number in _NOT_WRITABLE:
+            return cached  # of a branch, whose new commit cannot be noted there
+        advice = "Free some space there" if number == errno.ENOSPC else "Make it writable"
+        reason = f"{request}: cannot be written to the cache: {os.strerror(number)}. {advice}, or set HF_HUB_CACHE or "
+        raise OSError(number, f"{reason}cache_dir to another folder. Cache", str(request.cache_dir)) from error
 
 
 def _ask(request: _Request) -> _Answer:
-    """Ask what the file is, at once and without huggingface_hub's own retries, which can take minutes."""
+    """Ask the Hub about a file, without huggingface_hub's own retries, which can take minutes."""
     url = hf_hub_url(request.repo_id, request.filename, revision=request.revision)
     try:
         answer = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, library_name="ubn-zoo")
     except EntryNotFoundError as error:
         _raise_missing_file(error, request)
-    if answer.commit_hash is None or (request.pinned and answer.commit_hash != request.revision):
+    if answer.commit_hash is None:
+        raise FileMetadataError("the answer names no commit")
+    if request.pinned and answer.commit_hash != request.revision:
         raise HubError(f"{request}: {endpoint()} answers for the commit {answer.commit_hash}; check HF_ENDPOINT")
     if answer.size is not None:
         if request.size is not None and answer.size != request.size:
             raise ChecksumError(f"{request}: expected {request.size} bytes, the Hub has {answer.size}; not downloaded")
-        if answer.size > MAX_FILE_BYTES:
-            raise HubError(f"{request}: {answer.size} bytes; valid: at most {MAX_FILE_BYTES}")
+        largest = MAX_JSON_BYTES if request.filename.endswith(".json") else MAX_FILE_BYTES
+        if answer.size > largest:
+            raise HubError(f"{request}: {answer.size} bytes; valid: at most {largest}")
     return _Answer(commit=answer.commit_hash, etag=answer.etag)
 
 
 def _commit(path: Path, request: _Request) -> str:
-    """The commit that a cached file belongs to: ``snapshots/COMMIT/FILENAME``."""
+    """The commit of a cached file, whose path ends in ``snapshots/COMMIT/FILENAME``."""
     return path.parents[request.filename.count("/")].name
 
 
 @contextlib.contextmanager
 def _lock(request: _Request) -> Iterator[None]:
-    """Let one process at a time download, verify or delete the file; released by the system if the process dies."""
+    """Allow one process at a time to download, verify or delete the file; a process that dies releases the lock.
+
+    In a cache that cannot be written there is nothing to protect, and no lock.
+    """
     folder = request.cache_dir / ".locks" / f"models--{request.repo_id.replace('/', '--')}"
-    folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(request.filename.encode()).hexdigest()[:16]
-    with WeakFileLock(folder / f"ubn-zoo-{name}.lock"):
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(folder / f"ubn-zoo-{name}.lock"))
+        except OSError as error:
+            if error.errno not in _NOT_WRITABLE:
+                raise
         yield
 
 
-# Files that passed, by everything that changes when a file does; for this process only.
+# Files that passed, with everything that changes when a file does; for this process only.
 _passed: set[tuple[str, str, int, int, int, int]] = set()
 
 
 def _verify(path: Path, request: _Request, etag: str | None) -> None:
     """Check a cached file's hash; delete the file and raise `_MismatchError` if it fails."""
-    expected = request.sha256 or _reported_hash(path) or etag
-    if expected is None or len(expected) not in _HASH_LENGTHS or not re.fullmatch("[0-9a-f]+", expected):
+    expected = request.sha256 or _known_hash(path, request) or etag
+    if expected is None or not _HASH.fullmatch(expected):
         raise HubError(
-            f"{request}: the server reports no hash for the file, so it cannot be checked; pass its sha256, "
-            "or use another endpoint (HF_ENDPOINT)"
+            f"{request}: neither the server nor the cache {request.cache_dir} has a hash to check the file by. Load it "
+            "once with access to the Hub, pass its sha256, or use another endpoint (HF_ENDPOINT)"
         )
     found = _digest(path, expected)
-    if found != expected:
-        _delete(path, request.cache_dir)
-        raise _MismatchError(expected, found)
+    if found == expected:
+        _record_hash(path, request, expected)
+        return
+    try:
+        _delete(path, request)
+    except OSError as error:
+        kind = _HASH_NAMES[len(expected)]
+        raise ChecksumError(
+            f"{request}: expected {kind} {expected}, found {found} in the cache, and the file cannot be deleted: "
+            f"{error}. Delete {path}, or set HF_HUB_CACHE or cache_dir to another folder"
+        ) from error
+    raise _MismatchError(expected, found)
 
 
-def _reported_hash(path: Path) -> str | None:
-    """The hash that the Hub reported at download: the cache names its blobs by it.
+def _known_hash(path: Path, request: _Request) -> str | None:
+    """The hash that the Hub reported when a cached file was downloaded; None if the cache does not tell."""
+    if path.is_symlink():
+        # Only the first hop counts: a blob may itself be a link to a shared store with names of another kind.
+        name = path.readlink().name
+        return name if _HASH.fullmatch(name) else None
+    try:
+        recorded = _hash_file(path, request).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        recorded = ""
+    if _HASH.fullmatch(recorded):
+        return recorded
+    # A copy that followed the links (`cp -rL`) has the file twice: under its name, and under its hash.
+    blobs = path.parents[request.filename.count("/") + 2] / "blobs"
+    for name in ("0" * 64, "0" * 40) if blobs.is_dir() else ():
+        digest = _digest(path, name)
+        if (blobs / digest).is_file():
+            return digest
+    return None
 
-    Only the first hop counts: a blob may itself be a link into a store with names of another kind.
-    """
-    if not path.is_symlink():
-        return None
-    name = path.readlink().name
-    return name if len(name) in _HASH_LENGTHS and re.fullmatch("[0-9a-f]+", name) else None
+
+def _hash_file(path: Path, request: _Request) -> Path:
+    """Where the hash of a cached file is recorded: ``models--OWNER--NAME/.ubn-zoo/COMMIT/FILENAME``."""
+    repository = path.parents[request.filename.count("/") + 2]
+    return repository / _HASH_FOLDER / _commit(path, request) / request.filename
+
+
+def _record_hash(path: Path, request: _Request, verified: str) -> None:
+    """Record the hash of a verified file, for copies of the cache without symbolic links."""
+    record = _hash_file(path, request)
+    if not record.exists():
+        with contextlib.suppress(OSError):  # the cache may be read-only or full
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_file(record, f"{verified}\n")
 
 
 def _digest(path: Path, expected: str) -> str:
-    """Hash a file as `expected` was: SHA-256 of the content, or Git's SHA-1 of length and content."""
+    """Hash a file by the algorithm of `expected`: SHA-256 of the content, or Git's SHA-1 of length and content."""
     status = path.stat()
     key = (str(path), expected, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if key in _passed:
@@ -402,11 +480,11 @@ def _digest(path: Path, expected: str) -> str:
     return digest.hexdigest()
 
 
-def _delete(path: Path, cache_dir: Path) -> None:
-    """Delete a cached file: the link in the snapshot, the blob, and what the blob may point to in a shared store."""
-    targets = [path, path.resolve()]
+def _delete(path: Path, request: _Request) -> None:
+    """Delete a cached file: the link, the blob, what the blob may point to in a shared store, and the recorded hash."""
+    targets = [path, path.resolve(), _hash_file(path, request)]
     if path.is_symlink():
         targets.insert(1, Path(os.path.normpath(path.parent / path.readlink())))
     for target in targets:
-        if target.is_relative_to(cache_dir):
+        if target.is_relative_to(request.cache_dir):
             target.unlink(missing_ok=True)

@@ -99,7 +99,8 @@ def redact(text: str) -> str:
 
 def endpoint() -> str:
     """The Hub's address (``HF_ENDPOINT``) without a user name or password that it may contain."""
-    return redact(constants.ENDPOINT)
+    address = constants.ENDPOINT
+    return redact(address) if "://" in address else address.rpartition("@")[2]
 
 
 class _Redaction(logging.Filter):
