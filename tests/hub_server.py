@@ -57,7 +57,6 @@ class Fault:
         path: Regular expression found in their path.
         times: How many of them; None for all.
         status: Answer with this status instead.
-        body: The body of that answer.
         delay: Seconds to wait before the answer.
         cut: Announce the whole body, but close the connection after so many bytes.
         stall: Seconds to wait before that.
@@ -75,7 +74,6 @@ class Fault:
     path: str = ""
     times: int | None = 1
     status: int | None = None
-    body: bytes = b"fault"
     delay: float = 0.0
     cut: int | None = None
     stall: float = 0.0
