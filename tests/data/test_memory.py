@@ -13,12 +13,11 @@ from timm.utils import natural_key
 from torch import nn
 
 from tests.images import striped_images, write_image
+from ubn_zoo.data.folders import find_images, name_order
 from ubn_zoo.data.memory import (
     ImageSet,
     Normalizer,
-    find_images,
     load_image_folder,
-    name_order,
     random_crop_flip,
     resize,
 )
@@ -60,14 +59,12 @@ def test_image_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     whole = (tmp_path / "a/1.png").read_bytes()
     for content in (b"", b"not a picture", whole[: len(whole) // 2], whole[:40] + bytes(20) + whole[60:]):
         (tmp_path / "a/2.png").write_bytes(content)
-        with pytest.raises(ValueError, match=r"2\.png: not a readable image .*; mend or remove it"):
+        with pytest.raises(ValueError, match=r"2\.png: not a readable image .*; repair or remove it"):
             load_image_folder(tmp_path)
     (tmp_path / "a/2.png").unlink()
-    for name in ("2.png", "a/b/2.png"):
-        write_image(tmp_path / name, numpy.zeros((4, 4, 3), numpy.uint8))
-        with pytest.raises(ValueError, match=rf"{name} is not directly in a folder of its class; valid: .*/CLASS/2"):
-            load_image_folder(tmp_path)
-        (tmp_path / name).unlink()
+    write_image(tmp_path / "2.png", numpy.zeros((4, 4, 3), numpy.uint8))
+    with pytest.raises(ValueError, match=r"2\.png is in no folder of its class; valid: .*/CLASS/2"):
+        load_image_folder(tmp_path)
 
 
 def test_the_order_of_names_is_timms() -> None:

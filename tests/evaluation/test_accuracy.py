@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tests.images import striped_images, write_image_folder
 from ubn_zoo.data.memory import ImageSet, Normalizer
-from ubn_zoo.data.readers import DataError
+from ubn_zoo.errors import DataError
 from ubn_zoo.evaluation.accuracy import (
     Accuracy,
     EvaluationError,

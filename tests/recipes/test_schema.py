@@ -506,9 +506,7 @@ def test_every_key_is_read_by_the_package() -> None:
                 read.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 read.add(node.value)
-    assert (
-        not set(FIELDS) - read - {"source", "hardware", "time", "exif_rotation"}
-    )  # for people; the page of recipes shows them
+    assert not set(FIELDS) - read - {"source", "hardware", "time"}  # for people; the page of recipes shows them
 
 
 def test_the_everyday_settings_have_these_names() -> None:

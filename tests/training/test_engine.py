@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.images import RECIPE, striped_images
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
-from ubn_zoo.data.readers import DataError
+from ubn_zoo.errors import DataError
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.layers import UnifiedBatchNorm2d
 from ubn_zoo.recipes.schema import Recipe

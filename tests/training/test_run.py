@@ -25,7 +25,7 @@ import torch
 from tests.images import RECIPE, striped_images, write_image_folder
 from ubn_zoo.cli import main
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
-from ubn_zoo.data.readers import DataError
+from ubn_zoo.errors import DataError
 from ubn_zoo.evaluation.metrics import read_metrics, read_similarity
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
 from ubn_zoo.training import checkpoint as snapshots

@@ -1,10 +1,8 @@
-"""Batches of training and held-out images, from memory or from what `sources` reads, for each rank its share.
+"""Batches of training and held-out images: `open_train` and `open_eval` open a data set once, then it is only read.
 
-Order and augmentation follow from the run's seed, the epoch and the image's place in it alone. So a batch is the same
-whatever the number of workers, and an epoch can be entered at any update. Batches of a stream are the same as long as
-the numbers of ranks and workers are.
-
-Where a stream leaves out images that cannot be read, too few of them among held-out images is an error.
+Order and augmentation depend on the run's seed, the epoch and the image's place in it alone. So a batch is the same for
+any number of workers, and an epoch can be entered at any update. The batches of a stream are the same as long as the
+numbers of ranks and workers are.
 """
 
 from __future__ import annotations
@@ -13,35 +11,20 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from timm.data.dataset import IterableImageDataset
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from ubn_zoo.data.memory import ImageSet, Normalizer, random_crop_flip, resize
-from ubn_zoo.data.readers import (
-    DataError,
-    EvalSettings,
-    Samples,
-    Stream,
-    check_shards,
-    image_set_fingerprint,
-    load_memory,
-    open_reader,
-    open_stream,
-    reader_classes,
-    reader_fingerprint,
-    relabel,
-    relabel_images,
-    stream_fingerprint,
-    stream_images,
-)
-from ubn_zoo.data.splits import find_eval_split
+from ubn_zoo.data.memory import ImageSet, Normalizer, image_set_fingerprint, open_memory, random_crop_flip, resize
+from ubn_zoo.data.readers import Samples, open_reader, reader_classes, reader_fingerprint, relabel, relabel_images
+from ubn_zoo.data.settings import DataSource, EvalSettings
+from ubn_zoo.data.streams import Stream, check_shards, open_stream, stream_fingerprint, stream_images
+from ubn_zoo.data.transforms import eval_input, eval_transform, normalization, train_input, train_transform
+from ubn_zoo.errors import DataError
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.seeds import mixed_seed
@@ -74,14 +57,14 @@ class TrainBatches(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells one set of training images from another."""
+        """Hash that tells one set of training images from another."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's parts of the batches of one epoch, `accumulation` of them per update.
+        """Iterate over this rank's parts of the batches of one epoch, `accumulation` of them per update.
 
         Args:
             epoch: From 0.
-            first_step: Updates of the epoch that are left out, as they were made before.
+            first_step: Updates of the epoch to skip, because they were made before.
 
         Yields:
             Images (n, 3, H, W), normalized, float32, and labels (n,), int64, both on the rank's device.
@@ -93,7 +76,7 @@ class EvalBatches(Protocol):
 
     @property
     def images(self) -> int | None:
-        """How many there are, over all ranks; None where only reading tells."""
+        """Number of images over all ranks; None where only reading tells."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -101,16 +84,16 @@ class EvalBatches(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells one set of held-out images from another."""
+        """Hash that tells one set of held-out images from another."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the images, as `TrainBatches.epoch` gives them; all shares together are each image once.
+        """Iterate over this rank's share of the images, in batches as those of `TrainBatches.epoch`.
 
-        Some ranks may get fewer batches than others, or none.
+        The shares of all ranks together have each image once. Some ranks may get fewer batches than others, or none.
         """
 
     def probe(self, count: int) -> Tensor:
-        """At most `count` of the images of all ranks, evenly spread; the first ones of a stream.
+        """At most `count` of the images of all ranks, evenly spread; of a stream, the first ones.
 
         Returns:
             (n, 3, H, W), normalized, on the rank's device.
@@ -118,14 +101,20 @@ class EvalBatches(Protocol):
 
 
 def _part_size(recipe: Recipe, ranks: Ranks) -> int:
-    """Images of one of the `accumulation` parts of a rank's share of a batch."""
+    """Number of images in each of the `accumulation` parts of a rank's share of a batch."""
     parts = ranks.count * recipe.accumulation
     if recipe.batch_size % parts:
         raise DataError(
             f"batch_size: received {recipe.batch_size}; valid: a multiple of {parts}, as it is shared by {ranks.count} "
             f"ranks in {recipe.accumulation} parts each"
         )
-    return recipe.batch_size // parts
+    size = recipe.batch_size // parts
+    if (recipe.mixup or recipe.cutmix) and size % 2:
+        raise DataError(
+            f"batch_size: received {recipe.batch_size}, which is {size} images in each of {parts} parts; valid: an "
+            f"even number in each, a multiple of {2 * parts}, as Mixup and CutMix pair images"
+        )
+    return size
 
 
 def _steps(recipe: Recipe, images: int) -> int:
@@ -137,35 +126,9 @@ def _steps(recipe: Recipe, images: int) -> int:
 
 
 def _spread(total: int, wanted: int | None) -> list[int]:
-    """Indices of at most `wanted` of `total` things, evenly spread: of sorted images, the same share of every class."""
+    """Indices of at most `wanted` of `total` items, evenly spread: of sorted images, the same share of every class."""
     count = total if wanted is None else min(total, wanted)
     return [index * total // count for index in range(count)]
-
-
-def normalization(recipe: EvalSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a complete recipe."""
-    if recipe.mean is None or recipe.std is None:
-        raise ValueError("received a recipe without mean or std; valid: a complete one, as `train.complete` makes it")
-    return recipe.mean, recipe.std
-
-
-def train_input(recipe: Recipe) -> tuple[int, str]:
-    """Side in pixels of training images, and the filter of their resize, of a complete recipe."""
-    return _complete_input(recipe.img_size, recipe.train_interpolation or recipe.interpolation)
-
-
-def eval_input(recipe: EvalSettings) -> tuple[int, str]:
-    """Side in pixels of held-out images, and the filter of their resize, of a complete recipe."""
-    return _complete_input(recipe.test_img_size or recipe.img_size, recipe.interpolation)
-
-
-def _complete_input(size: int | None, interpolation: str | None) -> tuple[int, str]:
-    if size is None or interpolation is None:
-        raise ValueError("received a recipe without img_size or interpolation; valid: a complete one")
-    return size, interpolation
-
-
-# Small images in memory
 
 
 class _EpochOrder:
@@ -289,9 +252,6 @@ def _chosen(data: ImageSet, wanted: int | None) -> ImageSet:
     return ImageSet(data.images[chosen], data.labels[chosen], data.classes)
 
 
-# Images that are read and augmented one at a time
-
-
 class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
     """Batches of this rank as (index, epoch, place in the epoch), from any update on."""
 
@@ -312,47 +272,53 @@ class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
                 yield mine[start : start + self._part]
 
 
-def _train_transform(recipe: Recipe) -> Any:
-    size, interpolation = train_input(recipe)
-    return create_transform(
-        input_size=size,
-        is_training=True,
-        use_prefetcher=True,
-        train_crop_mode=recipe.crop,
-        scale=(recipe.crop_scale[0], recipe.crop_scale[1]),
-        hflip=recipe.hflip,
-        vflip=recipe.vflip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.auto_augment,
-        interpolation=interpolation,
-        mean=normalization(recipe)[0],
-    )
-
-
-def _eval_transform(recipe: EvalSettings, crop_mode: str | None) -> Any:
-    size, interpolation = eval_input(recipe)
-    return create_transform(
-        input_size=size,
-        use_prefetcher=True,
-        interpolation=interpolation,
-        crop_pct=recipe.crop_pct,
-        crop_mode=crop_mode,
-    )
-
-
 def _leave_signals_to_the_run(worker: int) -> None:
     """SIGTERM and Ctrl-C often reach all processes of a group: the run decides, and its workers end with it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _loader(dataset: Any, recipe: EvalSettings, ranks: Ranks, *, workers: int, **batches: Any) -> DataLoader[Any]:
+def _useful_workers(wanted: int) -> int:
+    """At most one worker per core; the batches of random access do not depend on their number."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _label_limit(settings: EvalSettings, reader: Any) -> int | None:
+    """Number of valid labels; None for any."""
+    return settings.num_classes or len(reader.class_to_idx) or None
+
+
+def _samples(settings: EvalSettings, reader: Any, transform: Any, indices: list[int]) -> Samples:
+    return Samples(
+        reader,
+        transform,
+        indices,
+        seed=settings.seed,
+        classes=_label_limit(settings, reader),
+        exif_rotation=settings.exif_rotation,
+    )
+
+
+def _stream(settings: EvalSettings, dataset: IterableImageDataset, transform: Any, ranks: Ranks, name: str) -> Stream:
+    return Stream(
+        dataset,
+        transform,
+        ranks,
+        name,
+        seed=settings.seed,
+        workers=settings.workers,
+        classes=_label_limit(settings, dataset.reader),
+        exif_rotation=settings.exif_rotation,
+    )
+
+
+def _loader(dataset: Any, ranks: Ranks, *, workers: int, **batches: Any) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         num_workers=workers,
         collate_fn=fast_collate,
         pin_memory=ranks.device.type == "cuda",
-        # Its own, so that loading takes no random numbers from those that the process draws otherwise.
+        # Its own generator, so that loading does not advance the random state of the process.
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_run,
         **batches,
@@ -371,13 +337,13 @@ class _ReaderTrain:
         indices = _spread(len(reader), recipe.train_samples)
         self.classes = reader_classes(reader)
         self._sampler = _TrainSampler(recipe, len(indices), ranks)
+        workers = _useful_workers(recipe.workers)
         loader = _loader(
-            Samples(recipe, reader, _train_transform(recipe), indices),
-            recipe,
+            _samples(recipe, reader, train_transform(recipe), indices),
             ranks,
-            workers=recipe.workers,
+            workers=workers,
             batch_sampler=self._sampler,
-            persistent_workers=recipe.workers > 0,
+            persistent_workers=workers > 0,
         )
         self._loader = _prefetched(loader, recipe, ranks)
         self.steps = self._sampler.steps
@@ -393,18 +359,17 @@ class _ReaderEval:
 
     def __init__(self, recipe: EvalSettings, reader: Any, ranks: Ranks, batch_size: int, crop_mode: str | None) -> None:
         self._recipe, self._reader, self._ranks = recipe, reader, ranks
-        self._transform = _eval_transform(recipe, crop_mode)
+        self._transform = eval_transform(recipe, crop_mode)
         self._indices = indices = _spread(len(reader), recipe.test_samples)
         self.images = len(indices)
         self.classes = reader_classes(reader)
         self.fingerprint = reader_fingerprint(reader, indices)
         mine = [indices[place] for place in ranks.share(len(indices))]
-        self._loader = self._load(mine, batch_size, recipe.workers)
+        self._loader = self._load(mine, batch_size, _useful_workers(recipe.workers))
 
     def _load(self, indices: list[int], batch_size: int, workers: int) -> PrefetchLoader:
         loader = _loader(
-            Samples(self._recipe, self._reader, self._transform, indices),
-            self._recipe,
+            _samples(self._recipe, self._reader, self._transform, indices),
             self._ranks,
             workers=workers,
             batch_size=batch_size,
@@ -417,44 +382,43 @@ class _ReaderEval:
 
     def probe(self, count: int) -> Tensor:
         chosen = [self._indices[place] for place in _spread(len(self._indices), count)]
-        # By a worker where there are workers: an open tar file must not be shared with those that start later.
+        # In a worker where there are workers: an open tar file must not be shared with those that start later.
         return torch.cat([images for images, _ in self._load(chosen, count, min(1, self._recipe.workers))])
 
 
 class _StreamTrain:
     """Training images of a stream.
 
-    An epoch that is entered late is read from its start, and what was used left out. A stream that has fewer images
-    than it is said to have starts again from its first, as timm's readers do.
+    An epoch that is entered late is read from its start, and what was used before is skipped. A stream with fewer
+    images than its epoch starts again from its first, as timm's readers do.
     """
 
     def __init__(self, recipe: Recipe, dataset: IterableImageDataset, name: str, ranks: Ranks) -> None:
         reader: Any = dataset.reader
         self.classes = reader_classes(reader)
-        self._stream = Stream(recipe, dataset, _train_transform(recipe), ranks, name)
+        self._stream = _stream(recipe, dataset, train_transform(recipe), ranks, name)
         self._recipe = recipe
         self._ranks = ranks
         self._loader = _loader(
             self._stream,
-            recipe,
             ranks,
             workers=recipe.workers,
             batch_size=_part_size(recipe, ranks),
         )
         self.steps = _steps(recipe, reader.num_samples)
-        self.fingerprint = stream_fingerprint(recipe, reader, reader.num_samples)
+        self.fingerprint = stream_fingerprint(recipe.dataset, reader, reader.num_samples)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         recipe = self._recipe
         self._stream.start(epoch)
-        # What the workers' own seeds are made from.
+        # The workers derive their own seeds from it.
         self._loader.generator.manual_seed(mixed_seed(recipe.seed, epoch, self._ranks.rank) % 2**63)
         parts = itertools.islice(_prefetched(self._loader, recipe, self._ranks), self.steps * recipe.accumulation)
         yield from itertools.islice(parts, first_step * recipe.accumulation, None)
 
 
 class _StreamEval:
-    """Held-out images of a stream: every rank reads it all, so that none is counted twice, and keeps its batches."""
+    """Held-out images of a stream: every rank reads all of it, so that no image counts twice, and keeps its batches."""
 
     def __init__(
         self,
@@ -468,15 +432,15 @@ class _StreamEval:
         reader: Any = dataset.reader
         self.classes = reader_classes(reader)
         self.images = stream_images(reader, recipe.test_samples)
-        self._stream = Stream(recipe, dataset, _eval_transform(recipe, crop_mode), Ranks(), name)
+        self._stream = _stream(recipe, dataset, eval_transform(recipe, crop_mode), Ranks(), name)
         self._recipe = recipe
         self._name = name
         self._ranks = ranks
-        self._loader = _loader(self._stream, recipe, ranks, workers=recipe.workers, batch_size=batch_size)
-        self.fingerprint = stream_fingerprint(recipe, reader, self.images)
+        self._loader = _loader(self._stream, ranks, workers=recipe.workers, batch_size=batch_size)
+        self.fingerprint = stream_fingerprint(recipe.dataset, reader, self.images)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of all ranks."""
+        """The batches of all ranks."""
         self._stream.start(0)
         seen = 0
         for images, labels in self._loader:
@@ -488,8 +452,8 @@ class _StreamEval:
                 break
         if self.images not in (None, seen):
             raise DataError(
-                f"{self._name} has {seen} readable images, and is said to have {self.images}; mend it or what "
-                "describes it, or set test_samples"
+                f"{self._name} has {seen} readable images, but its description says {self.images}; repair the data or "
+                "its description"
             )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -505,30 +469,27 @@ class _StreamEval:
         return torch.cat(taken)[:count]
 
 
-# Any of them
-
-
 def open_train(recipe: Recipe, data_dir: str | os.PathLike[str], ranks: Ranks) -> TrainBatches:
     """Open the training images of a recipe.
 
     Args:
         recipe: The run, complete: with ``img_size``, ``interpolation``, ``mean`` and ``std``.
-        data_dir: Folder of the data; with ``wds`` also the address of one, such as ``https://host/shards``; with
-            Hugging Face datasets, where they are kept, unless their name is that of a folder in it.
+        data_dir: Folder of the data; with ``wds`` also an address, such as ``https://host/shards``; with Hugging Face
+            datasets, their cache folder, unless it has a folder of the dataset's name.
         ranks: This process.
 
     Raises:
         DataError: There are no images, they do not fill a batch, or a package that reads them is missing.
     """
-    kind = recipe.dataset.partition("/")[0]
-    if kind == "memory":
-        return MemoryTrain(recipe, load_memory(Path(data_dir), recipe.train_split), ranks)
-    if kind in ("wds", "hfids"):
+    source, split = DataSource.of(recipe, data_dir), recipe.train_split
+    if source.kind == "memory":
+        return MemoryTrain(recipe, open_memory(source.root / split, source.exif_rotation), ranks)
+    if source.kind in ("wds", "hfids"):
         part = _part_size(recipe, ranks)
-        dataset, name = open_stream(recipe, data_dir, recipe.train_split, recipe.train_samples, part)
+        dataset, name = open_stream(source, split, samples=recipe.train_samples, batch_size=part, seed=recipe.seed)
         check_shards(dataset.reader, recipe.workers, ranks, name)
         return _StreamTrain(recipe, dataset, name, ranks)
-    return _ReaderTrain(recipe, open_reader(recipe, Path(data_dir), recipe.train_split), ranks)
+    return _ReaderTrain(recipe, open_reader(source, split), ranks)
 
 
 def open_eval(
@@ -543,7 +504,7 @@ def open_eval(
     """Open the held-out images of a recipe.
 
     Args:
-        recipe: As for `open_train`, or what else has the settings of held-out images.
+        recipe: As for `open_train`, or a `Feed`.
         data_dir: As for `open_train`.
         ranks: This process.
         classes: Names of the classes in the order of their labels, as training has them; by default those of the
@@ -552,25 +513,25 @@ def open_eval(
         crop_mode: timm's way of cropping: ``center``, ``squash`` or ``border``; None for ``center``.
 
     Raises:
-        DataError: There are no images, they have a class of their own, or a package that reads them is missing.
+        DataError: There are no images, one has an unknown class, or a package that reads them is missing.
     """
-    kind = recipe.dataset.partition("/")[0]
-    split = recipe.test_split or find_eval_split(data_dir, recipe.dataset)
-    where = f"{os.fspath(data_dir)}, {split}"
-    if kind == "memory":
-        data = relabel_images(load_memory(Path(data_dir), split), classes, where)
+    source = DataSource.of(recipe, data_dir)
+    split = recipe.test_split or source.eval_split()
+    where = f"{source.place}, {split}"
+    if source.kind == "memory":
+        data = relabel_images(open_memory(source.root / split, source.exif_rotation), classes, where)
         return MemoryEval(recipe, data, ranks, batch_size)
-    if kind in ("wds", "hfids"):
-        dataset, name = open_stream(recipe, data_dir, split, recipe.test_samples, None)
+    if source.kind in ("wds", "hfids"):
+        dataset, name = open_stream(source, split, samples=recipe.test_samples, batch_size=None, seed=recipe.seed)
         relabel(dataset.reader, classes, where)
         return _StreamEval(recipe, dataset, name, ranks, batch_size, crop_mode)
-    reader = open_reader(recipe, Path(data_dir), split)
+    reader = open_reader(source, split)
     relabel(reader, classes, where)
     return _ReaderEval(recipe, reader, ranks, batch_size, crop_mode)
 
 
 def describe(train: TrainBatches, test: EvalBatches) -> dict[str, Any]:
-    """What a run's record says of its data."""
+    """Describe the data in a run's record."""
     return {
         "train": train.fingerprint,
         "test": test.fingerprint,
@@ -580,5 +541,16 @@ def describe(train: TrainBatches, test: EvalBatches) -> dict[str, Any]:
 
 
 def class_names(train: TrainBatches, count: int) -> tuple[str, ...]:
-    """Names of a run's classes; numbers where the data has no names."""
-    return train.classes or tuple(map(str, range(count)))
+    """Names of a model's classes, one for each output.
+
+    Args:
+        train: The training images.
+        count: Outputs of the model.
+
+    Returns:
+        The names in the data, then ``unused 10`` and so on for outputs that the data has no class for; numbers where
+        the data has no names.
+    """
+    if not train.classes:
+        return tuple(map(str, range(count)))
+    return train.classes + tuple(f"unused {label}" for label in range(len(train.classes), count))

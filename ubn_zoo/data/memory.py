@@ -1,35 +1,31 @@
-"""Small image folders held in memory: decoded once into bytes, augmented a batch at a time.
-
-An image folder is ``ROOT/SPLIT/CLASS/IMAGE``, with ``train`` and one of ``validation``, ``val`` and ``test`` as splits.
-Its classes are numbered in timm's order of names (``timm.utils.natural_key``), in which 2 comes before 10.
-"""
+"""Small images of one size held in memory: decoded once into bytes, augmented a batch at a time."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.utils import natural_key
 from torch import Tensor
 from torch.nn import functional as F
+
+from ubn_zoo.data.folders import find_images
+from ubn_zoo.data.images import open_image
+from ubn_zoo.errors import DataError
 
 __all__ = [
     "ImageSet",
     "Normalizer",
-    "find_images",
+    "image_set_fingerprint",
     "load_image_folder",
-    "name_order",
+    "open_memory",
     "random_crop_flip",
     "resize",
 ]
-
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +38,7 @@ class ImageSet:
         classes: Names of the classes.
 
     Raises:
-        ValueError: The tensors do not fit together.
+        ValueError: Shapes, dtypes or labels do not match.
     """
 
     images: Tensor
@@ -64,61 +60,18 @@ class ImageSet:
         return len(self.images)
 
 
-def name_order(names: Collection[str]) -> list[str]:
-    """Names in timm's natural order; those that are equal in it, such as ``1`` and ``01``, in the order of their text.
-
-    Args:
-        names: Of classes, or of files.
-    """
-    return sorted(names, key=lambda name: (natural_key(name), name))
-
-
-def find_images(folder: str | os.PathLike[str]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """List a folder ``CLASS/IMAGE``.
-
-    Classes are the folders that hold images. They, and the images of each, come in the order of `name_order`, so labels
-    do not depend on the file system. Hidden files and folders (``.ipynb_checkpoints``, ``._photo.jpg``) and files that
-    are no images by their ending are left out.
-
-    Args:
-        folder: The folder, one split of an image folder.
-
-    Returns:
-        Names of the classes, and the images' paths with their labels.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or it has no images.
-        ValueError: An image lies outside of the folders of classes, or deeper in one; the message names it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; an image folder has ROOT/SPLIT/CLASS/IMAGE")
-    found: dict[str, list[str]] = {}
-    paths, _ = find_images_and_targets(str(root), types=EXTENSIONS, sort=False)
-    for path, _ in paths:
-        parts = Path(path).parts[len(root.parts) :]
-        if any(part.startswith(".") for part in parts):
-            continue
-        if len(parts) != 2:
-            raise ValueError(
-                f"{path} is not directly in a folder of its class; valid: {root}/CLASS/{parts[-1]}; move or remove it"
-            )
-        found.setdefault(parts[0], []).append(parts[1])
-    if not found:
-        raise FileNotFoundError(f"{root} has no images ({', '.join(EXTENSIONS)}) in folders of their class")
-    classes = tuple(name_order(found))
-    images = [
-        (str(root / name / image), label) for label, name in enumerate(classes) for image in name_order(found[name])
-    ]
-    return classes, images
-
-
-def load_image_folder(folder: str | os.PathLike[str], *, report: Callable[[int, int], None] | None = None) -> ImageSet:
+def load_image_folder(
+    folder: str | os.PathLike[str],
+    *,
+    exif_rotation: bool = True,
+    report: Callable[[int, int], None] | None = None,
+) -> ImageSet:
     """Decode a folder ``CLASS/IMAGE`` of images that all have one size.
 
     Args:
-        folder: The folder, one split of an image folder; classes and images are those of `find_images`.
-        report: Called after every image with the number decoded and the number in all.
+        folder: One split of an image folder; classes and images are those of `find_images`.
+        exif_rotation: Whether images are turned upright as their EXIF orientation says.
+        report: Called after every image with the number decoded and the total.
 
     Raises:
         FileNotFoundError: There is no such folder, or it has no images.
@@ -126,10 +79,10 @@ def load_image_folder(folder: str | os.PathLike[str], *, report: Callable[[int, 
             names it.
     """
     classes, files = find_images(folder)
-    first = _decode(files[0][0])
+    first = _decode(files[0][0], exif_rotation)
     pixels = numpy.empty((len(files), *first.shape), dtype=numpy.uint8)
     for index, (path, _) in enumerate(files):
-        image = _decode(path)
+        image = _decode(path, exif_rotation)
         if image.shape != first.shape:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (image.shape, first.shape)]
             raise ValueError(f"{path} is {sizes[0]} pixels and {files[0][0]} is {sizes[1]}; all must have one size")
@@ -140,12 +93,28 @@ def load_image_folder(folder: str | os.PathLike[str], *, report: Callable[[int, 
     return ImageSet(images, torch.tensor([label for _, label in files]), classes)
 
 
-def _decode(path: str) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]:
+def _decode(path: str, exif_rotation: bool) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]:
+    return numpy.asarray(open_image(path, exif_rotation=exif_rotation))
+
+
+def open_memory(folder: Path, exif_rotation: bool) -> ImageSet:
+    """Decode one split of an image folder.
+
+    Raises:
+        DataError: There is no such folder, or its images cannot be used.
+    """
     try:
-        with Image.open(path) as image:
-            return numpy.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise errors of many classes for a damaged file
-        raise ValueError(f"{path}: not a readable image ({error}); mend or remove it") from error
+        return load_image_folder(folder, exif_rotation=exif_rotation)
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(str(error)) from None
+
+
+def image_set_fingerprint(data: ImageSet) -> str:
+    """SHA-256 of images in memory, their labels and classes."""
+    digest = hashlib.sha256(str((tuple(data.images.shape), data.classes)).encode())
+    for tensor in (data.images, data.labels):
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def resize(images: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
@@ -165,13 +134,13 @@ def resize(images: Tensor, size: int, interpolation: str = "bilinear") -> Tensor
 
 
 def random_crop_flip(images: Tensor, padding: int, hflip: float, generator: torch.Generator) -> Tensor:
-    """Move and flip every image on its own: a random crop of the zero-padded image, then a random horizontal flip.
+    """Shift and flip each image independently: a random crop of the zero-padded image, then a random horizontal flip.
 
     Args:
         images: (N, C, H, W), any dtype.
         padding: Zero padding on each side in pixels; the crop has the image's own size.
         hflip: Probability of the flip.
-        generator: Source of the random numbers; their count depends on N alone.
+        generator: Source of the random numbers; how many it draws depends on N alone.
 
     Returns:
         (N, C, H, W), a new tensor.
@@ -188,12 +157,12 @@ def random_crop_flip(images: Tensor, padding: int, hflip: float, generator: torc
 
 
 class Normalizer:
-    """Bytes to what a model takes: (value / 255 - mean) / std, float32, channels last in memory.
+    """Normalize bytes to what a model takes: (value / 255 - mean) / std, float32, channels last in memory.
 
     Args:
         mean: Mean per channel, of pixel values scaled to 0..1.
         std: Standard deviation per channel, of pixel values scaled to 0..1.
-        device: Where the result goes.
+        device: Device of the result.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ubn_zoo.data.loaders import EvalBatches, MemoryEval, open_eval
 from ubn_zoo.data.memory import ImageSet, Normalizer, resize
-from ubn_zoo.data.readers import Feed
+from ubn_zoo.data.settings import Feed
 from ubn_zoo.errors import EvaluationError
 from ubn_zoo.hub.manifest import load_manifest
 from ubn_zoo.models import read_checkpoint
