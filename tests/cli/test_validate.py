@@ -138,7 +138,7 @@ def test_the_command_says_what_is_wrong(
         (options(data, run=tmp_path), "is not a run that is finished"),
         (options(tmp_path / "absent", run=run_folder), "has none of validation, val, test"),
         (options(data, run=run_folder, split="val"), "has no val/ and no val.tar"),
-        (options(tmp_path, run=run_folder), "classes that are not known: cat; valid: vertical, horizontal"),
+        (options(tmp_path, run=run_folder), "unknown classes: cat; valid: vertical, horizontal"),
         (options(tmp_path, model="regnetx_002_ubn.cifar10"), "received images of 1 classes (cat); valid: 10"),
         (options(data, run=run_folder, csv=tmp_path / "other.csv"), "has columns a, b"),
         (options(data, run=run_folder, device="tpu9"), "device: received 'tpu9'"),

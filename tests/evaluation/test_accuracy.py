@@ -317,7 +317,7 @@ def test_images_go_with_the_models_classes(checkpoint: Path, tmp_path: Path) -> 
 
     (_, labels), *_ = open_images(named("vertical", "horizontal"), feed, root, Ranks())
     assert labels.tolist() == [1, 1, 1, 0, 0, 0]
-    with pytest.raises(DataError, match="classes that are not known: vertical; valid: horizontal"):
+    with pytest.raises(DataError, match="unknown classes: vertical; valid: horizontal"):
         open_images(named("horizontal", "diagonal"), feed, root, Ranks())
     (root / "test" / "third").mkdir()
     (root / "test" / "third" / "1.png").write_bytes((root / "test" / "vertical" / "001.png").read_bytes())

@@ -339,7 +339,7 @@ def test_an_unreadable_image_is_named(workers: int, images: Path, tmp_path: Path
     bad = next((root / "train" / "vertical").iterdir())
     bad.write_bytes(bad.read_bytes()[:60])
     recipe = change(dataset="folder", crop="rrc", workers=workers, checkpoint_steps=1)
-    with pytest.raises(DataError, match=rf"^{bad}: not a readable image .*; mend or remove it and start again$"):
+    with pytest.raises(DataError, match=rf"^{bad}: not a readable image .*; repair or remove it and start again$"):
         run(recipe, root, tmp_path / "run")
 
 

@@ -23,8 +23,9 @@ from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 from ubn_zoo import __version__
-from ubn_zoo.data.loaders import MemoryEval, MemoryTrain, eval_input, normalization
+from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.data.memory import ImageSet, Normalizer
+from ubn_zoo.data.transforms import eval_input, normalization
 from ubn_zoo.errors import QuickstartError
 from ubn_zoo.evaluation.accuracy import predict, predict_as_configured
 from ubn_zoo.evaluation.metrics import EpochMetrics
