@@ -38,12 +38,12 @@ def code_lines(page: Path) -> list[str]:
 
 
 @functools.cache
-def help_of(*command: str) -> str:
-    """What `ubn-zoo`, or a command of it, prints as its help; an error if there is no such command."""
+def help_of(command: str) -> str:
+    """What a command prints as its help; an error if there is no such command."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as exited:
-        main([*command, "--help"])
-    assert exited.value.code == 0, f"ubn-zoo {' '.join(command)} is no command"
+        main([command, "--help"])
+    assert exited.value.code == 0, f"ubn-zoo {command} is no command"
     return printed.getvalue()
 
 
@@ -75,8 +75,6 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_commands_exist(page: Path) -> None:
-    if not re.search(r"\btrain\b", help_of()):
-        pytest.skip("ubn-zoo does not have the commands train, validate and analyze yet")
     lines = code_lines(page)
     assert not [f"{problem}: {line}" for line in lines for problem in problems(line)]
     modules = [name for line in lines for name in re.findall(r"python -m ([\w.]+)", line)]
