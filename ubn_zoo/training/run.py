@@ -36,7 +36,7 @@ from ubn_zoo.data.splits import find_eval_split
 from ubn_zoo.errors import RunError
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, read_metrics, write_metrics, write_similarity
 from ubn_zoo.evaluation.plots import draw_run
-from ubn_zoo.recipes.schema import Recipe, decisive_settings, dump_recipe, load_recipe
+from ubn_zoo.recipes.schema import Recipe, apply_settings, decisive_settings, dump_recipe, load_recipe
 from ubn_zoo.training.base import base_weights
 from ubn_zoo.training.checkpoint import Snapshot, newest_snapshot, remove_unfinished, save_snapshot, tensor_bytes
 from ubn_zoo.training.engine import TrainingError, build_model, complete, fit
@@ -44,7 +44,7 @@ from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.files import write_file
 from ubn_zoo.utils.provenance import device_name, source_commit
 
-__all__ = ["Run", "RunError", "run", "save_weights"]
+__all__ = ["Run", "RunError", "run", "save_weights", "train"]
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
@@ -293,6 +293,32 @@ def run(
         if place.count > 1 and any(word in str(error).lower() for word in _LOST):
             raise RunError(f"rank {place.rank} lost another rank: {first_line}; {_kept(folder)}") from error
         raise
+
+
+def train(
+    recipe: Recipe | str | os.PathLike[str],
+    data_dir: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *settings: str,
+    ranks: Ranks | None = None,
+    **hooks: Any,
+) -> Run:
+    """Train by a recipe, or resume the run in a folder; the same as ``ubn-zoo train``.
+
+    Args:
+        recipe: A recipe, the name of one (``ubn-zoo recipes`` lists them), or a ``.yaml`` file.
+        data_dir: Folder of the data.
+        output: The run's folder; created if missing.
+        *settings: Changes to the recipe, ``key=value`` each.
+        ranks: This process; by default alone on the CPU.
+        **hooks: ``on_start``, ``on_step`` and ``on_epoch`` of `run`.
+
+    Raises:
+        RecipeError: The recipe or a setting is not valid.
+        RunError, DataError, SnapshotError, TrainingError: As `run` does.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return run(apply_settings(chosen, settings), data_dir, output, ranks, **hooks)
 
 
 def _reason(error: OSError, folder: Path) -> str:
