@@ -176,6 +176,26 @@ def test_hub_names_load(
     assert_same(load(tmp_path, f"hf-hub:{OWN}@{own}" if pinned else f"hf-hub:{OWN}"), twin, images)
 
 
+CONFIG_FAULTS: dict[str, dict[str, object]] = {
+    "dropped once": {"drop": True},
+    "503 once": {"status": 503},
+    "dropped": {"drop": True, "times": None},
+    "503": {"status": 503, "times": None},
+    "login page": {"status": 200, "times": None},
+    "login page not found": {"status": 404, "times": None},
+}
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS.values(), ids=CONFIG_FAULTS.keys())
+def test_configuration_is_read_as_patiently_as_weights(
+    hub: HubServer, own: str, twin: nn.Module, images: Tensor, tmp_path: Path, fault: dict[str, object]
+) -> None:
+    if fault.get("times", 1) is None:
+        load(tmp_path, f"hf-hub:{OWN}")
+    hub.fail(method="HEAD", path="config" if "times" not in fault else "", **fault)
+    assert_same(load(tmp_path, f"hf-hub:{OWN}"), twin, images)
+
+
 def test_altered_hub_model_is_refused(hub: HubServer, own: str, tmp_path: Path) -> None:
     hub.fail(path=BODY, corrupt=3_000_000, times=None)
     with pytest.raises(client.ChecksumError):

@@ -4,7 +4,7 @@ Importing this registers them with timm, so that ``timm.create_model("resnet50_u
 listings know them. No model is built for that.
 """
 
-from ubn_zoo.models import ubn_mobilenet, ubn_regnet, ubn_resnet
+from ubn_zoo.models import hub_config, ubn_mobilenet, ubn_regnet, ubn_resnet
 from ubn_zoo.models.build import UbnModel, build_ubn_model
 from ubn_zoo.models.weights import CheckpointError, read_checkpoint
 
@@ -17,3 +17,5 @@ __all__ = [
     "ubn_regnet",
     "ubn_resnet",
 ]
+
+hub_config.install()
