@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.images import RECIPE, write_image_folder
 from ubn_zoo import __version__
+from ubn_zoo.recipes.schema import dump_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "ubn_zoo"
@@ -126,3 +129,27 @@ def test_installed_command_works_from_another_folder(installed: Path, tmp_path: 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "resnet50.a1_in1k" in done.stdout
+
+
+def test_installed_command_trains_validates_and_reads_a_run_back(installed: Path, tmp_path: Path) -> None:
+    images, folder = write_image_folder(tmp_path / "images", 16, 8), tmp_path / "run"
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(dump_recipe(dataclasses.replace(RECIPE, epochs=1)), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    program = str(installed / "bin" / "ubn-zoo")
+    read = f"import timm, ubn_zoo; print(timm.create_model('local-dir:{folder}', pretrained=True).num_classes)"
+    shown = []
+    for command in (
+        [program, "train", "--recipe", str(recipe), "--data-dir", str(images), "--output", str(folder)],
+        ["-m", "ubn_zoo", "validate", "--run", str(folder), "--data-dir", str(images), "--workers", "0"],
+        ["-c", read],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
+    trained, validated, classes = shown
+    top1 = trained.splitlines()[-1].partition("top-1 ")[2].partition(" %")[0]
+    assert f"top-1 {top1} %" in validated
+    assert classes == "2\n"
