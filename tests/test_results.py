@@ -12,8 +12,7 @@ import timm
 import torch
 
 from research.experiments import EXPERIMENTS, Experiment, load, page, plan
-from ubn_zoo.data.memory import load_image_folder
-from ubn_zoo.evaluation.accuracy import evaluate_pretrained
+from ubn_zoo.evaluation.evaluate import evaluate
 from ubn_zoo.hub.manifest import Record, bundled_path, load_manifest
 from ubn_zoo.recipes.schema import recipe_path, recipe_sha256
 from ubn_zoo.release.bundle import MAX_BYTES, MAX_BYTES_IN_ALL
@@ -99,7 +98,7 @@ def test_records_agree_with_the_tables(record: Record) -> None:
 def test_bundled_models_reach_their_published_accuracy(record: Record, tmp_path: Path) -> None:
     with tarfile.open(CIFAR10) as archive:
         archive.extractall(tmp_path, (file for file in archive if file.name.split("/")[0] == "test"), filter="data")
-    found = evaluate_pretrained(record.id, load_image_folder(tmp_path / "test"))
+    found = evaluate(record.id, tmp_path, dataset="memory", test_split="test")
     assert found.images == 10_000
     # Another processor or version may round a few of the 10,000 images to the other side.
     assert found.top1 == pytest.approx(record.metrics[0].value, abs=0.05)

@@ -28,7 +28,7 @@ from ubn_zoo.evaluation.metrics import (
 )
 from ubn_zoo.evaluation.plots import draw_comparison, draw_similarity_comparison
 from ubn_zoo.recipes.schema import Recipe, apply_settings, load_recipe
-from ubn_zoo.training.engine import build_model, complete
+from ubn_zoo.training.build import build_model, complete
 
 __all__ = [
     "EXPERIMENTS",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, write_metrics, write_similarity
-from ubn_zoo.evaluation.plots import draw_comparison, draw_run, draw_scores, draw_similarity_comparison
+from ubn_zoo.evaluation.plots import draw_comparison, draw_run, draw_similarity_comparison
 
 pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib, of the extra ubn-zoo[quickstart]")
 
@@ -186,10 +186,6 @@ def compare_similarity(groups: Any, path: Path) -> None:
     draw_similarity_comparison(groups, path, title="similarity")
 
 
-def compare_scores(groups: Any, path: Path) -> None:
-    draw_scores(groups, path, title="scores")
-
-
 def examples() -> dict[str, tuple[Drawing, dict[str, Any], dict[str, Any]]]:
     """Of every comparison: how to draw it, groups, and groups of which one value differs."""
     runs, layers = {"BatchNorm": group(0), "UBN": group(3)}, {"BatchNorm": similarity(2, 8), "UBN": similarity(2, 8)}
@@ -197,11 +193,6 @@ def examples() -> dict[str, tuple[Drawing, dict[str, Any], dict[str, Any]]]:
     return {
         "runs": (compare_runs, runs, {**runs, "UBN": [metrics(3, gain=9), *group(3)[1:]]}),
         "similarity": (compare_similarity, layers, {**layers, "UBN": lower}),
-        "scores": (
-            compare_scores,
-            {"BatchNorm": [70.0, 71.5], "UBN": [72.0]},
-            {"BatchNorm": [70.0, 72.5], "UBN": [72.0]},
-        ),
     }
 
 
@@ -277,14 +268,14 @@ def test_similarity_of_one_epoch_has_one_panel(tmp_path: Path) -> None:
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'ubn-zoo\[quickstart\]'"):
-        compare_scores({"UBN": [1.0]}, tmp_path / "none.png")
+        compare_similarity({"UBN": similarity(1, 2)}, tmp_path / "none.png")
 
 
 def test_a_failed_picture_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    path = tmp_path / "scores.png"
-    compare_scores({"UBN": [1.0, 2.0]}, path)
+    path = tmp_path / "similarity.png"
+    compare_similarity({"UBN": similarity(1, 2)}, path)
     before = path.read_bytes()
 
     def full(self: Figure, target: Path, **_: Any) -> None:
@@ -293,6 +284,6 @@ def test_a_failed_picture_leaves_the_one_before(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Figure, "savefig", full)
     with pytest.raises(OSError, match="No space left"):
-        compare_scores({"UBN": [3.0, 4.0]}, path)
+        compare_similarity({"UBN": similarity(2, 3)}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

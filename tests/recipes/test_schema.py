@@ -36,7 +36,7 @@ from ubn_zoo.recipes.schema import (
     recipe_path,
     recipe_sha256,
 )
-from ubn_zoo.training.engine import build_loss, build_model, build_optimizer, build_scheduler, complete
+from ubn_zoo.training.build import build_loss, build_model, build_optimizer, build_scheduler, complete
 from ubn_zoo.training.run import run, save_weights
 
 MINIMAL = """

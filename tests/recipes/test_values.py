@@ -13,7 +13,7 @@ from torch import nn
 from tests.images import write_image_folder
 from ubn_zoo.recipes.recipe import OPTIMIZERS
 from ubn_zoo.recipes.schema import Recipe, apply_settings, load_recipe
-from ubn_zoo.training.engine import build_optimizer
+from ubn_zoo.training.build import build_optimizer
 from ubn_zoo.training.run import run
 
 SMALL = ("img_size=32", "epochs=1", "batch_size=4", "train_samples=4", "test_samples=2", "threads=1", "device=cpu")

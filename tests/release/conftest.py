@@ -27,7 +27,7 @@ from tests.release.common import (
 from ubn_zoo.evaluation.metrics import write_metrics
 from ubn_zoo.hub import manifest, retry
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
-from ubn_zoo.training.engine import complete
+from ubn_zoo.training.build import complete
 from ubn_zoo.training.run import save_weights
 
 

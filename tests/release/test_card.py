@@ -26,7 +26,7 @@ from ubn_zoo.recipes.schema import Recipe, apply_settings, dump_recipe, load_rec
 from ubn_zoo.release.run_record import train_command
 from ubn_zoo.release.sanitize import code, escape, find_secret, hide_secrets
 from ubn_zoo.release.upload import publish
-from ubn_zoo.training.engine import complete
+from ubn_zoo.training.build import complete
 from ubn_zoo.training.run import run as run_recipe
 
 BASE = "timm/resnet10t.c3_in1k"

@@ -15,21 +15,13 @@ from torch import nn
 
 from tests.images import RECIPE, striped_images
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
-from ubn_zoo.errors import DataError
+from ubn_zoo.errors import DataError, TrainingError
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.layers import UnifiedBatchNorm2d
 from ubn_zoo.recipes.schema import Recipe
+from ubn_zoo.training.build import build_model, build_optimizer, build_scheduler, complete
 from ubn_zoo.training.checkpoint import Snapshot
-from ubn_zoo.training.engine import (
-    Outcome,
-    TrainingError,
-    build_model,
-    build_optimizer,
-    build_scheduler,
-    complete,
-    fit,
-    gate_state,
-)
+from ubn_zoo.training.engine import Outcome, fit, gate_state
 from ubn_zoo.utils.distributed import Ranks
 
 TRAIN = striped_images(64, seed=1)
@@ -109,8 +101,9 @@ def test_gate_state_counts_layers_above_their_threshold() -> None:
 
 @pytest.mark.parametrize("norm", ["ubn", "rbn", "bnet", "bn"])
 @pytest.mark.parametrize("norm_decay", [False, True])
-def test_norm_parameters_and_biases_decay_only_if_asked(norm: str, norm_decay: bool) -> None:
-    recipe = change(weight_decay=0.25, norm=norm, norm_decay=norm_decay)
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_norm_parameters_and_biases_decay_only_if_asked(norm: str, norm_decay: bool, layer_decay: float | None) -> None:
+    recipe = change(weight_decay=0.25, norm=norm, norm_decay=norm_decay, layer_decay=layer_decay)
     model = build_model(recipe)
     decay = {
         id(parameter): group["weight_decay"]
@@ -132,8 +125,9 @@ def test_optimizer_options() -> None:
     assert all(group["betas"] == (0.5, 0.75) and group["eps"] == 1e-3 for group in optimizer.param_groups)
 
 
-def test_layer_decay_slows_early_layers() -> None:
-    recipe = change(layer_decay=0.5)
+@pytest.mark.parametrize("norm_decay", [False, True])
+def test_layer_decay_slows_early_layers(norm_decay: bool) -> None:
+    recipe = change(layer_decay=0.5, norm_decay=norm_decay)
     model = build_model(recipe)
     optimizer = build_optimizer(recipe, model)
     build_scheduler(recipe, optimizer, 4).step_update(4)

@@ -25,14 +25,13 @@ import torch
 from tests.images import RECIPE, striped_images, write_image_folder
 from ubn_zoo.cli import main
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
-from ubn_zoo.errors import DataError
+from ubn_zoo.errors import DataError, RunError, TrainingError
 from ubn_zoo.evaluation.metrics import read_metrics, read_similarity
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
 from ubn_zoo.training import checkpoint as snapshots
 from ubn_zoo.training import run as runs
 from ubn_zoo.training.checkpoint import newest_snapshot
-from ubn_zoo.training.engine import TrainingError
-from ubn_zoo.training.run import RunError, run
+from ubn_zoo.training.run import run
 from ubn_zoo.utils.distributed import Ranks
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,7 @@ __all__ = ["eval_input", "eval_transform", "normalization", "train_input", "trai
 def normalization(recipe: EvalSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of a complete recipe."""
     if recipe.mean is None or recipe.std is None:
-        raise ValueError(
-            "received a recipe without mean or std; valid: a complete one, from `training.engine.complete`"
-        )
+        raise ValueError("received a recipe without mean or std; valid: a complete one, from `training.build.complete`")
     return recipe.mean, recipe.std
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubn_zoo.data.loaders import EvalBatches, MemoryEval, open_eval
-from ubn_zoo.data.memory import ImageSet, Normalizer, resize
+from ubn_zoo.data.loaders import EvalBatches, open_eval
+from ubn_zoo.data.memory import Normalizer, resize
 from ubn_zoo.data.settings import Feed
 from ubn_zoo.errors import EvaluationError
 from ubn_zoo.hub.manifest import load_manifest
@@ -30,7 +30,6 @@ __all__ = [
     "EvaluationError",
     "Subject",
     "append_result",
-    "evaluate_pretrained",
     "feed_of",
     "load_subject",
     "measure",
@@ -404,25 +403,6 @@ def _check_classes(subject: Subject, feed: Feed, classes: tuple[str, ...]) -> No
             f"{', ...' if len(classes) > 10 else ''}); valid: {feed.num_classes}, the outputs of {subject.name}, "
             "in its order"
         )
-
-
-def evaluate_pretrained(name: str, data: ImageSet, *, batch_size: int = 256) -> Accuracy:
-    """Accuracy of pretrained weights on images in memory, fed as the model's configuration says.
-
-    Args:
-        name: timm's name, such as ``regnetx_002_ubn.cifar10``.
-        data: Square images with labels in the order of the model's classes.
-        batch_size: Images at a time.
-
-    Raises:
-        DataError: The images are not square.
-        EvaluationError: Data and model do not fit together.
-    """
-    subject = load_subject(name)
-    feed = feed_of(subject, dataset="memory")
-    _check_classes(subject, feed, data.classes)
-    model = subject.model.to(memory_format=torch.channels_last)
-    return measure(model, MemoryEval(feed, data, Ranks(), batch_size), Ranks())
 
 
 def result_row(subject: Subject, feed: Feed, accuracy: Accuracy, **more: Any) -> dict[str, Any]:

@@ -28,7 +28,6 @@ __all__ = [
     "Style",
     "draw_comparison",
     "draw_run",
-    "draw_scores",
     "draw_similarity_comparison",
     "new_figure",
     "save",
@@ -417,42 +416,4 @@ def draw_similarity_comparison(
         _finish(by_epoch, "Mean over layers", "feature similarity of held-out images")
         _whole_epochs(by_epoch, (row.epoch for rows in groups.values() for row in rows))
     _outside_legend(figure, by_depth)
-    save(figure, path)
-
-
-def draw_scores(
-    groups: Mapping[str, Sequence[float]], path: str | os.PathLike[str], *, title: str, xlabel: str = "top-1 (%)"
-) -> None:
-    """Draw a score of several groups: each run a dot, their mean and standard deviation beside it.
-
-    Args:
-        groups: Scores of a group's runs by label; drawn from the top.
-        path: PNG file to write.
-        title: Of the picture.
-        xlabel: The score and its unit.
-
-    Raises:
-        ValueError: There are no groups, or one without scores.
-        ImportError: matplotlib is missing.
-    """
-    if not groups:
-        raise EvaluationError("received no groups; valid: at least one")
-    for label, scores in groups.items():
-        if not scores:
-            raise EvaluationError(f"{label!r}: received no scores; valid: at least one")
-    figure = new_figure(6.5, 1.2 + 0.38 * len(groups))
-    axes = figure.subplots()
-    for index, scores in enumerate(groups.values()):
-        spread = statistics.stdev(scores) if len(scores) > 1 else None
-        axes.plot(scores, [index] * len(scores), "o", color="0.6", markersize=4, zorder=3)
-        axes.errorbar(
-            statistics.fmean(scores), index, xerr=spread, fmt="D", color=_TEST.color, capsize=4, markersize=8, zorder=2
-        )
-    labels = [f"{label} ({_counted(len(scores), 'run')})" for label, scores in groups.items()]
-    axes.set_yticks(range(len(groups)), labels)
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlabel(f"{xlabel}: mean ± standard deviation, dots are single runs")
-    axes.set_title(title, fontsize=11)
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)

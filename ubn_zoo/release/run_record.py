@@ -24,8 +24,8 @@ from ubn_zoo.recipes.schema import (
     list_recipes,
     load_recipe,
 )
+from ubn_zoo.training.build import complete, model_name
 from ubn_zoo.training.checkpoint import newest_snapshot
-from ubn_zoo.training.engine import complete, model_name
 
 __all__ = ["ENVIRONMENT", "Base", "RunFacts", "check_figures", "read_environment", "train_command", "without_folders"]
 

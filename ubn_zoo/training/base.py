@@ -10,7 +10,7 @@ import timm
 from ubn_zoo.hub.fetch import cached_path
 from ubn_zoo.models.weights import safetensors_filename
 from ubn_zoo.recipes.schema import Recipe
-from ubn_zoo.training.engine import model_name
+from ubn_zoo.training.build import model_name
 
 __all__ = ["base_weights"]
 

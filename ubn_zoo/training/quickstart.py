@@ -31,7 +31,8 @@ from ubn_zoo.evaluation.accuracy import predict, predict_as_configured
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.hub.manifest import load_manifest
 from ubn_zoo.recipes.schema import Recipe, apply_settings, decisive_settings, load_recipe
-from ubn_zoo.training.engine import build_model, complete, fit
+from ubn_zoo.training.build import build_model, complete
+from ubn_zoo.training.engine import fit
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.progress import Progress
 

@@ -33,18 +33,19 @@ from torch import nn
 from ubn_zoo import __version__
 from ubn_zoo.data.loaders import EvalBatches, TrainBatches, class_names, describe, open_eval, open_train
 from ubn_zoo.data.splits import find_eval_split
-from ubn_zoo.errors import RunError
+from ubn_zoo.errors import RunError, TrainingError
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, read_metrics, write_metrics, write_similarity
 from ubn_zoo.evaluation.plots import draw_run
 from ubn_zoo.recipes.schema import Recipe, apply_settings, decisive_settings, dump_recipe, load_recipe
 from ubn_zoo.training.base import base_weights
+from ubn_zoo.training.build import build_model, complete
 from ubn_zoo.training.checkpoint import Snapshot, newest_snapshot, remove_unfinished, save_snapshot, tensor_bytes
-from ubn_zoo.training.engine import TrainingError, build_model, complete, fit
+from ubn_zoo.training.engine import fit
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.files import write_file
 from ubn_zoo.utils.provenance import device_name, source_commit
 
-__all__ = ["Run", "RunError", "run", "save_weights", "train"]
+__all__ = ["Run", "run", "save_weights", "train"]
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
