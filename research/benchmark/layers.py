@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ubn_zoo.evaluation.speed import as_if_trained
 from ubn_zoo.layers import UnifiedBatchNorm2d
 
 from .floors import WITH_CONVOLUTION, convolution_step, copy_step, traffic
@@ -17,7 +18,6 @@ from .turns import (
     SETTINGS,
     Entry,
     Timing,
-    as_if_trained,
     as_naive,
     bytes_of,
     check_steps,

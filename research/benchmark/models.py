@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -11,23 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ubn_zoo import fuse
+from ubn_zoo.evaluation.speed import as_if_trained, eval_step, random_batch, train_step
 
 from .floors import NormCosts, norm_costs
-from .turns import SETTINGS, Entry, Timing, as_if_trained, as_naive, bytes_of, check_kinds, check_steps, take_turns
+from .turns import SETTINGS, Entry, Timing, as_naive, bytes_of, check_kinds, check_steps, take_turns
 
-__all__ = ["AMP_DTYPES", "MODES", "build", "compare", "compare_training", "random_batch", "train_step"]
+__all__ = ["AMP_DTYPES", "MODES", "build", "compare", "compare_training"]
 
 MODES = ("train", "eval", "fused", "folded")
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def random_batch(
-    batch_size: int, img_size: int, num_classes: int, device: torch.device, layout: torch.memory_format
-) -> tuple[Tensor, Tensor]:
-    """Random images (N, 3, H, W) in a layout, and classes (N,), the same each time."""
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, img_size, img_size, device=device).to(memory_format=layout)
-    return images, torch.randint(num_classes, (batch_size,), device=device)
 
 
 def build(model: str, kind: str) -> nn.Module:
@@ -41,42 +33,6 @@ def build(model: str, kind: str) -> nn.Module:
         return timm.create_model(model)
     twin = timm.create_model(f"{model}_ubn", ubn_kwargs=SETTINGS[kind])
     return as_naive(twin) if kind == "naive" else twin
-
-
-def _autocast(device: torch.device, amp: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if amp is None else torch.autocast(device.type, amp)
-
-
-def train_step(
-    model: nn.Module, images: Tensor, targets: Tensor, amp: torch.dtype | None = None
-) -> Callable[[], object]:
-    """A training step without the optimizer: forward, loss, backward; in float16 the loss is scaled.
-
-    Args:
-        model: Put into training mode.
-        images: (N, 3, H, W).
-        targets: (N,) classes.
-        amp: Autocast's dtype, None for none.
-    """
-    scaler = torch.amp.GradScaler(images.device.type, enabled=amp is torch.float16)
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with _autocast(images.device, amp):
-            loss = nn.functional.cross_entropy(model(images), targets)
-        scaler.scale(loss).backward()
-
-    model.train()
-    return step
-
-
-def _eval_step(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Callable[[], object]:
-    def step() -> None:
-        with torch.inference_mode(), _autocast(images.device, amp):
-            model(images)
-
-    model.eval()
-    return step
 
 
 def _entries(
@@ -97,7 +53,7 @@ def _entries(
             variants[suffixed] = torch.compile(model, fullgraph=True, dynamic=False)
         held = bytes_of(*model.parameters(), *model.buffers(), images, targets)
         for variant, module in variants.items():
-            step = train_step(module, images, targets, amp) if train else _eval_step(module, images, amp)
+            step = train_step(module, images, targets, amp) if train else eval_step(module, images, amp)
             entries.append(Entry(variant, kind, module, step, model.zero_grad, held))
     return entries
 
@@ -175,7 +131,7 @@ def compare(
 
 def _norm_costs(model: nn.Module, images: Tensor, amp: torch.dtype | None, *, training: bool) -> NormCosts:
     def forward() -> None:
-        with _autocast(images.device, amp):
+        with contextlib.nullcontext() if amp is None else torch.autocast(images.device.type, amp):
             model.eval()(images)
 
     return norm_costs(model, forward, images.device, training=training)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
+from ubn_zoo.evaluation.speed import random_batch, train_step
 from ubn_zoo.layers import UnifiedBatchNorm2d
 
-from .models import AMP_DTYPES, build, random_batch, train_step
+from .models import AMP_DTYPES, build
 
 __all__ = ["GROUPS", "Share", "profile_step"]
 

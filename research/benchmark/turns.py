@@ -23,7 +23,6 @@ __all__ = [
     "KINDS",
     "Entry",
     "Timing",
-    "as_if_trained",
     "as_naive",
     "environment",
     "keep_memory",
@@ -300,15 +299,4 @@ def as_naive(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, UnifiedBatchNorm2d):
             layer._equations_only = True
-    return module
-
-
-@torch.no_grad()
-def as_if_trained(module: nn.Module) -> nn.Module:
-    """Gives UBN layers calibrations and kernels that depend on everything: none folds because it is at its start."""
-    generator = torch.Generator().manual_seed(0)
-    for layer in module.modules():
-        if isinstance(layer, UnifiedBatchNorm2d):
-            for parameter in layer.parameters(recurse=False):
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return module

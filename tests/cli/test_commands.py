@@ -248,7 +248,7 @@ def test_help_of_a_command_says_what_it_does_and_shows_an_example(
         assert (arguments[0], cli._parser().parse_args(arguments).command) == (name, name), line
 
 
-@pytest.mark.parametrize("name", ["analyze", "train", "validate"])
+@pytest.mark.parametrize("name", ["analyze", "benchmark", "train", "validate"])
 def test_scripts_of_a_clone_are_the_commands(name: str) -> None:
     script = Path(cli.__file__).parents[2] / "scripts" / f"{name}.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120, check=True)
