@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_norm_parameters_and_biases_decay_only_if_asked(norm: str, norm_decay: b
     for name, parameter in model.named_parameters():
         plain = id(parameter) in norms or name.endswith("bias")
         assert decay[id(parameter)] == (0.0 if plain and not norm_decay else 0.25), name
+
+
+@pytest.mark.parametrize("saved", [1, 2, 4])
+def test_loss_of_an_epoch_that_other_ranks_began(saved: int) -> None:
+    """A run that was saved by some ranks resumes with the same mean loss on one."""
+    recipe = change(epochs=1, checkpoint_steps=3)
+    snapshots: list[Snapshot] = []
+    whole = train(recipe, on_save=lambda snapshot: snapshots.append(copy.deepcopy(snapshot)))
+    (first, *_) = snapshots
+    progress = {**first.progress, "totals": first.progress["totals"].repeat(saved)}
+    again = train(recipe, start=dataclasses.replace(first, progress=progress))
+    assert again.metrics[-1].train_loss == pytest.approx(whole.metrics[-1].train_loss, rel=1e-6)
 
 
 def test_optimizer_options() -> None:

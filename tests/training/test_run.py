@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
 import json
 import os
+import pty
 import random
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,6 +162,26 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(images: P
         run(change(num_classes=1), images, tmp_path / "other")
 
 
+def test_a_failed_start_may_be_corrected(images: Path, tmp_path: Path) -> None:
+    """Only a checkpoint makes a folder that of its recipe."""
+    folder = tmp_path / "run"
+
+    def fail(done: int, total: int) -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run(change(lr=0.5), images, folder, on_step=fail)
+    assert load_recipe(folder / "recipe.yaml").lr == 0.5
+    done = run(change(epochs=1), images, folder)
+    assert done.finished
+    assert load_recipe(folder / "recipe.yaml").lr == RECIPE.lr
+    assert len(json.loads((folder / "environment.json").read_text())["starts"]) == 1
+    assert len(list((folder / "events").iterdir())) <= 1
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(RunError, match="holds a run of another recipe"):
+        run(change(lr=0.5), images, folder)
+
+
 @pytest.mark.parametrize("norm", ["bn", "rbn", "bnet"])
 def test_siblings_and_ablations_leave_the_same(norm: str, images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -219,6 +243,89 @@ def test_killed_at_any_moment_it_ends_the_same(images: Path, tmp_path: Path) -> 
     assert not list((broken / "checkpoints").glob(".*"))
 
 
+def processes(session: int) -> list[str]:
+    """The living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, own = path.read_text().rpartition(")")[2].split()[:4]
+            found += [path.parent.name] if int(own) == session and state != "Z" else []
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the processes of a session are listed in /proc")
+def test_a_closed_terminal_saves_and_leaves_no_process(images: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, change(epochs=200, dataset="folder", crop="rrc", workers=2))
+    folder = tmp_path / "run"
+    # The child's own terminal, with all of its output, hangs up when its other end is closed.
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(sys.executable, command(recipe, images, folder), dict(os.environ))  # noqa: S606 - no shell wanted
+    reader = threading.Thread(target=drain, args=(terminal, hang_up := threading.Event()))
+    reader.start()
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("[0-9]*")):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert len(processes(child)) >= 3
+    hang_up.set()
+    reader.join()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    found = newest_snapshot(folder / "checkpoints")
+    assert found is not None
+    assert found.updates > 8 * len(read_metrics(folder / "metrics.csv")) - 8
+    deadline = time.monotonic() + 20
+    while processes(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes(child) == []
+
+
+def drain(terminal: int, hang_up: threading.Event) -> None:
+    """Read what is written to a terminal, then close it."""
+    while not hang_up.is_set():
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the processes of a session are listed in /proc")
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGKILL"])
+def test_no_signal_leaves_a_process(name: str, images: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, change(epochs=200, dataset="folder", crop="rrc", workers=2))
+    process = subprocess.Popen(
+        command(recipe, images, tmp_path / "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(tmp_path / "run" / "checkpoints", process)
+    process.send_signal(getattr(signal, name))
+    process.wait(timeout=60)
+    if name in ("SIGHUP", "SIGTERM"):
+        assert process.returncode == 0
+        assert process.stdout is not None
+        assert f"stopped by {name}; the state is saved" in process.stdout.read()
+    deadline = time.monotonic() + 30
+    while processes(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes(process.pid) == []
+
+
+def test_an_ignored_hangup_stays_ignored(images: Path, tmp_path: Path) -> None:
+    """As nohup starts a run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        done = run(change(epochs=1), images, tmp_path / "run", on_step=lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done.finished
+    assert done.stopped_by is None
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_saves_and_ends_cleanly(workers: int, images: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, change(epochs=200, dataset="folder", crop="rrc", workers=workers))
@@ -263,6 +370,7 @@ def test_a_stop_and_a_start_in_one_process_end_the_same(images: Path, tmp_path: 
     before = signal.getsignal(signal.SIGTERM)
     stopped = run(RECIPE, images, tmp_path / "run", on_step=strike)
     assert not stopped.finished
+    assert stopped.stopped_by == "SIGTERM"
     assert len(stopped.metrics) == 1
     assert signal.getsignal(signal.SIGTERM) == before
     assert not (tmp_path / "run" / "model.safetensors").exists()

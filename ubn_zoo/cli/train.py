@@ -8,8 +8,8 @@ Examples:
     torchrun --nproc-per-node 8 -m ubn_zoo train --recipe rsb_a2 --data-dir imagenet --output runs/rsb_a2
 
 `ubn-zoo recipes` lists the recipes, and `ubn-zoo recipes --fields` every key that --set changes. The data is an image
-folder with train/CLASS/IMAGE and one of validation/, val/, test/, unless the recipe names another kind. SIGTERM saves
-the state and ends the command with exit code 0.
+folder with train/CLASS/IMAGE and one of validation/, val/, test/, unless the recipe names another kind. SIGTERM
+and SIGHUP save the state and end the command with exit code 0.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def run(options: argparse.Namespace) -> int:
                 on_epoch=shown.epoch if shown else None,
             )
             if ranks.first:
-                reached = f"finished, top-1 {done.metrics[-1].top1:.2f} %" if done.finished else _STOPPED
+                reached = (
+                    f"finished, top-1 {done.metrics[-1].top1:.2f} %"
+                    if done.finished
+                    else _STOPPED.format(done.stopped_by or "a signal to another rank")
+                )
                 print(f"{reached}: {done.folder}")
     except KeyboardInterrupt:
         print("ubn-zoo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
@@ -64,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-_STOPPED = "stopped by SIGTERM; the state is saved, and the same command resumes"
+_STOPPED = "stopped by {}; the state is saved, and the same command resumes"
 
 
 class _Reporter:

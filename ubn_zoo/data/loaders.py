@@ -273,9 +273,10 @@ class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """SIGTERM and Ctrl-C often reach all processes of a group: the run decides, and its workers end with it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """SIGTERM, SIGHUP and Ctrl-C often reach a whole process group: the run decides, and its workers end with it."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _useful_workers(wanted: int) -> int:

@@ -221,7 +221,8 @@ def _restore(job: _Job, snapshot: Snapshot) -> None:
     if len(totals) == job.ranks.count:
         job.total = totals[job.ranks.rank].clone()
     elif job.ranks.first:
-        job.total = totals.sum()
+        # The mean loss divides by the ranks of now, and each rank that saved added one mean per update.
+        job.total = totals.sum() * (job.ranks.count / len(totals))
     if job.step >= job.steps:
         # The data has fewer batches than it had: the epoch starts again.
         job.step = 0

@@ -69,12 +69,14 @@ class Run:
         metrics: One row per epoch done.
         finished: Whether all epochs are done.
         updates: Updates made before this start; 0 for a run that began with it.
+        stopped_by: Name of the signal that stopped this process, such as ``SIGTERM``; None without one.
     """
 
     folder: Path
     metrics: tuple[EpochMetrics, ...]
     finished: bool
     updates: int
+    stopped_by: str | None = None
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -186,34 +188,54 @@ class _Events:
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM instead of dying of it; outside the main thread, where that is not possible, it is left alone."""
-    asked = threading.Event()
+def _noted_signals() -> Iterator[list[str]]:
+    """Collect the names of SIGTERM and SIGHUP as they arrive, so that the run can save before it ends.
+
+    Signals keep their effect outside the main thread, where no handler can be set. An ignored SIGHUP (nohup) stays
+    ignored.
+    """
+    received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield received
         return
+    terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.set()
+        received.append(signal.Signals(number).name)
+        for terminal in terminals:
+            try:
+                os.get_terminal_size(terminal)
+            except OSError:
+                # The terminal was closed, and writing to it would end the run with an error.
+                with Path(os.devnull).open("wb") as nowhere:
+                    os.dup2(nowhere.fileno(), terminal)
 
-    before = signal.signal(signal.SIGTERM, note)
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in wanted}
+    handled = [number for number in wanted if before[number] is not signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, note)
     try:
-        yield asked.is_set
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in handled:
+            signal.signal(number, before[number])
 
 
-def _check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder of another run."""
+def _check_folder(folder: Path, recipe: Recipe) -> bool:
+    """Refuse a folder of another run; return whether it only has what a failed start of another recipe left."""
     written = folder / RECIPE
     if written.exists():
         before, now = decisive_settings(load_recipe(written)), decisive_settings(recipe)
         different = [key for key in now if before[key] != now[key]]
+        if different and not (_checkpoints(folder) or any((folder / name).exists() for name in (WEIGHTS, METRICS))):
+            return True
         if different:
             shown = "; ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in different[:5])
             raise RunError(f"{folder} holds a run of another recipe ({shown}); choose another folder, or remove it")
     elif folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no {RECIPE}; choose an empty folder")
+    return False
 
 
 def _finish(folder: Path, recipe: Recipe, classes: tuple[str, ...], model: nn.Module, ema: nn.Module | None) -> None:
@@ -264,7 +286,9 @@ def run(
     `checkpoints/`, `events/` (TensorBoard), plots as PNG, and at the end `config.json` and `model.safetensors` (with a
     moving average also `model_ema.safetensors`). A folder that has its weights is complete and is not trained again.
 
-    After SIGTERM the state is saved, and the run returns unfinished.
+    A folder that has no checkpoint yet may be started again with another recipe.
+
+    After SIGTERM or SIGHUP the state is saved, and the run returns unfinished.
 
     Args:
         recipe: The run.
@@ -330,9 +354,14 @@ def _reason(error: OSError, folder: Path) -> str:
     return reason
 
 
-def _kept(folder: Path) -> str:
+def _checkpoints(folder: Path) -> list[str]:
+    """Names of a run's checkpoints, the oldest first."""
     checkpoints = folder / CHECKPOINTS
-    names = sorted(path.name for path in checkpoints.iterdir() if path.name.isdigit()) if checkpoints.is_dir() else []
+    return sorted(path.name for path in checkpoints.iterdir() if path.name.isdigit()) if checkpoints.is_dir() else []
+
+
+def _kept(folder: Path) -> str:
+    names = _checkpoints(folder)
     if not names:
         return "there is no checkpoint yet; the same command starts anew"
     return f"the last checkpoint, after update {int(names[-1])}, is kept; the same command goes on from it"
@@ -361,12 +390,15 @@ def _run(
         recipe = dataclasses.replace(recipe, num_classes=found)
     elif found is not None and found > recipe.num_classes:
         raise TrainingError(f"num_classes: received {recipe.num_classes}; valid: null, or the data's {found} or more")
-    _check_folder(folder, recipe)
+    left_over = _check_folder(folder, recipe)
     if (folder / WEIGHTS).exists():
         return Run(folder=folder, metrics=read_metrics(folder / METRICS), finished=True, updates=0)
     ranks.barrier()
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
+        if left_over:
+            (folder / ENVIRONMENT).unlink(missing_ok=True)
+            shutil.rmtree(folder / EVENTS, ignore_errors=True)
         write_file(folder / RECIPE, dump_recipe(recipe).encode())
         remove_unfinished(folder / CHECKPOINTS)
     model = build_model(recipe, ranks.device)
@@ -400,7 +432,7 @@ def _run(
         write_similarity(folder / SIMILARITY, layers)
 
     try:
-        with _termination() as stopping:
+        with _noted_signals() as received:
             outcome = fit(
                 recipe,
                 model,
@@ -412,7 +444,7 @@ def _run(
                 on_loss=note_loss,
                 on_epoch=note_epoch,
                 on_save=save,
-                stopping=stopping,
+                stopping=lambda: bool(received),
             )
     finally:
         if events is not None:
@@ -425,4 +457,10 @@ def _run(
         if outcome.finished:
             _finish(folder, recipe, class_names(train, recipe.num_classes or 0), outcome.model, outcome.ema)
     ranks.barrier()
-    return Run(folder=folder, metrics=outcome.metrics, finished=outcome.finished, updates=updates)
+    return Run(
+        folder=folder,
+        metrics=outcome.metrics,
+        finished=outcome.finished,
+        updates=updates,
+        stopped_by=received[0] if received else None,
+    )
