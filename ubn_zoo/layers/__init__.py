@@ -3,10 +3,11 @@
 from . import functional
 from .convert import convert_batchnorm, convert_state_dict, convert_sync_ubn, freeze_ubn, unfreeze_ubn
 from .fusion import fuse
-from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
+from .ubn import MAX_KERNEL_SIZE, UnifiedBatchNorm2d, UnifiedBatchNormAct2d
 from .variants import VARIANTS, variant_settings
 
 __all__ = [
+    "MAX_KERNEL_SIZE",
     "VARIANTS",
     "UnifiedBatchNorm2d",
     "UnifiedBatchNormAct2d",

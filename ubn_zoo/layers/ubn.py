@@ -13,7 +13,9 @@ from .kernels import operators
 from .parameters import CALIBRATIONS, Parameters, State
 from .state import affine_gain, identity_kernel, upgrade_layer_state
 
-__all__ = ["UnifiedBatchNorm2d", "UnifiedBatchNormAct2d"]
+__all__ = ["MAX_KERNEL_SIZE", "UnifiedBatchNorm2d", "UnifiedBatchNormAct2d"]
+
+MAX_KERNEL_SIZE = 31  # A larger kernel would mostly cover padding on the maps of image models.
 
 _STATISTICS = ("running_mean", "running_var", "feature_similarity")
 
@@ -54,7 +56,7 @@ class UnifiedBatchNorm2d(nn.Module):
         threshold: Threshold tau of the gate on ``feature_similarity``; None for no gate (always batch statistics).
         similarity_momentum: Weight of a batch in ``feature_similarity``.
         similarity_samples: Number of leading samples of a batch to compare.
-        kernel_size: Taps per side of the depthwise affine, odd.
+        kernel_size: Taps per side of the depthwise affine, odd and at most 31.
         kernel_init: "identity" starts as BatchNorm; "kaiming" draws the depthwise kernel from
             N(0, 2 / (kernel_size^2 C)), as the authors do.
         center_calibration: Whether there is a centering calibration (``center_weight``).
@@ -112,8 +114,11 @@ class UnifiedBatchNorm2d(nn.Module):
         super().__init__()
         if num_features < 1:
             raise ValueError(f"num_features is {num_features}, valid are positive channel counts")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}, valid are odd sizes from 1: the affine keeps H and W")
+        if not isinstance(kernel_size, int) or not 1 <= kernel_size <= MAX_KERNEL_SIZE or kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size is {kernel_size!r}, valid are odd sizes from 1 to {MAX_KERNEL_SIZE}: the affine keeps H "
+                "and W"
+            )
         if kernel_init not in ("identity", "kaiming"):
             raise ValueError(f"kernel_init is {kernel_init!r}, valid are 'identity' (as BatchNorm) and 'kaiming'")
         if similarity_samples < 2:

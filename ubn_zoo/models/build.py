@@ -28,6 +28,7 @@ from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 from torch import nn
 
 from ubn_zoo.layers import UnifiedBatchNorm2d, convert_batchnorm
+from ubn_zoo.models.limits import STRANGERS, check_configuration
 from ubn_zoo.models.weights import check_state_dict, load_weights, to_ubn_format
 
 __all__ = ["UbnModel", "build_ubn_model", "uses_batchnorm"]
@@ -225,12 +226,15 @@ def build_ubn_model(
         TypeError: An unknown argument or layer setting.
         ValueError: The arguments ask for another normalization than BatchNorm, which has no UBN variant.
     """
-    settings = _check_layer_settings(ubn_kwargs)
     if isinstance(pretrained_cfg, str) and pretrained_cfg:
         _check_tag(architecture, pretrained_cfg)
     given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     # A sibling's configuration may be given as it is; the model made of it is still this one.
     cfg = replace(resolve_pretrained_cfg(architecture, given, pretrained_cfg_overlay), architecture=architecture)
+    if cfg.source in STRANGERS:
+        plain = functools.partial(build_ubn_model, architecture, upstream)
+        check_configuration(plain, cfg, kwargs.get("pretrained_model_args"), pretrained, cache_dir)
+    settings = _check_layer_settings(ubn_kwargs)
 
     def build(
         model_class: type[nn.Module],

@@ -63,7 +63,7 @@ class Recipe:
     ] = 0.15
     kernel_size: Annotated[
         int,
-        Rule("Taps per side of the depthwise affine kernel of `ubn` and `bnet`.", 1, 99, odd=True),
+        Rule("Taps per side of the depthwise affine kernel of `ubn` and `bnet`.", 1, 31, odd=True),
     ] = 3
     kernel_init: Annotated[
         str,
