@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ubn_zoo import cli, data, evaluation, hub, layers, recipes, release, training, utils
     from ubn_zoo.evaluation.condensation import measure_similarity
     from ubn_zoo.evaluation.evaluate import evaluate
+    from ubn_zoo.evaluation.predict import predict
     from ubn_zoo.recipes.schema import load_recipe
     from ubn_zoo.release.upload import publish
     from ubn_zoo.training.run import train
@@ -33,6 +34,7 @@ _FUNCTIONS = {
     "evaluate": "ubn_zoo.evaluation.evaluate",
     "load_recipe": "ubn_zoo.recipes.schema",
     "measure_similarity": "ubn_zoo.evaluation.condensation",
+    "predict": "ubn_zoo.evaluation.predict",
     "publish": "ubn_zoo.release.upload",
     "train": "ubn_zoo.training.run",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "load_recipe",
     "measure_similarity",
     "models",
+    "predict",
     "publish",
     "recipes",
     "release",

@@ -4,8 +4,8 @@ Every module in this folder whose name has no leading underscore is a command of
 text of ``--help``; its first line is the summary), ``add_arguments(parser)`` and ``run(options)``, which returns the
 exit code. Commands parse and print; the work is done elsewhere, and imported when the command runs.
 
-Exit codes: 0 success; 1 the command failed, with one message and no traceback; 2 the command line is wrong; 130
-interrupted.
+Exit codes: 0 success; 1 the command failed, with one message and no traceback; 2 the command line is wrong; 3
+`predict` left out images that it could not read; 130 interrupted.
 """
 
 from __future__ import annotations
