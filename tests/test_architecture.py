@@ -27,6 +27,7 @@ ROOMS = [
     {"evaluation"},
     {"training"},
     {"release"},
+    {"interop"},
     {"cli"},
     {"__main__"},
 ]

@@ -19,7 +19,7 @@ from ubn_zoo.layers import (
 )
 
 if TYPE_CHECKING:
-    from ubn_zoo import cli, data, evaluation, hub, layers, recipes, release, training, utils
+    from ubn_zoo import cli, data, evaluation, hub, interop, layers, recipes, release, training, utils
     from ubn_zoo.evaluation.condensation import measure_similarity
     from ubn_zoo.evaluation.evaluate import evaluate
     from ubn_zoo.evaluation.predict import predict
@@ -38,7 +38,7 @@ _FUNCTIONS = {
     "publish": "ubn_zoo.release.upload",
     "train": "ubn_zoo.training.run",
 }
-_ROOMS = ("cli", "data", "evaluation", "hub", "layers", "recipes", "release", "training", "utils")
+_ROOMS = ("cli", "data", "evaluation", "hub", "interop", "layers", "recipes", "release", "training", "utils")
 
 __all__ = [
     "UnifiedBatchNorm2d",
@@ -55,6 +55,7 @@ __all__ = [
     "freeze_ubn",
     "fuse",
     "hub",
+    "interop",
     "layers",
     "load_recipe",
     "measure_similarity",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 
 from .distributed import SyncGroup
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_batchnorm", "convert_state_dict", "convert_sync_ubn", "freeze_ubn", "unfreeze_ubn"]
 
+_logger = logging.getLogger(__name__)
+
+# The first is torchvision's class, as timm imports it.
+_FROZEN = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 # The classes of BatchNorm whose forward is known.
 BATCHNORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 
@@ -64,13 +71,13 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, nn.LazyBatchNorm2d))
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, nn.LazyBatchNorm2d, *_FROZEN))
 
 
 def _check_convertible(name: str, module: nn.Module) -> None:
     if isinstance(module, nn.LazyBatchNorm2d):
         raise TypeError(f"{name or 'the model'} is a LazyBatchNorm2d; run one batch through the model first")
-    if not any(type(module).forward is kind.forward for kind in BATCHNORMS):
+    if not any(type(module).forward is kind.forward for kind in (*BATCHNORMS, *_FROZEN)):
         raise TypeError(
             f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with its own forward, which UBN cannot "
             "replace; replace it by torch.nn.BatchNorm2d or timm's BatchNormAct2d first"
@@ -95,6 +102,8 @@ def _offset(batchnorm: Any) -> Tensor:
 
 
 def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNorm2d:
+    if isinstance(batchnorm, _FROZEN):
+        return _from_frozen(batchnorm, settings)
     reference = batchnorm.weight if batchnorm.weight is not None else batchnorm.running_mean
     arguments = {
         "num_features": batchnorm.num_features,
@@ -140,21 +149,98 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
         parameter = getattr(layer, name)
         if parameter is not None:
             parameter.requires_grad_(trainable)
+    _copy_attributes(batchnorm, layer)
+    return layer
+
+
+def _from_frozen(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNorm2d:
+    arguments = {
+        "num_features": batchnorm.weight.numel(),
+        "eps": batchnorm.eps,
+        "device": batchnorm.weight.device,
+        "dtype": batchnorm.weight.dtype,
+        **settings,
+    }
+    layer: UnifiedBatchNorm2d
+    if isinstance(batchnorm, FrozenBatchNormAct2d):
+        layer = UnifiedBatchNormAct2d(**arguments, apply_act=False)
+        for name in ("drop", "act"):
+            layer.add_module(name, getattr(batchnorm, name))
+    else:
+        layer = UnifiedBatchNorm2d(**arguments)
+    if layer.running_mean is None or layer.running_var is None:
+        raise ValueError("a frozen BatchNorm keeps its running statistics: convert it without track_running_stats")
+    with torch.no_grad():
+        if layer.kernel_init == "identity":
+            layer.set_affine(batchnorm.weight, batchnorm.bias)
+        layer.running_mean.copy_(batchnorm.running_mean)
+        layer.running_var.copy_(batchnorm.running_var)
+    _copy_attributes(batchnorm, layer)
+    freeze_ubn(layer)
+    return layer
+
+
+def _copy_attributes(batchnorm: nn.Module, layer: UnifiedBatchNorm2d) -> None:
     layer.training = batchnorm.training
     for name in _HOOKS:
         if name in batchnorm.__dict__:
             layer.__dict__[name] = batchnorm.__dict__[name]
     for name, value in batchnorm.__dict__.items():
         layer.__dict__.setdefault(name, value)
-    return layer
 
 
-def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
+def _patterns(names: str | Iterable[str] | None) -> list[str]:
+    if names is None:
+        return []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    """Whether a pattern matches a module's name or that of a module around it."""
+    parts = name.split(".")
+    names = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(fnmatchcase(around, pattern) for around in names for pattern in patterns)
+
+
+def _counted(modules: Iterable[nn.Module]) -> str:
+    counts = Counter(type(module).__name__ for module in modules)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def _report(model: nn.Module, converted: Iterable[nn.Module], filtered: list[nn.Module]) -> None:
+    lines = [f"converted to UBN in {type(model).__name__}: {_counted(converted)}"]
+    if filtered:
+        lines.append(f"left by include and exclude: {_counted(filtered)}")
+    other = [
+        module
+        for module in model.modules()
+        if "Norm" in type(module).__name__
+        and not isinstance(module, UnifiedBatchNorm2d)
+        and not _is_batchnorm(module)
+        and not any(module.children())
+    ]
+    if other:
+        lines.append(f"left, no UBN variant: {_counted(other)}")
+    _logger.info("; ".join(lines))
+
+
+def convert_batchnorm(
+    model: nn.Module,
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    **settings: Any,
+) -> nn.Module:
     """Replaces every BatchNorm2d of a model by UBN; the result computes the same function in evaluation.
 
     Converts ``torch.nn.BatchNorm2d`` and ``SyncBatchNorm`` and timm's ``BatchNormAct2d`` and ``SyncBatchNormAct``;
     synchronized layers stay synchronized. Statistics, momentum, eps, training mode, hooks, ``requires_grad`` flags,
     device, dtype and module sharing are kept. Parameters are new tensors: create the optimizer afterwards.
+
+    torchvision's ``FrozenBatchNorm2d`` and timm's ``FrozenBatchNormAct2d`` become frozen UBN layers, as after
+    :func:`freeze_ubn`; :func:`unfreeze_ubn` makes them trainable.
+
+    What was converted, what was left and why is counted in one line of the log, at level INFO.
 
     A BatchNorm without an affine gets no scaling calibration, which would change its function. Where a fresh BatchNorm
     (running statistics at their start) has weight and bias 0, as the last one of timm's residual branches, the bias
@@ -162,6 +248,9 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
 
     Args:
         model: Changed in place. A model that is itself a BatchNorm stays unchanged, and its UBN layer is returned.
+        include: Names or wildcard patterns (``"backbone.*"``) of modules; only BatchNorm layers that one of them
+            matches, or whose parent it matches, are converted. All by default.
+        exclude: Names or patterns of modules whose BatchNorm layers are left as they are.
         **settings: Settings of :class:`UnifiedBatchNorm2d` for all layers: ``threshold``, ``similarity_momentum``,
             ``similarity_samples``, ``kernel_size``, ``kernel_init``, ``center_calibration``, ``scale_calibration``,
             ``depthwise_affine``. With ``kernel_init="kaiming"`` the kernels start at random, as in the authors' code,
@@ -171,17 +260,28 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: There is no BatchNorm in the model.
+        ValueError: There is no BatchNorm in the model, or include and exclude leave none.
         TypeError: A BatchNorm has its own forward, or is lazy and not yet initialized; an unknown setting.
     """
     found: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_batchnorm(module)}
     if not found:
         already = "it has UBN layers already" if any(ubn_layers(model)) else "other normalizations have no UBN variant"
         raise ValueError(f"found no BatchNorm2d in {type(model).__name__}; {already}")
+    included, excluded = _patterns(include), _patterns(exclude)
+    filtered = [
+        name for name in found if (include is not None and not _matches(name, included)) or _matches(name, excluded)
+    ]
+    left = [found.pop(name) for name in filtered]
+    if not found:
+        raise ValueError(
+            f"include={include!r} and exclude={exclude!r} leave none of the {len(left)} BatchNorm layers of "
+            f"{type(model).__name__}; their names are like {filtered[0]!r}"
+        )
     for name, module in found.items():
         _check_convertible(name, module)
     # All layers are built before the first replacement, so that an error leaves the model unchanged.
     replacements = {id(module): _from_batchnorm(module, settings) for module in found.values()}
+    _report(model, found.values(), left)
     if id(model) in replacements:
         return replacements[id(model)]
     for parent in list(model.modules()):

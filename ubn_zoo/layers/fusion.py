@@ -101,6 +101,8 @@ class InferenceNorm2d(nn.Module):
 
     @torch.jit.unused
     def _guarded(self, input: Tensor) -> Tensor:
+        if internals.is_proxy(input):
+            return internals.leaf_call(self, input)
         compute = self._through_kernels if self._uses_kernels(input) else self._compute
         if internals.autocast_enabled(input.device.type):
             with torch.autocast(input.device.type, enabled=False):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
+from torch import nn
 
 __all__ = [
     "autocast_enabled",
@@ -13,7 +15,9 @@ __all__ = [
     "is_capturing",
     "is_exporting",
     "is_in_backward",
+    "is_proxy",
     "is_transformed",
+    "leaf_call",
     "sequence_number",
     "without_modes",
 ]
@@ -44,6 +48,33 @@ def is_transformed() -> bool:
 def is_capturing() -> bool:
     """Whether the program is traced or exported to run elsewhere, or runs under a transform of ``torch.func``."""
     return torch.jit.is_tracing() or is_exporting() or is_transformed()
+
+
+def is_proxy(value: Any) -> bool:
+    """Whether ``torch.fx`` traces symbolically: the value stands for a tensor and has neither shape nor data."""
+    return not torch.compiler.is_compiling() and isinstance(value, torch.fx.Proxy)
+
+
+def leaf_call(module: nn.Module, input: Any) -> Any:
+    """Records a module as one call in the graph that ``torch.fx`` traces, as it does modules of ``torch.nn``.
+
+    Args:
+        module: The module whose forward is being traced.
+        input: The proxy that it was called with.
+
+    Returns:
+        The proxy of its output.
+
+    Raises:
+        TypeError: The module itself is traced, so that its graph cannot call it.
+    """
+    name = input.tracer.path_of_module(module)
+    if not name:
+        raise TypeError(
+            f"torch.fx cannot trace a {type(module).__name__} itself, only a model that contains it: "
+            "trace torch.nn.Sequential(layer)"
+        )
+    return input.tracer.create_proxy("call_module", name, (input,), {})
 
 
 def is_in_backward() -> bool:

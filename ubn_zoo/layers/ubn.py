@@ -222,6 +222,8 @@ class UnifiedBatchNorm2d(nn.Module):
 
     @torch.jit.unused
     def _dispatch(self, input: Tensor) -> Tensor:
+        if internals.is_proxy(input):
+            return internals.leaf_call(self, input)
         return self._run(input, self._choose_path(input))
 
     def _choose_path(self, input: Tensor) -> ModuleType:
@@ -425,6 +427,8 @@ class UnifiedBatchNormAct2d(UnifiedBatchNorm2d):
 
     @torch.jit.unused
     def _dispatch(self, input: Tensor) -> Tensor:
+        if internals.is_proxy(input):
+            return internals.leaf_call(self, input)
         path = self._choose_path(input)
         if path is operators and self.only_relu():
             return self._run(input, path, relu=True)

@@ -1,0 +1,1 @@
+"""The folder that `ubn-zoo exec` puts on the path of child processes."""

@@ -1,0 +1,65 @@
+"""Run a Python script that does not know UBN.
+
+timm finds the models of the zoo in it, and the functions of timm and torch that look for BatchNorm by class (freezing,
+synchronization, re-estimating statistics) handle UBN layers too: see `ubn_zoo.interop.install`.
+
+Examples:
+    ubn-zoo exec train.py --model resnet10t_ubn --data-dir photos --sync-bn
+    ubn-zoo exec -m my_project.train --model resnet50_ubn
+    torchrun --nproc-per-node 8 -m ubn_zoo exec train.py --model resnet50_ubn
+
+Processes that the script starts get the same when they import timm, unless they are started with another PYTHONPATH or
+with Python's options -E, -I or -S.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument("script", metavar="SCRIPT", help="a Python file, or a module with -m")
+    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="arguments of the script")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the script as Python would, in this process."""
+    from ubn_zoo import interop
+    from ubn_zoo.errors import InvalidArgumentError, UbnZooError
+
+    script = Path(options.script)
+    if not options.module and not script.exists():
+        raise InvalidArgumentError(f"there is no file {options.script}; for the name of a module use -m")
+    startup = str(Path(__file__).parent / "_startup")
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([startup, inherited] if inherited else [startup])
+    before = sys.argv, list(sys.path)
+    sys.argv = [options.script, *options.arguments]
+    # Python puts the script's folder first on the path, and the current folder for a module.
+    sys.path[0] = str(Path.cwd() if options.module else script.resolve().parent)
+    try:
+        with interop.install():
+            if options.module:
+                runpy.run_module(options.script, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(options.script, run_name="__main__")
+    except BrokenPipeError:
+        raise
+    except (OSError, UbnZooError):
+        # Errors of the script, which `main` would print without the traceback that Python prints.
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.argv, sys.path[:] = before
+        if inherited is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = inherited
+    return 0
