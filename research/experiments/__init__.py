@@ -243,10 +243,12 @@ def collect(experiment: Experiment, runs: str | Path, results: str | Path) -> tu
     layers: list[tuple[str, LayerSimilarity]] = []
     for planned in plan(experiment, str(runs)):
         folder = Path(runs) / experiment.name / planned.folder
-        if not (folder / "model.safetensors").is_file():
+        table = folder / "metrics.csv"
+        measured = read_metrics(table) if table.is_file() else ()
+        if not (folder / "model.safetensors").is_file() or len(measured) < planned.recipe.epochs:
             command = f"python -m research.experiments run {experiment.name}"
             raise FileNotFoundError(f"{folder} is not finished; run it by {command}")
-        rows += [(planned.variant, row) for row in read_metrics(folder / "metrics.csv")]
+        rows += [(planned.variant, row) for row in measured]
         if planned.recipe.seed == experiment.seeds[0]:
             layers += [(planned.variant, row) for row in read_similarity(folder / "similarity.csv")]
     tables = Path(results) / f"{experiment.name}.csv", Path(results) / f"{experiment.name}_similarity.csv"

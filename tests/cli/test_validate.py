@@ -135,7 +135,7 @@ def test_the_command_says_what_is_wrong(
     wrong: list[tuple[list[str], str]] = [
         (options(data), "valid: one of them"),
         (options(data, model="resnet1"), "resnet1: Unknown model"),
-        (options(data, run=tmp_path), "is not a run that is finished"),
+        (options(data, run=tmp_path), "the run has not finished an epoch"),
         (options(tmp_path / "absent", run=run_folder), "has none of validation, val, test"),
         (options(data, run=run_folder, split="val"), "has no val/ and no val.tar"),
         (options(tmp_path, run=run_folder), "unknown classes: cat; valid: vertical, horizontal"),

@@ -117,6 +117,11 @@ def test_what_is_collected_is_what_the_runs_measured(runs: Path, tmp_path: Path)
     (runs / "small" / "batchnorm_seed4" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="batchnorm_seed4 is not finished"):
         collect(SMALL, runs, tmp_path)
+    folder = runs / "small" / "batchnorm_seed4"
+    (folder / "model.safetensors").touch()
+    write_metrics(folder / "metrics.csv", [row("bn", 4, 1, 40.0)])
+    with pytest.raises(FileNotFoundError, match="batchnorm_seed4 is not finished"):
+        collect(SMALL, runs, tmp_path)
 
 
 def test_the_table_is_worked_out_from_pairs(runs: Path, tmp_path: Path) -> None:

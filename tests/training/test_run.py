@@ -30,7 +30,9 @@ from tests.images import RECIPE, striped_images, write_image_folder
 from ubn_zoo.cli import main
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.errors import DataError, RunError, TrainingError
-from ubn_zoo.evaluation.metrics import read_metrics, read_similarity
+from ubn_zoo.evaluation.accuracy import load_subject
+from ubn_zoo.evaluation.evaluate import evaluate
+from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, read_similarity
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
 from ubn_zoo.training import checkpoint as snapshots
 from ubn_zoo.training import run as runs
@@ -347,7 +349,7 @@ def test_sigterm_saves_and_ends_cleanly(workers: int, images: Path, tmp_path: Pa
     found = newest_snapshot(folder / "checkpoints")
     assert found is not None
     assert found.updates > 8 * len(read_metrics(folder / "metrics.csv")) - 8
-    assert not (folder / "model.safetensors").exists()
+    assert not runs.is_finished(folder)
 
 
 def wait_for(checkpoints: Path, process: subprocess.Popen[str], count: int = 1) -> None:
@@ -373,13 +375,45 @@ def test_a_stop_and_a_start_in_one_process_end_the_same(images: Path, tmp_path: 
     assert stopped.stopped_by == "SIGTERM"
     assert len(stopped.metrics) == 1
     assert signal.getsignal(signal.SIGTERM) == before
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not runs.is_finished(tmp_path / "run")
     updates: list[int] = []
     rest = run(RECIPE, images, tmp_path / "run", on_start=lambda recipe, done: updates.append(done))
     assert rest.finished
     assert updates == [rest.updates] == [12]
     assert len(rest.metrics) == len(whole.metrics)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_an_interrupted_run_is_usable(images: Path, tmp_path: Path) -> None:
+    """It has the weights of its last whole epoch, their average, and the names of the classes."""
+    folder = tmp_path / "run"
+
+    def stop(row: EpochMetrics) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = run(change(ema_decay=0.9), images, folder, on_epoch=stop)
+    assert (stopped.finished, len(stopped.metrics)) == (False, 1)
+    assert not runs.is_finished(folder)
+    snapshot = newest_snapshot(folder / "checkpoints")
+    assert snapshot is not None
+    assert snapshot.ema is not None
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == ["horizontal", "vertical"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, snapshot.model[name]), name
+    average = safetensors.torch.load_file(folder / "model_ema.safetensors")
+    assert all(torch.equal(tensor, snapshot.ema[name]) for name, tensor in average.items())
+    for ema, top1 in ((False, stopped.metrics[0].top1), (True, stopped.metrics[0].ema_top1)):
+        subject = load_subject(run=folder, ema=ema)
+        assert evaluate(subject, images, dataset="memory").top1 == pytest.approx(top1)
+    # Killed after the last checkpoint and before the weights, it still gets them.
+    assert run(change(ema_decay=0.9), images, folder).finished
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    assert not runs.is_finished(folder)
+    assert run(change(ema_decay=0.9), images, folder).updates == 16
+    assert runs.is_finished(folder)
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_a_full_disk_is_told_and_loses_nothing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

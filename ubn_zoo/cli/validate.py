@@ -1,6 +1,6 @@
 """Measure accuracy on held-out images.
 
-Of a pretrained model, an architecture with a checkpoint, or a finished run.
+Of a pretrained model, an architecture with a checkpoint, or a run.
 
 Examples:
     ubn-zoo validate --model regnetx_002_ubn.cifar10 --data-dir data/cifar10
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="timm's name and tag; the architecture with --checkpoint")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to use instead of the pretrained ones")
     parser.add_argument("--num-classes", type=int, metavar="N", help="outputs of the checkpoint's classifier")
-    parser.add_argument("--run", metavar="RUN", help="folder of a finished run, instead of a model")
+    parser.add_argument("--run", metavar="RUN", help="folder of a run, finished or not, instead of a model")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the run's weights")
     parser.add_argument("--data-dir", required=True, metavar="DIR", help="folder of the data")
     parser.add_argument("--dataset", default="folder", help="folder (default), memory, wds, hfds/NAME or hfids/NAME")

@@ -257,7 +257,7 @@ def load_subject(
         name: timm's name, such as ``regnetx_002_ubn.cifar10`` or ``resnet50.a1_in1k``; of the architecture alone with
             `checkpoint`.
         checkpoint: Its weights in place of the pretrained ones, such as a ``.safetensors`` file.
-        run: Folder of a finished run, with ``config.json`` and ``model.safetensors``, in place of both.
+        run: Folder of a run, finished or not, with ``config.json`` and ``model.safetensors``, in place of both.
         ema: Whether to take the moving average of a run's weights.
         num_classes: Outputs of the classifier, with `checkpoint`; by default those of the checkpoint.
 
@@ -299,8 +299,8 @@ def _load_run(folder: Path, ema: bool) -> Subject:
     weights = folder / ("model_ema.safetensors" if ema else "model.safetensors")
     missing = [path.name for path in (folder / "config.json", weights) if not path.is_file()]
     if missing:
-        hint = "its recipe has no ema_decay, or it" if ema else "it"
-        raise EvaluationError(f"{folder} has no {' and no '.join(missing)}; {hint} is not a run that is finished")
+        hint = "its recipe has no ema_decay, or it" if ema else "the run"
+        raise EvaluationError(f"{folder} has no {' and no '.join(missing)}; {hint} has not finished an epoch")
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     model.load_state_dict(read_checkpoint(weights))
     name = cast(Mapping[str, Any], model.pretrained_cfg)["architecture"]

@@ -41,7 +41,7 @@ def evaluate(
     """Measure a model's accuracy on held-out images, prepared as the model's own configuration says.
 
     Args:
-        model: A model of timm; its name and tag, such as ``resnet50_ubn.bn_a1_in1k``; the folder of a finished run; or
+        model: A model of timm; its name and tag, such as ``resnet50_ubn.bn_a1_in1k``; the folder of a run; or
             a `Subject`, such as an architecture with a checkpoint. It is moved to the device of `ranks`.
         data_dir: Folder of the data.
         ranks: This process; by default alone on the CPU.

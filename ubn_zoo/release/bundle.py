@@ -27,6 +27,7 @@ from ubn_zoo.models.registry import SUFFIX
 from ubn_zoo.recipes.schema import load_recipe, recipe_path, recipe_sha256
 from ubn_zoo.release.run_record import train_command
 from ubn_zoo.training.checkpoint import tensor_bytes
+from ubn_zoo.training.run import is_finished
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.files import write_file
 
@@ -37,8 +38,10 @@ MAX_BYTES_IN_ALL = 30 * 10**6
 
 
 def _last_row(run: Path) -> EpochMetrics:
-    if not (run / "model.safetensors").is_file():
-        raise BundleError(f"{run} is not the folder of a finished run; it has no model.safetensors")
+    if not is_finished(run):
+        raise BundleError(
+            f"{run} is not the folder of a finished run: it lacks model.safetensors or epochs of its recipe"
+        )
     row = read_metrics(run / "metrics.csv")[-1]
     if row.commit is None or row.commit.endswith("+"):
         raise BundleError(f"{run}: its commit is {row.commit}; valid: one that holds all of the code that was run")

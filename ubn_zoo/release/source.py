@@ -214,7 +214,7 @@ def _slug(text: str) -> str | None:
 def _from_folder(path: Path, options: Options) -> Source:
     """A run's folder, or one in timm's format."""
     found = Source(label=str(path))
-    # A run with a moving average publishes the average; its file is there only once the run is finished.
+    # A run with a moving average publishes the average.
     found.averaged = (path / WEIGHTS).is_file() and (path / EMA_WEIGHTS).is_file()
     _read_weights(found, path / (EMA_WEIGHTS if found.averaged else WEIGHTS))
     _read_companions(found, path)

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,7 @@ import safetensors
 import timm
 import torch
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
 from ubn_zoo import __version__
 from ubn_zoo.data.loaders import EvalBatches, TrainBatches, class_names, describe, open_eval, open_train
@@ -45,11 +45,12 @@ from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.files import write_file
 from ubn_zoo.utils.provenance import device_name, source_commit
 
-__all__ = ["Run", "run", "save_weights", "train"]
+__all__ = ["Run", "is_finished", "run", "save_weights", "train"]
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.csv"
+CONFIG = "config.json"
 SIMILARITY = "similarity.csv"
 WEIGHTS = "model.safetensors"
 EMA_WEIGHTS = "model_ema.safetensors"
@@ -238,15 +239,16 @@ def _check_folder(folder: Path, recipe: Recipe) -> bool:
     return False
 
 
-def _finish(folder: Path, recipe: Recipe, classes: tuple[str, ...], model: nn.Module, ema: nn.Module | None) -> None:
-    """Write weights and their configuration; `model.safetensors` last, so a folder that has it is complete."""
+def _write_config(folder: Path, recipe: Recipe, classes: tuple[str, ...], model: nn.Module) -> None:
+    """Write the configuration that timm reads beside the weights."""
     size = recipe.test_img_size or recipe.img_size
+    temporary = folder / ".config.json.part"
     save_config_for_hf(
         model,
-        str(folder / "config.json"),
+        str(temporary),
         model_config={
             "label_names": list(classes),
-            # Nothing that was said of weights that training started from is true of these.
+            # The facts of the weights that training started from do not hold for these.
             "pretrained_cfg": dict.fromkeys(("tag", "license", "origin_url", "description")),
         },
         data_config={
@@ -257,9 +259,25 @@ def _finish(folder: Path, recipe: Recipe, classes: tuple[str, ...], model: nn.Mo
             "std": recipe.std,
         },
     )
-    if ema is not None:
-        save_weights(ema, folder / EMA_WEIGHTS)
-    save_weights(model, folder / WEIGHTS)
+    temporary.replace(folder / CONFIG)
+
+
+def is_finished(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a run with its weights and all epochs of its recipe.
+
+    Weights alone do not tell, since a run writes them after every epoch.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: The recipe or the metrics are not valid.
+    """
+    place = Path(folder)
+    if not all((place / name).is_file() for name in (RECIPE, METRICS, WEIGHTS)):
+        return False
+    return len(read_metrics(place / METRICS)) >= load_recipe(place / RECIPE).epochs
 
 
 def _draw(folder: Path) -> None:
@@ -283,8 +301,9 @@ def run(
     """Train as a recipe says, from the start or from where an earlier run in the folder was broken off.
 
     The folder gets `recipe.yaml` (complete, before all else), `environment.json`, `metrics.csv`, `similarity.csv`,
-    `checkpoints/`, `events/` (TensorBoard), plots as PNG, and at the end `config.json` and `model.safetensors` (with a
-    moving average also `model_ema.safetensors`). A folder that has its weights is complete and is not trained again.
+    `checkpoints/`, `events/` (TensorBoard) and plots as PNG. After every epoch it gets `config.json` and the newest
+    weights as `model.safetensors` (with a moving average also `model_ema.safetensors`), so an unfinished run can be
+    validated and loaded. A finished run is not trained again.
 
     A folder that has no checkpoint yet may be started again with another recipe.
 
@@ -391,7 +410,9 @@ def _run(
     elif found is not None and found > recipe.num_classes:
         raise TrainingError(f"num_classes: received {recipe.num_classes}; valid: null, or the data's {found} or more")
     left_over = _check_folder(folder, recipe)
-    if (folder / WEIGHTS).exists():
+    if is_finished(folder):
+        if ranks.first and not (folder / "loss_accuracy.png").exists():
+            _draw(folder)
         return Run(folder=folder, metrics=read_metrics(folder / METRICS), finished=True, updates=0)
     ranks.barrier()
     if ranks.first:
@@ -411,9 +432,6 @@ def _run(
     if on_start is not None:
         on_start(recipe, updates)
 
-    rows: list[EpochMetrics] = []
-    layers: list[LayerSimilarity] = []
-
     def note_epoch(row: EpochMetrics, measured: tuple[LayerSimilarity, ...]) -> None:
         if events is not None:
             events.epoch(row, measured)
@@ -424,12 +442,27 @@ def _run(
         if events is not None and done % recipe.log_interval == 0:
             events.loss(done, loss, lr)
 
+    classes = class_names(train, recipe.num_classes or 0)
+
+    def write_tables(metrics: Sequence[EpochMetrics], similarity: Sequence[LayerSimilarity]) -> None:
+        # The metrics come last: a run with all rows is finished.
+        write_similarity(folder / SIMILARITY, similarity)
+        write_metrics(folder / METRICS, metrics)
+
+    def write_weights(state: Mapping[str, Tensor], averaged: Mapping[str, Tensor] | None) -> None:
+        _write_config(folder, recipe, classes, model)
+        if averaged is not None:
+            write_file(folder / EMA_WEIGHTS, tensor_bytes(averaged))
+        write_file(folder / WEIGHTS, tensor_bytes(state))
+
     def save(snapshot: Snapshot) -> None:
         save_snapshot(folder / CHECKPOINTS, snapshot, keep=recipe.keep_checkpoints)
-        rows[:] = [EpochMetrics(**row) for row in snapshot.progress["metrics"]]
-        layers[:] = [LayerSimilarity(**row) for row in snapshot.progress["similarity"]]
-        write_metrics(folder / METRICS, rows)
-        write_similarity(folder / SIMILARITY, layers)
+        if snapshot.progress["step"] == 0:
+            write_weights(snapshot.model, snapshot.ema)
+        write_tables(
+            [EpochMetrics(**row) for row in snapshot.progress["metrics"]],
+            [LayerSimilarity(**row) for row in snapshot.progress["similarity"]],
+        )
 
     try:
         with _noted_signals() as received:
@@ -450,12 +483,12 @@ def _run(
         if events is not None:
             events.close()
     if ranks.first:
-        if outcome.metrics:
-            write_metrics(folder / METRICS, outcome.metrics)
-            write_similarity(folder / SIMILARITY, outcome.similarity)
-            _draw(folder)
         if outcome.finished:
-            _finish(folder, recipe, class_names(train, recipe.num_classes or 0), outcome.model, outcome.ema)
+            # Written already, unless the run was killed between its last checkpoint and these files.
+            write_weights(outcome.model.state_dict(), None if outcome.ema is None else outcome.ema.state_dict())
+        if outcome.metrics:
+            write_tables(outcome.metrics, outcome.similarity)
+            _draw(folder)
     ranks.barrier()
     return Run(
         folder=folder,
