@@ -1,9 +1,9 @@
 """What UBN costs beside BatchNorm: time and memory of models and layers, how they grow, where the time goes.
 
-All that is compared takes turns in one run, so that a drifting machine drifts for all: :mod:`.turns`. What takes turns
-are whole models (:mod:`.models`), single layers (:mod:`.layers`) and layers of growing size (:mod:`.growth`);
-:mod:`.profiles` looks inside a step. Tables (:mod:`.tables`), pictures (:mod:`.pictures`) and the page
-``docs/speed.md`` (:mod:`.report`) are made of what these return.
+Everything that is compared alternates within one run, so that a drift of the machine affects all alike
+(:mod:`.turns`). Timed are whole models (:mod:`.models`), single layers (:mod:`.layers`) and layers of growing size
+(:mod:`.growth`); :mod:`.profiles` looks inside a step. Tables (:mod:`.tables`), plots (:mod:`.pictures`) and the page
+``docs/speed.md`` (:mod:`.report`) are generated from the results.
 """
 
 from .growth import AXES, RANKS, Fit, GrowthPoint, fit, grow, grow_ranks

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times UBN models and layers beside BatchNorm's: python -m research.benchmark --models resnet50 --csv FILE."""
+"""Time UBN models and layers beside BatchNorm's: python -m research.benchmark --models resnet50 --csv FILE."""
 
 import argparse
 import datetime
@@ -21,14 +21,16 @@ QUICK_AXES = {"batch": (2, 4, 8), "pixels": (7, 14, 28), "channels": (32, 64, 12
 
 
 def parse() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    what = parser.add_argument_group("what is measured, models by default").add_mutually_exclusive_group()
+    what = parser.add_argument_group("what to measure (default: models)").add_mutually_exclusive_group()
     what.add_argument("--layer", action="store_true", help="layers of ResNet-50's shapes")
     what.add_argument("--growth", action="store_true", help="a layer over batch, pixels, channels and (CPU) ranks")
     what.add_argument("--profile", action="store_true", help="where the time of a training step goes")
     what.add_argument("--quick", action="store_true", help="a little of everything, in under two minutes")
-    what.add_argument("--report", action="store_true", help="nothing: write docs/speed.md from results/benchmark_*.csv")
+    what.add_argument(
+        "--report", action="store_true", help="measure nothing; write docs/speed.md from results/benchmark_*.csv"
+    )
     parser.add_argument("--models", nargs="+", default=["resnet50"], help="BatchNorm models")
     parser.add_argument(
         "--settings", nargs="*", choices=SETTINGS, help="norms beside BatchNorm: ubn in models, all of them in layers"
@@ -46,8 +48,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="beside each entry, the same compiled by torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contiguous", action="store_true", help="contiguous memory instead of channels_last")
-    parser.add_argument("--csv", type=Path, help="also write a table here; --quick adds _growth and _profile beside it")
-    parser.add_argument("--plot", type=Path, help="also draw a picture here (PNG); --quick adds _growth beside it")
+    parser.add_argument(
+        "--csv", type=Path, help="CSV file to write; --quick adds files with the suffixes _growth and _profile"
+    )
+    parser.add_argument("--plot", type=Path, help="PNG file to draw; --quick adds a file with the suffix _growth")
     args = parser.parse_args()
     args.modes = args.modes or (["layer"] if args.layer else ["train", "eval"])
     if args.quick:
@@ -56,7 +60,7 @@ def parse() -> argparse.Namespace:
 
 
 def time_models_and_layers(args: argparse.Namespace) -> list[benchmark.Timing]:
-    """Prints and returns step times."""
+    """Measure, print and return step times."""
     layers = args.layer or args.quick
     common = {
         "steps": args.steps,
@@ -94,7 +98,7 @@ def time_models_and_layers(args: argparse.Namespace) -> list[benchmark.Timing]:
 
 
 def time_growth(args: argparse.Namespace) -> list[benchmark.GrowthPoint]:
-    """Prints fits, and returns the points that they are of."""
+    """Measure how times grow, print the fits and return the points."""
     layout = {"steps": args.steps, "channels_last": not args.contiguous}
     axes = QUICK_AXES if args.quick else benchmark.AXES
     points = list(benchmark.grow(axes, device=args.device, dtype=getattr(torch, args.dtype), **layout))
@@ -111,7 +115,7 @@ def time_growth(args: argparse.Namespace) -> list[benchmark.GrowthPoint]:
 
 
 def profile(args: argparse.Namespace) -> list[benchmark.Share]:
-    """Prints and returns a profile."""
+    """Measure, print and return a profile."""
     shares = [
         share
         for model in args.models
@@ -131,12 +135,12 @@ def profile(args: argparse.Namespace) -> list[benchmark.Share]:
 
 
 def main() -> None:
-    """Parses, measures, prints, writes."""
+    """Measure what the command line asks for, print it, and write tables and plots."""
     args = parse()
     if args.report:
         print(*benchmark.report(REPOSITORY / "results", REPOSITORY / "docs"), sep="\n")
         return
-    # torch's profiler, which counts memory too, writes to stderr whenever it starts and stops.
+    # torch's profiler, which also counts memory, otherwise logs to stderr on every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     about = {
         "date": datetime.date.today().isoformat(),

@@ -1,9 +1,9 @@
-"""What norm layers cannot do without: bytes to move, and in plain torch a depthwise convolution.
+"""Lower bounds of the cost of norm layers: bytes to move, and in plain torch a depthwise convolution.
 
 In training BatchNorm reads its input twice and writes its output once, then reads the input and the output's gradient
-twice each and writes the input's gradient once: 8 times the input's bytes. UBN needs no more but a look at 16 samples,
-which is left out. In evaluation BatchNorm and BNET read and write once; RBN and UBN read once more, for the means of
-each instance. Of a model that is fused, BatchNorm leaves nothing behind, and UBN the same as in evaluation.
+twice each and writes the input's gradient once: 8 times the input's bytes. UBN also reads 16 samples, which are left
+out here. In evaluation BatchNorm and BNET read and write once; RBN and UBN read once more, for the means of each
+instance. In a fused model BatchNorm disappears, and UBN costs the same as in evaluation.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _GPU_COPIES = 20
 
 
 def traffic(kind: str, mode: str) -> int:
-    """How many times the bytes of its input a norm layer moves at least.
+    """Least number of bytes that a norm layer moves, in multiples of its input's bytes.
 
     Args:
-        kind: Of the layer.
-        mode: Of the run, a model's or a layer's.
+        kind: Kind of the layer.
+        mode: Mode of the run, of models or layers.
     """
     if mode in ("train", "layer"):
         return 8
@@ -43,13 +43,13 @@ def traffic(kind: str, mode: str) -> int:
 
 
 def copy_step(features: Tensor) -> tuple[Callable[[], object], int]:
-    """A step that copies the features: a copy moves twice their bytes, at the bandwidth that floors are made of.
+    """A step that copies the features, which moves twice their bytes; floors are derived from its bandwidth.
 
     Args:
-        features: Of any shape.
+        features: A tensor of any shape.
 
     Returns:
-        The step, and how many copies it makes: on a GPU several, whose launches then do not count.
+        The step, and how many copies it makes: several on a GPU, to hide the cost of launches.
     """
     source, target = features.detach(), torch.empty_like(features)
     copies = _GPU_COPIES if features.device.type == "cuda" else 1
@@ -62,11 +62,11 @@ def copy_step(features: Tensor) -> tuple[Callable[[], object], int]:
 
 
 def convolution_step(features: Tensor, grad: Tensor | None) -> Callable[[], object]:
-    """The depthwise 3x3 convolutions of a UBN layer alone, as the layer computes them, their results dropped.
+    """The depthwise 3x3 convolutions of a UBN layer alone, computed as the layer does; the results are dropped.
 
     Args:
         features: (N, C, H, W).
-        grad: Of the output; None for no backward.
+        grad: Gradient of the output; None for no backward.
     """
     features = features.detach()
     channels = features.shape[1]
@@ -89,23 +89,23 @@ def convolution_step(features: Tensor, grad: Tensor | None) -> Callable[[], obje
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NormCosts:
-    """What the norm layers of a model cost at least, in milliseconds, all of them together.
+    """Lower bounds of the cost of a model's norm layers together, in milliseconds.
 
     Attributes:
-        copy: A copy of each one's input.
-        convolution: Their depthwise convolutions, in training with backward.
+        copy: Time to copy the input of each.
+        convolution: Time of their depthwise convolutions, in training including backward.
     """
 
     copy: float
     convolution: float
 
     def of(self, timing: Timing, base: Timing, mode: str) -> Timing:
-        """Fills in a timing's floor, convolutions and limit.
+        """Fill in a timing's floor, convolutions and limit.
 
         Args:
-            timing: Of a model with these layers.
-            base: Of the first of its run.
-            mode: What it is measured in; "eval" for what was there before it was fused.
+            timing: The timing of a model with these layers.
+            base: The timing of the first model of its run.
+            mode: Mode of the timing; "eval" for the unfused model.
         """
         floor = self.copy * traffic(timing.kind, mode) / 2
         if timing.kind not in WITH_CONVOLUTION or mode == "folded":
@@ -115,13 +115,13 @@ class NormCosts:
 
 
 def norm_costs(model: nn.Module, forward: Callable[[], object], device: torch.device, *, training: bool) -> NormCosts:
-    """Measures what the norm layers of a model cost at least, on features of their own shapes.
+    """Measure lower bounds of the cost of a model's norm layers, on features of the shapes that they receive.
 
     Args:
-        model: Has BatchNorm2d or UBN layers.
-        forward: Runs it once.
-        device: Where it is.
-        training: Whether backward is measured too.
+        model: A model with BatchNorm2d or UBN layers.
+        forward: Runs the model once.
+        device: Device of the model.
+        training: Whether to include backward.
     """
     inputs: collections.Counter[tuple[torch.Size, torch.dtype, bool]] = collections.Counter()
 

@@ -23,7 +23,7 @@ from .turns import KINDS, check_steps, keep_memory, layer_step, milliseconds
 
 __all__ = ["AXES", "BASE", "RANKS", "SYNCHRONIZED", "Fit", "GrowthPoint", "fit", "grow", "grow_ranks"]
 
-# One of them varies at a time, the others are those of the base.
+# One of them varies at a time; the others keep these values.
 BASE = {"batch": 8, "pixels": 28, "channels": 128}
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (2, 4, 8, 16, 32),
@@ -37,7 +37,7 @@ _WARM_UP = 2
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthPoint:
-    """What a training step of a layer takes at one size.
+    """Time of a layer's training step at one size.
 
     Attributes:
         axis: What varies: "batch", "pixels" (per side), "channels" or "ranks".
@@ -49,9 +49,9 @@ class GrowthPoint:
         median: Milliseconds.
         lower: First quartile.
         upper: Third quartile.
-        floor: Milliseconds of the least traffic, see :class:`Timing`; None for ranks.
-        collectives: All-reduces of a step on each rank.
-        collective_bytes: Bytes that a rank gives to them.
+        floor: Milliseconds that the least memory traffic takes, see :class:`Timing`; None for ranks.
+        collectives: All-reduces per step on each rank.
+        collective_bytes: Bytes that a rank contributes to them.
     """
 
     axis: str
@@ -69,7 +69,7 @@ class GrowthPoint:
 
     @property
     def elements(self) -> int:
-        """Of the input, on each rank."""
+        """Elements of the input, on each rank."""
         return self.batch_size * self.channels * self.side**2
 
 
@@ -77,15 +77,15 @@ class GrowthPoint:
 class Fit:
     """Least squares over the points of one layer on one axis: time = fixed + slope * size, and time ~ size**exponent.
 
-    The size is the number of elements, for ranks their number. What is least are the squares of relative errors.
+    The size is the number of elements or of ranks. The fit minimizes the squares of relative errors.
 
     Attributes:
         axis: What varies.
         layer: Name.
-        fixed: Milliseconds at no size.
-        slope: Nanoseconds per element, for ranks milliseconds per rank.
-        r_squared: Part of the variance of times, in which a time weighs by its inverse square, that the line explains.
-        exponent: Of the power law, a line through the logarithms.
+        fixed: Milliseconds at size 0.
+        slope: Nanoseconds per element, or milliseconds per rank.
+        r_squared: Share of the variance that the line explains; times are weighted by their inverse squares.
+        exponent: Exponent of the power law, a line fitted to the logarithms.
     """
 
     axis: str
@@ -96,20 +96,20 @@ class Fit:
     exponent: float
 
     def time(self, size: float) -> float:
-        """Milliseconds that the line says."""
+        """Milliseconds predicted by the line."""
         return self.fixed + self.slope * (size if self.axis == "ranks" else size / 1e6)
 
 
 def size_of(point: GrowthPoint) -> int:
-    """What a point's time is fitted to: its elements, or ranks."""
+    """The size that a point's time is fitted to: elements, or ranks."""
     return point.ranks if point.axis == "ranks" else point.elements
 
 
 def fit(points: Sequence[GrowthPoint]) -> list[Fit]:
-    """Fits every layer on every axis; where it has a single size there is nothing to fit.
+    """Fit every layer on every axis that has more than one size.
 
     Args:
-        points: Of any layers and axes.
+        points: Points of any layers and axes.
     """
     groups: dict[tuple[str, str], list[GrowthPoint]] = {}
     for point in points:
@@ -128,7 +128,7 @@ def fit(points: Sequence[GrowthPoint]) -> list[Fit]:
 def _line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
     """Fixed part and slope with the least squares of errors relative to the times, and their R squared.
 
-    The largest times, which are many times the smallest, would otherwise decide alone.
+    Otherwise the largest times, which are many times the smallest, would determine the fit.
     """
     rows = torch.tensor([[1 / time, size / time] for size, time in zip(sizes, times, strict=True)], dtype=torch.float64)
     fixed, slope = torch.linalg.lstsq(rows, torch.ones(len(rows), 1, dtype=torch.float64)).solution[:, 0].tolist()
@@ -246,7 +246,7 @@ def grow_ranks(
 
 
 def _time_rank(rank: int, count: int, base: Mapping[str, int], steps: int, channels_last: bool, folder: str) -> None:
-    """One rank's part: writes its times, and the collectives of one more step of each layer."""
+    """Measure on one rank: write its times, and the collectives of one more step of each layer."""
     torch.set_num_threads(1)
     keep_memory()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
@@ -274,7 +274,7 @@ def _time_rank(rank: int, count: int, base: Mapping[str, int], steps: int, chann
 
 
 def _collectives(step: Callable[[], object]) -> tuple[int, int]:
-    """All-reduces of a step, and the bytes that this rank gives to them."""
+    """Number of all-reduces in a step, and the bytes that this rank contributes to them."""
     given = []
     original = dist.all_reduce
 

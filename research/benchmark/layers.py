@@ -1,4 +1,4 @@
-"""Single layers in turns, beside a copy of their input and a depthwise convolution alone."""
+"""Times of single layers beside a copy of their input and a depthwise convolution alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LAYER_SHAPES = (
 
 
 def make_layer(kind: str, channels: int) -> nn.Module:
-    """A norm layer of one of :data:`KINDS`."""
+    """Build a norm layer of one of :data:`KINDS`."""
     if kind == "bn":
         return nn.BatchNorm2d(channels)
     layer = as_if_trained(UnifiedBatchNorm2d(channels, **SETTINGS[kind]))
@@ -67,18 +67,18 @@ def compare_layers(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> Iterator[Timing]:
-    """Times norm layers in turns, shape by shape, beside a copy and a depthwise convolution of the same features.
+    """Time norm layers, shape by shape, beside a copy and a depthwise convolution of the same features.
 
     Args:
-        shapes: Channels and pixels per side, those of ResNet-50 by default.
+        shapes: Channels and pixels per side; by default those of ResNet-50.
         modes: Any of "layer" (a training step: forward, backward) and "layer-eval" (forward in evaluation).
-        kinds: Of :data:`KINDS`, the baseline first.
+        kinds: Any of :data:`KINDS`, the baseline first.
         batch_size: Images per step.
-        steps: Counted turns.
-        device: Where.
+        steps: Timed turns.
+        device: Device to run on.
         channels_last: Memory format.
-        dtype: Of features; parameters stay in float32, as under autocast.
-        compiled: Whether layers compiled by torch.compile take turns with those that are not.
+        dtype: Dtype of the features; parameters stay in float32, as under autocast.
+        compiled: Whether to time layers compiled by torch.compile as well.
 
     Yields:
         A :class:`Timing` for every mode, shape and layer, named like "UBN 256x56x56", then of the kinds "convolution"

@@ -1,4 +1,4 @@
-"""Whole models in turns: a BatchNorm model and its twins, in training, in evaluation, and fused for inference."""
+"""Times of a BatchNorm model and its twins in training, in evaluation, and fused for inference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build(model: str, kind: str) -> nn.Module:
-    """A BatchNorm model of timm, or its twin with norm layers of another kind, with random weights.
+    """Build a BatchNorm model of timm, or its twin with another kind of norm layer, with random weights.
 
     Args:
         model: The BatchNorm model's name.
@@ -47,7 +47,7 @@ def _entries(
     entries = []
     for name, (kind, model) in models.items():
         variants: dict[str, Any] = {name: model}
-        # Compilers take the equations of the naive twin and of UBN alike.
+        # Compiled, the naive twin and UBN run the same equations.
         if compiled and kind != "naive":
             suffixed = f"{name[:-1]}, compiled)" if name.endswith("(fused)") else f"{name} (compiled)"
             variants[suffixed] = torch.compile(model, fullgraph=True, dynamic=False)
@@ -72,23 +72,23 @@ def compare(
     compiled: bool = False,
     floors: bool = True,
 ) -> Iterator[Timing]:
-    """Times a BatchNorm model and its twins in turns, all of them once per turn, after two turns to warm up.
+    """Time a BatchNorm model and its twins, each once per turn, after two warm-up turns.
 
     Args:
         model: timm's BatchNorm model, the baseline.
         settings: Kinds of twins beside it: any of "ubn", "rbn", "bnet", "naive" (UBN's equations, op by op).
         modes: Any of "train" (forward, backward), "eval" (forward under ``torch.inference_mode``), "fused" (the same
-            after ``ubn_zoo.fuse``, the twins' layers as if trained, so that what depends on the instance stays) and
-            "folded" (the same with layers as converted from BatchNorm, of which nothing stays). In the last two the
-            baseline is fused as well, and times of the model that it was fused from are beside it.
-        batch_size: Images per step, random ones.
+            after ``ubn_zoo.fuse``, with the parameters of a trained twin, so that what depends on the instance remains)
+            and "folded" (the same with layers as converted from BatchNorm, of which nothing remains). In the last two
+            the baseline is fused as well, and the unfused baseline is timed beside it.
+        batch_size: Random images per step.
         img_size: Pixels per side.
-        steps: Counted turns.
-        device: Where.
+        steps: Timed turns.
+        device: Device to run on.
         channels_last: Memory format of models and images.
-        amp: "bfloat16" or "float16" for autocast, float16 with the scaled loss; None for float32.
-        compiled: Whether models compiled by torch.compile take turns with those that are not.
-        floors: Whether floors are measured, before the turns.
+        amp: "bfloat16" or "float16" for autocast, float16 with a scaled loss; None for float32.
+        compiled: Whether to time models compiled by torch.compile as well.
+        floors: Whether to measure floors, before the turns.
 
     Yields:
         A :class:`Timing` for every mode and model.
@@ -109,7 +109,7 @@ def compare(
     dtype = None if amp is None else AMP_DTYPES[amp]
     for mode in modes:
         if compiled:
-            # One mode's code is of no use to another, and torch refuses to compile one forward too many times.
+            # Code compiled for one mode does not serve another, and torch limits how often it recompiles a function.
             torch.compiler.reset()
         built = {f"{model}_{kind}" if kind != "bn" else model: (kind, build(model, kind)) for kind in ("bn", *settings)}
         for _, module in built.values():
@@ -124,7 +124,7 @@ def compare(
         about |= {"dtype": f"amp {amp}" if amp else "float32", "channels_last": channels_last}
         timings = take_turns(entries, steps, where, **about)
         for timing in timings:
-            # A model that is there for comparison only, as it was before it was fused.
+            # The unfused baseline, timed for comparison only.
             whole = mode in ("fused", "folded") and "(fused" not in timing.model
             yield timing if costs is None else costs.of(timing, timings[0], "eval" if whole else mode)
 
@@ -140,14 +140,14 @@ def _norm_costs(model: nn.Module, images: Tensor, amp: torch.dtype | None, *, tr
 def compare_training(
     models: Mapping[str, nn.Module], *, batch_size: int, img_size: int, num_classes: int, steps: int = 10
 ) -> Iterator[Timing]:
-    """Times training steps (forward, backward) of models that are at hand, in turns, where they are.
+    """Time training steps (forward, backward) of existing models on their own device, each once per turn.
 
     Args:
-        models: By name, the baseline first; all on one device.
-        batch_size: Images per step, random ones in the channels-last format.
+        models: Models by name, the baseline first, all on one device.
+        batch_size: Random images per step, in the channels-last format.
         img_size: Pixels per side.
         num_classes: Outputs of the models.
-        steps: Counted turns.
+        steps: Timed turns.
 
     Yields:
         A :class:`Timing` for every model, its kind "bn" for the first and "ubn" for the others.

@@ -1,4 +1,4 @@
-"""Pictures of ratios to BatchNorm and of growth, drawn by matplotlib (the extra ``ubn-zoo[quickstart]``)."""
+"""Plots of ratios to BatchNorm and of growth, drawn by matplotlib (the extra ``ubn-zoo[quickstart]``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_growth", "draw_ratios"]
 
-# One color and marker per kind of layer in every picture.
+# One color and marker per kind of layer in every plot.
 _KIND_STYLES = {
     "bn": STYLES[7],
     "ubn": STYLES[0],
@@ -70,7 +70,7 @@ def _label(timing: Timing) -> str:
 
 
 def _range(timing: Timing) -> tuple[float, float]:
-    """Quartiles, or where a table has none the median alone."""
+    """Quartiles; twice the median where a table has no quartiles."""
     return timing.ratio_lower or timing.ratio, timing.ratio_upper or timing.ratio
 
 
@@ -81,7 +81,7 @@ def _dot(axes: Axes, timing: Timing, height: float) -> None:
 
 
 def _number(axes: Axes, row: Sequence[Timing], height: float, width: float) -> None:
-    """Writes each dot's number above it, or below where the last one is too near."""
+    """Write each dot's number above it, or below if the previous number is too close."""
     last, above = -math.inf, True
     for timing in sorted(row, key=lambda timing: timing.ratio):
         at = math.log(timing.ratio)
@@ -96,7 +96,7 @@ def _number(axes: Axes, row: Sequence[Timing], height: float, width: float) -> N
             va="bottom" if above else "top",
             fontsize=7,
             color=_KIND_STYLES[timing.kind].color,
-            # Legible on lines too.
+            # Keeps numbers legible on lines.
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
         )
 
@@ -148,17 +148,17 @@ def _style_legend(figure: Figure, styles: dict[str, Style], target: bool, *, lin
 
 
 def draw_ratios(timings: Sequence[Timing], path: str | Path, title: str = "") -> None:
-    """Draws how many times BatchNorm's step time each entry takes: medians, quartiles, numbers, and targets.
+    """Draw the ratio of each entry's step time to BatchNorm's: medians, quartiles, numbers and targets.
 
-    A panel for every mode and memory format; a row for every model, or for all kinds of layers of one shape.
+    There is one panel per mode and memory format, and one row per model or, for layers, per shape.
 
     Args:
         timings: From :func:`compare` or :func:`compare_layers`, in their order.
         path: PNG file to write.
-        title: Written above.
+        title: Title of the figure.
 
     Raises:
-        ValueError: There is nothing beside the baseline to draw.
+        ValueError: There is nothing to draw beside the baseline.
         ImportError: matplotlib, of the extra ``ubn-zoo[quickstart]``, is missing.
     """
     panels = _panels(timings)
@@ -190,12 +190,12 @@ def draw_ratios(timings: Sequence[Timing], path: str | Path, title: str = "") ->
 
 
 def draw_growth(points: Sequence[GrowthPoint], path: str | Path, title: str = "") -> None:
-    """Draws how a layer's time grows, a panel for each axis: points with quartiles, and the lines fitted to them.
+    """Draw how a layer's time grows, one panel per axis: points with quartiles, and the lines fitted to them.
 
     Args:
         points: From :func:`grow` and :func:`grow_ranks`.
         path: PNG file to write.
-        title: Written above.
+        title: Title of the figure.
 
     Raises:
         ValueError: There are no points.

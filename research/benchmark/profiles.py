@@ -55,7 +55,7 @@ class Share:
         model: Name.
         group: One of :data:`GROUPS`.
         time: Milliseconds per step.
-        share: Of the step, 0 to 1.
+        share: Share of the step, 0 to 1.
     """
 
     model: str
@@ -74,16 +74,16 @@ def profile_step(
     channels_last: bool = True,
     amp: str | None = None,
 ) -> Iterator[Share]:
-    """Profiles training steps (forward, backward) of a BatchNorm model and of its UBN twin, in eager mode.
+    """Profile training steps (forward, backward) of a BatchNorm model and of its UBN twin, in eager mode.
 
-    The profiler slows small operations down: the shares of convolutions are a little larger without it.
+    The profiler slows small operations down, so the true shares of convolutions are a little larger.
 
     Args:
         model: timm's BatchNorm model.
-        batch_size: Images per step, random ones.
+        batch_size: Random images per step.
         img_size: Pixels per side.
-        steps: Profiled steps, after one that is not.
-        device: Where; on a GPU times are those of its kernels.
+        steps: Profiled steps, after one warm-up step.
+        device: Device to run on; on a GPU, times are those of its kernels.
         channels_last: Memory format.
         amp: "bfloat16" or "float16" for autocast, None for float32.
 
@@ -108,7 +108,7 @@ def profile_step(
         times = dict.fromkeys(GROUPS, 0.0)
         for event in profile.events():
             if event.device_type != torch.autograd.DeviceType.CPU:
-                # A GPU's kernels, which the operations that launched them have already.
+                # The time of a GPU's kernels is already counted by the operations that launched them.
                 continue
             own = event.self_device_time_total if where.type == "cuda" else event.self_cpu_time_total
             times[_group(event)] += own / 1000 / steps
@@ -117,7 +117,7 @@ def profile_step(
 
 
 def _mark(model: nn.Module) -> None:
-    """Lets the profiler see which operations are a norm's, and which are those of the activation inside it."""
+    """Mark the operations of norms, and of the activations inside them, for the profiler."""
 
     def scope(module: nn.Module, name: str) -> None:
         opened: list[Any] = []
@@ -140,7 +140,7 @@ def _mark(model: nn.Module) -> None:
 
 
 def _in_norm(event: Any) -> bool:
-    """Whether an operation is a norm's: called by its forward, or by the backward of what that called."""
+    """Whether an operation belongs to a norm: to its forward, or to the backward of that."""
     while event is not None:
         if event.name == _ACTIVATION:
             return False
@@ -161,7 +161,7 @@ def _group(event: Any) -> str:
         return "batchnorm"
     if operation in _SIMILARITY:
         return "sums"
-    # What has no pixels is small, whatever it does.
+    # Operations on tensors without pixels are small, whatever they compute.
     if any(isinstance(shape, list) and len(shape) == 4 and shape[-1] > 1 for shape in event.input_shapes or ()):
         if operation in _SUMS:
             return "sums"

@@ -1,4 +1,4 @@
-"""The page ``docs/speed.md``, made from the tables in ``results/``."""
+"""The page ``docs/speed.md``, generated from the tables in ``results/``."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ ratios larger.
 """
 
 _RANKS = """\
-Ranks are processes of one machine, each with one thread and a batch of its own, connected by gloo. When there are more
+Ranks are processes of one machine, each with one thread and its own batch, connected by gloo. When there are more
 ranks than cores, they share the cores. UBN synchronized computes the same equations as UBN naive, so the difference of
 the two is the cost of sharing. torch's SyncBatchNorm computes only on GPUs.
 """
-_RANKS_HEAD = ("ranks", "layer", "step (ms)", "all-reduces", "bytes passed in by a rank")
+_RANKS_HEAD = ("ranks", "layer", "step (ms)", "all-reduces", "bytes contributed by each rank")
 
 _HARDWARE = {"cpu": "CPU", "cuda": "GPU"}
 _MODES = {
@@ -79,7 +79,7 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Measured:
-    """All that the tables hold."""
+    """The contents of all tables."""
 
     timings: list[tuple[Timing, _Source]]
     points: list[tuple[GrowthPoint, _Source]]
@@ -188,7 +188,7 @@ def _devices(found: Sequence[tuple[Timing, _Source]]) -> Iterable[tuple[str, lis
 
 
 def _picture(timings: Sequence[Timing]) -> str:
-    """Name of the picture of timings of one device."""
+    """File name of the plot of one device's timings."""
     what = "layers" if timings[0].mode.startswith("layer") else "models"
     return f"speed_{what}{'' if timings[0].device == 'cpu' else '_gpu'}.png"
 
@@ -339,7 +339,7 @@ def page(results: str | Path) -> str:
     """The page, in Markdown.
 
     Args:
-        results: Folder of the tables ``benchmark_*.csv``; whatever has no table is said to be not measured.
+        results: Folder of the tables ``benchmark_*.csv``; the page says "not measured" where there is no table.
     """
     measured = _load(Path(results))
     sections = (_targets, _models, _layers, _profile, _growth)
@@ -347,7 +347,7 @@ def page(results: str | Path) -> str:
 
 
 def _first_of_each(timings: Iterable[Timing]) -> list[Timing]:
-    """One timing of each kind, the one that counts for targets: points of several tables would cover each other."""
+    """Keep the first timing of each kind, which counts for targets; points of several tables would overlap."""
     first: dict[tuple[object, ...], Timing] = {}
     for timing in timings:
         first.setdefault((timing.model, timing.mode, timing.batch_size, timing.dtype, timing.channels_last), timing)
@@ -355,11 +355,11 @@ def _first_of_each(timings: Iterable[Timing]) -> list[Timing]:
 
 
 def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
-    """Writes the page and its pictures.
+    """Write the page and its plots.
 
     Args:
         results: Folder of the tables.
-        docs: Folder that gets ``speed.md`` and the pictures ``speed_*.png``.
+        docs: Folder that gets ``speed.md`` and the plots ``speed_*.png``.
 
     Returns:
         What was written.

@@ -1,6 +1,6 @@
-"""Tables of what was measured, as CSV: steps in the layout of timm's benchmark tables, growth and profiles beside.
+"""CSV tables of measurements: steps in the layout of timm's benchmark tables, growth and profiles.
 
-Every row also says when, with what and by which command it was measured, in the columns :data:`ABOUT`.
+The columns :data:`ABOUT` of every row give the date, the command and the environment of the measurement.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["ABOUT", "read_growth", "read_profile", "read_timings", "rows_of", "t
 ABOUT = ("date", "command", "environment")
 
 _TRAINING = ("train", "layer")
-# timm's names of what a Timing has, then those that are added to timm's.
+# timm's names of the fields of a Timing, then the columns that timm does not have.
 _STEP = {"step_time": "median", "batch_size": "batch_size", "img_size": "img_size"}
 _ADDED = {
     "step_lower": "lower",
@@ -46,7 +46,7 @@ _Row = TypeVar("_Row", GrowthPoint, Share)
 def table(timings: Sequence[Timing], **about: object) -> list[dict[str, object]]:
     """Rows in the layout of timm's benchmark tables: one per model, columns of inference and of training.
 
-    Added to timm's columns are, each for ``infer`` and ``train``, those of :class:`Timing`: ``step_lower`` and
+    These fields of :class:`Timing` are added to timm's columns, each for ``infer`` and ``train``: ``step_lower`` and
     ``step_upper`` (quartiles), ``step_min``, ``step_max``, ``ratio`` with its quartiles, ``memory`` (MB),
     ``memory_ratio``, ``floor`` and ``convolution`` (milliseconds), ``floor_ratio`` and ``limit``. A fused or compiled
     model is a row of its own, and so is a layer.
@@ -57,7 +57,7 @@ def table(timings: Sequence[Timing], **about: object) -> list[dict[str, object]]
     """
     rows: dict[tuple[object, ...], dict[str, object]] = {}
     for timing in timings:
-        # "fused" and "folded" each time the same entries, of other contents.
+        # "fused" and "folded" have entries of the same names.
         fused = timing.mode if timing.mode in ("fused", "folded") else ""
         shared = {
             # timm counts in millions.
@@ -97,7 +97,7 @@ def rows_of(measured: Sequence[GrowthPoint] | Sequence[Share], **about: object) 
 
 
 def write_table(rows: Sequence[Mapping[str, object]], path: str | Path) -> None:
-    """Writes the rows of :func:`table` or :func:`rows_of` as CSV.
+    """Write the rows of :func:`table` or :func:`rows_of` as CSV.
 
     Raises:
         ValueError: There are no rows.
@@ -117,7 +117,7 @@ def columns(path: str | Path) -> list[str]:
 
 
 def _read(path: str | Path) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Rows, and what all of them say about how they were measured."""
+    """Read the rows, and the columns that describe the measurement."""
     with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     missing = {"date", "command", "environment"} - set(rows[0] if rows else ())
@@ -127,7 +127,7 @@ def _read(path: str | Path) -> tuple[list[dict[str, str]], dict[str, str]]:
 
 
 def read_timings(path: str | Path) -> tuple[list[Timing], dict[str, str]]:
-    """Reads what :func:`table` made.
+    """Read a table that :func:`table` made.
 
     Args:
         path: CSV file.
@@ -187,7 +187,7 @@ def _read_as(kind: type[_Row], path: str | Path) -> tuple[list[_Row], dict[str, 
 
 
 def read_growth(path: str | Path) -> tuple[list[GrowthPoint], dict[str, str]]:
-    """Reads points of growth.
+    """Read points of growth.
 
     Args:
         path: CSV file.
@@ -199,7 +199,7 @@ def read_growth(path: str | Path) -> tuple[list[GrowthPoint], dict[str, str]]:
 
 
 def read_profile(path: str | Path) -> tuple[list[Share], dict[str, str]]:
-    """Reads a profile.
+    """Read a profile.
 
     Args:
         path: CSV file.

@@ -1,4 +1,4 @@
-"""What UBN should cost at most beside BatchNorm, and what it was measured to cost."""
+"""Targets for the cost of UBN beside BatchNorm, and the measurements that they are compared with."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _IMG_SIZE = 224
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The most that UBN should take, as a ratio to BatchNorm.
+    """The most that UBN should cost, as a ratio to BatchNorm.
 
     Attributes:
-        what: What people read.
+        what: Description for readers.
         device: "cpu" or "cuda".
-        mode: Of :class:`Timing`.
+        mode: As in :class:`Timing`.
         model: The BatchNorm model, at 224 pixels; None for layers, whose worst shape counts.
         batch_size: Images per step; None for the largest that was measured.
         ratio: The target.
-        dtype: Of :class:`Timing`.
+        dtype: As in :class:`Timing`.
         channels_last: Memory format.
-        memory: Whether it is of memory and not of time.
-        fused_base: In the mode "fused", whether BatchNorm's model is fused as well, or as it is.
+        memory: Whether the target is for memory instead of time.
+        fused_base: In the mode "fused", whether the BatchNorm model is fused as well.
     """
 
     what: str
@@ -42,7 +42,7 @@ class Target:
     fused_base: bool = True
 
     def covers(self, timing: Timing) -> bool:
-        """Whether a timing, of BatchNorm or of UBN, is one that the target speaks of."""
+        """Whether the target applies to a timing, of BatchNorm or UBN."""
         setting = timing.device, timing.mode, timing.dtype, timing.channels_last
         return (
             setting == (self.device, self.mode, self.dtype, self.channels_last)
@@ -50,7 +50,7 @@ class Target:
             and (self.model is None or timing.model.partition(" ")[0] in (self.model, f"{self.model}_ubn"))
             and (self.model is None or timing.img_size == _IMG_SIZE)
             and (self.mode != "fused" or ("(fused" in timing.model) == (timing.kind != "bn" or self.fused_base))
-            # Targets of CPUs are those of eager mode.
+            # Targets for CPUs are for eager mode.
             and (self.device == "cuda" or "compiled" not in timing.model)
         )
 
@@ -104,13 +104,13 @@ TARGETS = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """A target's measurement.
+    """The measurement for a target.
 
     Attributes:
         base: BatchNorm's timing.
-        ubn: UBN's timing, for layers of the worst shape.
-        ratio: UBN over BatchNorm, median over turns where both were the ones that ratios are of.
-        spread: Its quartiles, None where there are none.
+        ubn: UBN's timing; for layers, that of the worst shape.
+        ratio: UBN over BatchNorm; the median over turns where the two alternated.
+        spread: Quartiles of the ratio; None where there are none.
     """
 
     base: Timing
@@ -120,11 +120,11 @@ class Outcome:
 
 
 def find(target: Target, timings: Sequence[Timing]) -> Outcome | None:
-    """A target's measurement among timings; None where there is none.
+    """Find the measurement for a target; None if there is none.
 
     Args:
         target: The target.
-        timings: Of one table: times of different runs make no ratio.
+        timings: Timings of one table, because times of different runs cannot be compared.
     """
     fitting = [timing for timing in timings if target.covers(timing)]
     largest = max((timing.batch_size for timing in fitting), default=0)
@@ -157,7 +157,7 @@ def _best(target: Target, timings: Sequence[Timing]) -> Outcome | None:
 
 
 def limit_of(timing: Timing) -> float | None:
-    """The target of time that a timing of UBN has, None for none."""
+    """The time target that applies to a timing of UBN; None if there is none."""
     if timing.kind != "ubn":
         return None
     # Ratios of fused models are to BatchNorm's fused one.

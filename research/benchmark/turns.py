@@ -1,6 +1,6 @@
-"""Steps that take turns: all of them once per turn, and a ratio is that of two times of the same turn.
+"""Alternating steps: each runs once per turn, and a ratio compares two times of the same turn.
 
-Two turns warm up and are not counted; whatever is compiled is compiled in them.
+The first two turns warm up, which includes compilation, and are not timed.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _WARM_UP = 2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """What takes turns.
+    """One of the steps that alternate.
 
     Attributes:
-        name: Of the model or layer.
-        kind: One of :data:`KINDS`, or "copy" or "convolution" for what layers are measured against.
-        module: Whose parameters count.
-        step: What is timed.
+        name: Name of the model or layer.
+        kind: One of :data:`KINDS`, or "copy" or "convolution" for the references that layers are compared with.
+        module: The module whose parameters are counted.
+        step: The function that is timed.
         clear: Frees what an earlier step has left, such as gradients.
-        held: Bytes that are there before a step: parameters, buffers, inputs.
-        repeats: How often a step does the same; its time is divided by that.
+        held: Bytes in use before a step: parameters, buffers, inputs.
+        repeats: How often a step repeats its work; its time is divided by that.
     """
 
     name: str
@@ -70,30 +70,30 @@ class Timing:
     """Step times of a model or layer, in milliseconds, and their ratio to the first entry of the run.
 
     Attributes:
-        model: Name; " (fused)", " (compiled)" or " (fused, compiled)" is appended where it is so.
-        kind: Of its norm: one of :data:`KINDS`; "copy" or "convolution" for what layers are measured against.
+        model: Name, with " (fused)", " (compiled)" or " (fused, compiled)" appended where that applies.
+        kind: Kind of its norm, one of :data:`KINDS`; "copy" or "convolution" for the references of layers.
         mode: One of :data:`MODES`, or "layer" (forward, backward of one layer) or "layer-eval" (its forward).
         batch_size: Images per step.
         img_size: Pixels per side of the input.
         device: "cpu", "cuda".
-        dtype: Of the features; "amp bfloat16", "amp float16" under autocast.
+        dtype: Dtype of the features; "amp bfloat16", "amp float16" under autocast.
         channels_last: Memory format.
-        param_count: Parameters, of a fused model the values that it is made of.
-        median: Of all counted steps.
+        param_count: Number of parameters; of a fused model, of the values that it stores.
+        median: Median of the timed steps.
         lower: First quartile.
         upper: Third quartile.
-        minimum: Least.
-        maximum: Most.
+        minimum: Shortest step.
+        maximum: Longest step.
         ratio: Median over turns of this entry's time over the first entry's in the same turn.
-        ratio_lower: First quartile of that; None in tables of before it was kept.
-        ratio_upper: Third quartile of that, likewise.
-        memory: Most memory that tensors took at a time in a step, in MB (2**20 bytes): parameters, buffers and inputs
-            included, the optimizer and what libraries allocate by themselves not.
+        ratio_lower: First quartile of that; None in older tables.
+        ratio_upper: Third quartile of that; None in older tables.
+        memory: Peak memory of tensors during a step, in MB (2**20 bytes), including parameters, buffers and inputs, but
+            not the optimizer or what libraries allocate by themselves.
         memory_ratio: `memory` over the first entry's.
         floor: Milliseconds that the least traffic of the norm layers takes at the bandwidth of a copy in the same run:
             of this layer, or of all those of a model together. None where it was not measured.
         convolution: Milliseconds of the norm layers' depthwise convolutions alone, forward and in training backward:
-            what an implementation in plain torch cannot do without. None where it was not measured.
+            the least that an implementation in plain torch needs. None where it was not measured.
         limit: The `ratio` if UBN's norms took BatchNorm's time and that of these convolutions and nothing more: the
             first entry's time plus the convolutions, over its time. None where it was not measured.
     """
@@ -128,11 +128,11 @@ class Timing:
 
 
 def keep_memory() -> bool:
-    """Tells the C library to keep what is freed, for the rest of the process; returns whether it does (glibc alone).
+    """Make the C library keep freed memory for the rest of the process; return whether it does (glibc only).
 
-    A single large layer is otherwise timed by the fresh pages that the system gives and takes: they fall to whichever
-    layer comes after one that left a gap, and cost more than its arithmetic. A model's steps find their memory from
-    the step before.
+    Otherwise, the time of a single large layer is dominated by fresh pages from the system, which cost more than its
+    arithmetic and are charged to whichever layer happens to need them. A model's steps reuse the memory of the step
+    before.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -143,7 +143,7 @@ def keep_memory() -> bool:
 
 
 def environment(device: torch.device) -> str:
-    """Hardware and versions that times were measured with, in one line."""
+    """Describe the hardware and the versions in one line."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -154,7 +154,7 @@ def environment(device: torch.device) -> str:
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of a step, on a GPU until it has finished."""
+    """Wall-clock time of a step; waits until a GPU has finished it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -165,14 +165,14 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a step's tensors take at most, beyond those that were there before it.
+    """Peak bytes that a step's tensors add to those that exist before it.
 
-    On a GPU by torch's own count, on a CPU by the allocations that torch's profiler sees, which slows the step down:
-    do not time it. What libraries allocate past torch, such as oneDNN's scratch memory, is not seen.
+    On a GPU, torch's own count; on a CPU, from the allocations that torch's profiler records. Profiling slows the step
+    down, so do not time it. Memory that libraries allocate outside torch, such as oneDNN's scratch memory, is missing.
 
     Args:
-        step: What is measured, once. It should free nothing that was there before it.
-        device: Where its tensors are.
+        step: Runs once. It should free nothing that exists before it.
+        device: Device of its tensors.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -193,7 +193,7 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
 
 
 def bytes_of(*tensors: Tensor) -> int:
-    """Bytes of tensors."""
+    """Total bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -205,13 +205,13 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def take_turns(entries: Sequence[Entry], steps: int, device: torch.device, **about: Any) -> list[Timing]:
-    """Times entries in turns, then measures the memory of one more step of each.
+    """Time each entry once per turn, then measure the memory of one more step of each.
 
     Args:
         entries: The baseline first.
-        steps: Counted turns.
-        device: Where they compute.
-        **about: The rest of each :class:`Timing`.
+        steps: Timed turns.
+        device: Device that they run on.
+        **about: The other fields of each :class:`Timing`.
 
     Raises:
         ValueError: No steps.
@@ -258,12 +258,12 @@ def take_turns(entries: Sequence[Entry], steps: int, device: torch.device, **abo
 
 
 def layer_step(layer: nn.Module, features: Tensor, grad: Tensor | None) -> Callable[[], object]:
-    """A step of a layer: forward and backward, or without a gradient to start from forward alone in evaluation.
+    """A step of a layer: forward and backward, or without `grad` the forward pass in evaluation.
 
     Args:
         layer: Put into training or evaluation mode.
-        features: Takes gradients in training.
-        grad: Of the output.
+        features: The input; requires gradients in training.
+        grad: Gradient of the output; None for evaluation.
     """
     layer.train(grad is not None)
     if grad is None:
@@ -277,25 +277,25 @@ def layer_step(layer: nn.Module, features: Tensor, grad: Tensor | None) -> Calla
 
 
 def clear_layer(layer: nn.Module, features: Tensor) -> None:
-    """Frees the gradients that a step of a layer left."""
+    """Free the gradients that a step of a layer left."""
     features.grad = None
     layer.zero_grad(set_to_none=True)
 
 
 def check_steps(steps: int) -> None:
-    """Refuses to count no steps."""
+    """Check that at least one step is timed."""
     if steps < 1:
         raise ValueError(f"steps: received {steps}; valid: 1 and more")
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
-    """Refuses kinds of norm layers that there are not, and BatchNorm, which is always there."""
+    """Check the kinds of norm layers beside BatchNorm, which is always included."""
     if not set(kinds) <= set(SETTINGS):
         raise ValueError(f"settings: received {list(kinds)}; valid: {', '.join(SETTINGS)}, each beside BatchNorm")
 
 
 def as_naive(module: nn.Module) -> nn.Module:
-    """Lets UBN layers compute as :mod:`ubn_zoo.layers.functional` spells it out, differentiated op by op."""
+    """Make UBN layers run the plain equations of :mod:`ubn_zoo.layers.functional`, differentiated by autograd."""
     for layer in module.modules():
         if isinstance(layer, UnifiedBatchNorm2d):
             layer._equations_only = True

@@ -1,7 +1,7 @@
-"""Paired runs that show what a choice does: the same recipe and seeds, one thing different from variant to variant.
+"""Paired runs that isolate the effect of one choice: variants share recipe and seeds, and differ in one setting.
 
-Each experiment is a row of `EXPERIMENTS`. Its runs are ordinary runs of `ubn_zoo.training.run`, which may be shared
-out over processes and machines; what they measured is collected into two CSV files, from which tables and plots are
+Each experiment is a row of `EXPERIMENTS`. Its runs are ordinary runs of `ubn_zoo.training.run`, which can be spread
+over processes and machines. Their measurements are collected into two CSV files, from which tables and plots are
 made.
 """
 
@@ -52,13 +52,13 @@ class Experiment:
     """Variants of one recipe.
 
     Attributes:
-        name: Of its files.
-        title: What people read.
+        name: Name of its files.
+        title: Title for readers.
         recipe: Name of the recipe.
-        settings: Changes to it that all variants have, ``key=value`` each.
-        variants: Changes of each variant, under the label that people read; the first is the baseline.
-        seeds: Each variant is run with every one of them.
-        note: What people should know of it, a sentence or two.
+        settings: Changes to the recipe in all variants, ``key=value`` each.
+        variants: Further changes of each variant, by its label for readers; the first is the baseline.
+        seeds: Seeds that each variant is run with.
+        note: Remarks for readers, a sentence or two.
     """
 
     name: str
@@ -75,9 +75,9 @@ class Planned:
     """One run of an experiment.
 
     Attributes:
-        variant: Its label.
-        folder: Its folder's name.
-        recipe: What is run.
+        variant: Label of its variant.
+        folder: Name of its folder.
+        recipe: The recipe to run.
     """
 
     variant: str
@@ -195,7 +195,7 @@ def get_experiment(name: str) -> Experiment:
     """Find an experiment by name.
 
     Raises:
-        ValueError: There is none; the message lists those that there are.
+        ValueError: There is no such experiment; the message lists the valid names.
     """
     for experiment in EXPERIMENTS:
         if experiment.name == name:
@@ -209,7 +209,7 @@ def _slug(label: str) -> str:
 
 
 def plan(experiment: Experiment, runs: str) -> tuple[Planned, ...]:
-    """All runs of an experiment, those of the first seed first.
+    """List all runs of an experiment, those of the first seed first.
 
     Args:
         experiment: The experiment.
@@ -225,11 +225,8 @@ def plan(experiment: Experiment, runs: str) -> tuple[Planned, ...]:
     return tuple(planned)
 
 
-# What was measured: one table of epochs and one of layers, each with the variant in its first column
-
-
 def collect(experiment: Experiment, runs: str | Path, results: str | Path) -> tuple[Path, ...]:
-    """Write an experiment's tables from its finished runs.
+    """Write an experiment's tables of epochs and of layers from its finished runs.
 
     Args:
         experiment: The experiment.
@@ -259,12 +256,12 @@ def collect(experiment: Experiment, runs: str | Path, results: str | Path) -> tu
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Results:
-    """What an experiment measured.
+    """The measurements of an experiment.
 
     Attributes:
         runs: The rows of each run, by variant.
         layers: The similarity of each layer in the first seed's run, by variant.
-        steps: Time of a training step over that of the first variant's, by variant; empty where it was not measured.
+        steps: Time of a training step over that of the first variant, by variant; empty if not measured.
     """
 
     runs: Mapping[str, tuple[tuple[EpochMetrics, ...], ...]]
@@ -275,13 +272,13 @@ class Results:
 def cost(experiment: Experiment, results: str | Path, *, classes: int = 10, steps: int = 9) -> Path:
     """Time a training step of every variant, in turns on random images, and write ``NAME_cost.csv``.
 
-    Run it while the machine does nothing else: times taken during the runs themselves are those of a busy machine.
+    Run it on an otherwise idle machine; times recorded during training may come from a busy one.
 
     Args:
         experiment: The experiment.
         results: Folder that gets the table.
         classes: Outputs of the models.
-        steps: Counted turns.
+        steps: Timed turns.
 
     Returns:
         The table.
@@ -289,7 +286,7 @@ def cost(experiment: Experiment, results: str | Path, *, classes: int = 10, step
     models, base = {}, apply_settings(load_recipe(experiment.recipe), experiment.settings)
     torch.set_num_threads(base.threads or torch.get_num_threads())
     for label, settings in experiment.variants.items():
-        # Weights to start from change no time.
+        # Initial weights do not affect times.
         kept = [setting for setting in settings if not setting.startswith("checkpoint=")]
         recipe = complete(apply_settings(base, [*kept, f"num_classes={classes}"]))
         models[label] = build_model(recipe)
@@ -313,7 +310,7 @@ def _read_cost(path: Path) -> dict[str, float]:
 
 
 def load(experiment: Experiment, results: str | Path) -> Results:
-    """Read what `collect` wrote.
+    """Read the tables that `collect` wrote.
 
     Raises:
         FileNotFoundError: A table is missing.
@@ -339,7 +336,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def markdown(experiment: Experiment, results: Results) -> str:
-    """A table for people: accuracy after the first and the last epoch, loss, calibration, gates.
+    """Format a table for readers: accuracy after the first and the last epoch, loss, calibration, gates.
 
     Differences to the first variant are those of runs with the same seed.
     """
@@ -374,7 +371,7 @@ def draw(experiment: Experiment, results: Results, folder: str | Path) -> tuple[
 
     Args:
         experiment: The experiment.
-        results: What it measured.
+        results: Its measurements.
         folder: Folder that gets ``NAME.png`` and ``NAME_similarity.png``.
     """
     pictures = Path(folder) / f"{experiment.name}.png", Path(folder) / f"{experiment.name}_similarity.png"
@@ -432,7 +429,7 @@ def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
         docs: Folder that gets ``results.md`` and the plots.
 
     Returns:
-        What was written.
+        The files written.
     """
     path = Path(docs) / "results.md"
     path.write_text(page(results), encoding="utf-8")

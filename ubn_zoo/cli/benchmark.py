@@ -24,7 +24,7 @@ from ubn_zoo.cli._text import print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", help="either model of the pair, such as resnet50_ubn or resnet50")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per step (default: 32)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images per step (default: 8 on a CPU, else 64)")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="image side (default: the model's)")
     parser.add_argument("--device", default="auto", help="auto (default), or torch's name of the device")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), help="autocast to this dtype (default: off)")

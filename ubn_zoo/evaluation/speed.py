@@ -110,7 +110,7 @@ def sibling_names(model: str) -> tuple[str, str]:
 def compare_speed(
     model: str,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     img_size: int | None = None,
     device: str | torch.device = "cpu",
     amp: torch.dtype | None = None,
@@ -126,7 +126,7 @@ def compare_speed(
 
     Args:
         model: Name of either model, such as ``resnet50_ubn``.
-        batch_size: Images per step.
+        batch_size: Images per step; None for 8 on a CPU and 64 elsewhere.
         img_size: Pixels per side; None for the model's training size.
         device: Where to run.
         amp: Autocast's dtype, such as ``torch.bfloat16``; None for float32.
@@ -147,6 +147,7 @@ def compare_speed(
             raise InvalidArgumentError(f"`{name}`: received {value}; valid: a positive number")
     names = sibling_names(model)
     where = torch.device(device)
+    batch = batch_size or (8 if where.type == "cpu" else 64)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     models: dict[str, nn.Module] = {name: timm.create_model(name) for name in names}
     for module in models.values():
@@ -154,9 +155,9 @@ def compare_speed(
     base: Any = models[names[0]]
     size = img_size or int(resolve_model_data_config(base)["input_size"][-1])
     # A model without a classifier has 0 classes; its features then stand for the logits.
-    images, targets = random_batch(batch_size, size, max(base.num_classes, 1), where, layout)
+    images, targets = random_batch(batch, size, max(base.num_classes, 1), where, layout)
     settings: dict[str, Any] = {
-        "batch_size": batch_size,
+        "batch_size": batch,
         "img_size": size,
         "device": device_name(where),
         "threads": torch.get_num_threads(),
@@ -183,7 +184,7 @@ def compare_speed(
                 _free_gradients(models)
     except torch.OutOfMemoryError as error:
         raise EvaluationError(
-            f"{model}: a batch of {batch_size} images of {size} pixels does not fit into the memory of "
+            f"{model}: a batch of {batch} images of {size} pixels does not fit into the memory of "
             f"{settings['device']}; choose a smaller `batch_size` or `img_size`"
         ) from error
     except (RuntimeError, ValueError) as error:
