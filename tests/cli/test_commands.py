@@ -21,7 +21,8 @@ from ubn_zoo import __version__, cli
 from ubn_zoo.hub import fetch as hub
 from ubn_zoo.hub import manifest
 from ubn_zoo.hub.manifest import load_manifest
-from ubn_zoo.models import catalog as catalog
+from ubn_zoo.models import catalog
+from ubn_zoo.models.registry import TABLE
 from ubn_zoo.recipes.schema import Recipe, list_recipes, load_recipe, recipe_path
 
 ARCHITECTURES = timm.list_models("*_ubn")
@@ -153,9 +154,16 @@ def test_info_of_a_typo_suggests_names(capsys: pytest.CaptureFixture[str], name:
 
 
 @pytest.mark.slow
-def test_parameter_table_is_fresh() -> None:
-    table = json.loads(Path(catalog.__file__).with_name("parameter_counts.json").read_text())
-    assert table == catalog.parameter_counts(), "run: python -m ubn_zoo.models.catalog"
+@pytest.mark.exhaustive
+def test_table_of_architectures_is_fresh() -> None:
+    assert json.loads(TABLE.read_text()) == catalog.architecture_table(), "run: python -m ubn_zoo.models.catalog"
+
+
+@pytest.mark.parametrize("name", ["resnet10t_ubn", "efficientnet_b1_pruned_ubn", "inception_v3_ubn", "vgg11_bn_ubn"])
+def test_parameters_in_the_table_are_those_of_the_model(name: str) -> None:
+    with torch.device("meta"):
+        counted = sum(parameter.numel() for parameter in timm.create_model(name, num_classes=1000).parameters())
+    assert catalog.count_parameters(name, 1000) == counted
 
 
 def test_models_missing_in_the_table_are_built(monkeypatch: pytest.MonkeyPatch) -> None:

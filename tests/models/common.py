@@ -9,9 +9,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ubn_zoo.models.registry import parameter_table
+
 ALL = timm.list_models("*_ubn")
 
-# The smallest model of each way in which timm builds one of this zoo: block, stem, attention, head, norm of its module.
+
+# The smallest model of each way in which timm builds those of the largest families: block, stem, attention, head.
 BUILD_PATHS = [
     "mobilenet_edgetpu_v2_xs_ubn",
     "mobilenetv1_100_ubn",
@@ -41,6 +44,14 @@ BUILD_PATHS = [
     "resnetv2_18_ubn",
     "resnetv2_34d_ubn",
 ]
+# Families whose blocks or stems do not fit small images.
+_LARGE = ("ubn_byoanet", "ubn_inception_resnet_v2", "ubn_inception_v3", "ubn_inception_v4")
+
+
+def smallest(module: str) -> str:
+    """The twin of a family with the fewest parameters."""
+    counts = parameter_table()
+    return min(timm.list_models(module=module), key=lambda name: max(counts[name].values()))
 
 
 def sibling(name: str) -> str:
@@ -50,7 +61,9 @@ def sibling(name: str) -> str:
 def input_size(name: str, side: int) -> tuple[int, int, int]:
     """A small input, or the model's own where its size is fixed."""
     cfg = timm.get_pretrained_cfg(name)
-    return tuple(cfg.input_size) if cfg.fixed_input_size else (3, side, side)
+    # A twin's module is named like its family.
+    large = timm.model_entrypoint(f"{sibling(name)}_ubn").__module__.endswith(_LARGE)
+    return tuple(cfg.input_size) if cfg.fixed_input_size or large else (3, side, side)
 
 
 def images(*shape: int) -> Tensor:

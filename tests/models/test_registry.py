@@ -15,39 +15,44 @@ from torch import nn
 
 import ubn_zoo.models
 from ubn_zoo.hub.manifest import InputSpec, Origin, Record, load_manifest
-from ubn_zoo.models import table, ubn_mobilenet, ubn_regnet, ubn_resnet
+from ubn_zoo.models import FAMILIES, Family, table
+from ubn_zoo.models.build import uses_batchnorm
 from ubn_zoo.models.registry import default_cfg
 
-from .common import ALL, sibling
+from .common import ALL, BUILD_PATHS, sibling
 
-FAMILIES = {"resnet*": ubn_resnet, "regnet*": ubn_regnet, "mobilenet*": ubn_mobilenet}
 REPOSITORY = Path(__file__).parents[2]
 
 
 def test_twins_are_exactly_the_batchnorm_architectures() -> None:
-    with torch.device("meta"):
-        truth = {
-            name
-            for name in timm.list_models(list(FAMILIES), exclude_filters="*_ubn")
-            if any(isinstance(module, nn.BatchNorm2d) for module in timm.create_model(name).modules())
-        }
+    """The table in the package against the rule, over all of timm."""
+    truth = {name for name in timm.list_models(exclude_filters="*_ubn") if uses_batchnorm(name)}
     assert {sibling(name) for name in ALL} == truth
     if timm.__version__ == "1.0.31":
-        assert len(ALL) == 139
+        assert len(ALL) == 491
 
 
-@pytest.mark.parametrize("pattern", FAMILIES)
-def test_families_and_entry_points(pattern: str) -> None:
-    module = FAMILIES[pattern]
-    names = timm.list_models(f"{pattern}_ubn")
+def test_the_rule_is_what_models_are_made_of() -> None:
+    """For one architecture of each family, and for three without BatchNorm."""
+    for name in [*map(sibling, BUILD_PATHS), "resnet50_gn", "convnext_atto", "regnety_040_sgn"]:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        has = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        assert has == uses_batchnorm(name), name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.source)
+def test_families_and_entry_points(family: Family) -> None:
+    names = timm.list_models(module=family.module)
     assert names
-    assert timm.list_models(module=module.__name__.rpartition(".")[2]) == names
+    module = getattr(ubn_zoo.models, family.module)
     assert sorted(module.__all__) == sorted(names)
     for name in names:
         entry_point = timm.model_entrypoint(name)
         assert timm.is_model(name)
         assert getattr(module, name) is entry_point
         assert (entry_point.__name__, entry_point.__module__) == (name, module.__name__)
+        assert timm.model_entrypoint(sibling(name)).__module__ == f"timm.models.{family.source}"
         assert sibling(name) in entry_point.__doc__
 
 
@@ -76,7 +81,6 @@ def test_converted_weights_keep_upstreams_configuration(name: str) -> None:
         assert cfg.file is None
         assert cfg.hf_hub_id == theirs.hf_hub_id
         if cfg.hf_hub_id:
-            assert cfg.hf_hub_id == f"timm/{full}"
             assert cfg.hf_hub_filename.endswith(".safetensors")
         assert timm.is_model_pretrained(f"{name}.bn_{tag}") == bool(theirs.hf_hub_id)
         changed = {"architecture", "tag", "url", "hf_hub_filename"}

@@ -25,11 +25,14 @@ import torch
 from timm.layers import get_norm_layer
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
+from timm.models._prune import adapt_model_from_file
 from torch import nn
 
+from ubn_zoo.errors import CheckpointError
 from ubn_zoo.layers import UnifiedBatchNorm2d, convert_batchnorm
 from ubn_zoo.models.limits import STRANGERS, check_configuration
-from ubn_zoo.models.weights import check_state_dict, load_weights, to_ubn_format
+from ubn_zoo.models.reparameterize import adopt_blocks
+from ubn_zoo.models.weights import CheckedState, check_state_dict, load_weights, to_ubn_format
 
 __all__ = ["UbnModel", "build_ubn_model", "uses_batchnorm"]
 
@@ -97,7 +100,10 @@ def uses_batchnorm(name: str) -> bool:
 
 
 def _loaded_file() -> str | None:
-    """The file that timm's ``load_checkpoint`` is loading, if that called: it passes on only what is in the file."""
+    """The file that timm's ``load_checkpoint`` is loading, if that called: it passes on only what is in the file.
+
+    Only an error asks for it.
+    """
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
@@ -139,10 +145,17 @@ class UbnModel(nn.Module):
             CheckpointError: A key is missing or unexpected, a tensor has another shape or dtype, or a value is NaN or
                 infinite.
         """
-        state = to_ubn_format(state_dict, self)
-        if strict:
-            architecture = getattr(self, "pretrained_cfg", {}).get("architecture")
-            check_state_dict(state, self, _loaded_file() or "the state dict", architecture or type(self).__name__)
+        # What `load_weights` has converted and checked comes here through timm, which adapts it to the model.
+        state = state_dict if isinstance(state_dict, CheckedState) else to_ubn_format(state_dict, self)
+        if strict and state is not state_dict:
+            architecture = getattr(self, "pretrained_cfg", {}).get("architecture") or type(self).__name__
+            try:
+                check_state_dict(state, self, "the state dict", architecture)
+            except CheckpointError as error:
+                file = _loaded_file()
+                if file is None:
+                    raise
+                raise CheckpointError(str(error).replace("the state dict", file, 1)) from None
         return super().load_state_dict(state, strict=strict, assign=assign)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -245,8 +258,18 @@ def build_ubn_model(
         pretrained_strict: bool = True,
         **arguments: Any,
     ) -> nn.Module:
+        pruned = arguments.pop("pruned", False)
+        # Some entry points resolve it themselves; it is settled already.
+        arguments.pop("pretrained_cfg", None)
+
         def construct(**model_arguments: Any) -> nn.Module:
-            model = convert_batchnorm(model_class(**model_arguments), **settings)
+            model: Any = model_class(**model_arguments)
+            if pruned:
+                # timm reads the widths from a file named like its own architecture.
+                model.pretrained_cfg = described
+                model = adapt_model_from_file(model, variant)
+            model = convert_batchnorm(model, **settings)
+            adopt_blocks(model)
             model.__class__ = _ubn_class(model_class)
             if pretrained:
                 load_weights(

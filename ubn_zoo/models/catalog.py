@@ -1,7 +1,7 @@
 """What is in the zoo, for people: its models and weights, and all that is known of one of them.
 
-Run as ``python -m ubn_zoo.models.catalog`` it rewrites the table of parameter counts, which spares a listing the
-seconds that building every model takes.
+``python -m ubn_zoo.models.catalog`` rewrites ``architectures.json``, the table of all twins and their parameter counts.
+It takes minutes, which the table spares the import and every listing.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-import functools
 import json
-from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,11 +19,19 @@ from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
 from ubn_zoo.errors import UnknownModelError
 from ubn_zoo.hub.manifest import InputSpec, Metric, RecipeReference, Record, load_manifest
-from ubn_zoo.models.registry import SUFFIX
+from ubn_zoo.models.build import build_ubn_model, uses_batchnorm
+from ubn_zoo.models.families import FAMILIES
+from ubn_zoo.models.registry import SUFFIX, TABLE, parameter_table
 
-__all__ = ["Entry", "UnknownModelError", "count_parameters", "describe", "entries", "parameter_counts", "similar_names"]
-
-_COUNTS = Path(__file__).with_name("parameter_counts.json")
+__all__ = [
+    "Entry",
+    "UnknownModelError",
+    "architecture_table",
+    "count_parameters",
+    "describe",
+    "entries",
+    "similar_names",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,32 +159,29 @@ def count_parameters(architecture: str, num_classes: int) -> int:
         architecture: Name of the model.
         num_classes: Outputs of its classifier.
     """
-    known = _counts().get(architecture, {}).get(str(num_classes))
-    return _built_parameters(architecture, num_classes) if known is None else known
+    known = parameter_table().get(architecture, {}).get(str(num_classes))
+    return _built_parameters(architecture.removesuffix(SUFFIX), num_classes) if known is None else known
 
 
-def parameter_counts() -> dict[str, dict[str, int]]:
-    """Count the parameters of all models anew, by building them; by architecture and number of classes.
+def architecture_table() -> dict[str, Any]:
+    """Find all twins and count their parameters anew, by building them without memory; see ``architectures.json``.
 
     Numbers of classes are those of converted weights: for others the manifest has the count.
     """
-    recorded = {record.id for record in load_manifest()}
+    sources = {family.source for family in FAMILIES}
     counts = {}
-    for architecture in _architectures():
-        cfgs = [cfg for name, cfg in arch_pretrained_cfgs(architecture).items() if name not in recorded]
-        numbers = sorted({cfg.num_classes for cfg in cfgs})
-        counts[architecture] = {str(number): _built_parameters(architecture, number) for number in numbers}
-    return counts
+    for upstream in timm.list_models(exclude_filters=f"*{SUFFIX}"):
+        if timm.model_entrypoint(upstream).__module__.rpartition(".")[2] in sources and uses_batchnorm(upstream):
+            numbers = sorted({cfg.num_classes for cfg in arch_pretrained_cfgs(upstream).values()})
+            counts[upstream + SUFFIX] = {str(number): _built_parameters(upstream, number) for number in numbers}
+    return {"timm": timm.__version__, "parameters": counts}
 
 
-@functools.cache
-def _counts() -> dict[str, dict[str, int]]:
-    return dict(json.loads(_COUNTS.read_text(encoding="utf-8")))
-
-
-def _built_parameters(architecture: str, num_classes: int) -> int:
+def _built_parameters(upstream: str, num_classes: int) -> int:
+    # A twin that is not registered yet has no configuration of its own.
+    cfg = timm.get_pretrained_cfg(upstream)
     with torch.device("meta"):
-        model = timm.create_model(architecture, num_classes=num_classes)
+        model = build_ubn_model(upstream + SUFFIX, upstream, pretrained_cfg=cfg, num_classes=num_classes)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -247,4 +251,4 @@ def _converted(architecture: str, tag: str, cfg: PretrainedCfg, default: bool) -
 
 
 if __name__ == "__main__":
-    _COUNTS.write_text(json.dumps(parameter_counts(), indent=1) + "\n", encoding="utf-8")
+    TABLE.write_text(json.dumps(architecture_table(), indent=1) + "\n", encoding="utf-8")

@@ -1,12 +1,21 @@
-"""Which architectures have a UBN twin and which weights each twin has, as entries of timm's registry."""
+"""Which architectures have a UBN twin and which weights each twin has, as entries of timm's registry.
+
+An architecture has a twin if timm's entry point asks for BatchNorm as its norm layer. For the timm release that
+``architectures.json`` was generated for, the file says so; architectures of other releases that it does not name are
+decided when the package is imported, without building a model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
 import sys
+import types
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,11 +25,13 @@ from torch import nn
 
 from ubn_zoo.hub.manifest import Record, load_manifest
 from ubn_zoo.models.build import build_ubn_model, uses_batchnorm
+from ubn_zoo.models.families import FAMILIES, Family
 from ubn_zoo.models.weights import bundled_file, safetensors_filename
 
-__all__ = ["SUFFIX", "default_cfg", "register_twins"]
+__all__ = ["SUFFIX", "TABLE", "default_cfg", "has_twin", "parameter_table", "register_families"]
 
 SUFFIX = "_ubn"
+TABLE = Path(__file__).with_name("architectures.json")
 _PAPER = (
     "Unified Batch Normalization: Identifying and Alleviating the Feature Condensation in Batch Normalization "
     "and a Unified Framework"
@@ -103,19 +114,53 @@ def _entry_point(architecture: str, upstream: str, module: str) -> Callable[...,
     return create
 
 
-def register_twins(module: str, pattern: str) -> None:
-    """Registers a twin ``<name>_ubn`` of each BatchNorm architecture of the installed timm.
+@functools.cache
+def _table() -> dict[str, Any]:
+    return dict(json.loads(TABLE.read_text(encoding="utf-8")))
 
-    The entry points become attributes of the module, their weights its ``default_cfgs``.
+
+def parameter_table() -> dict[str, dict[str, int]]:
+    """Parameters of every twin by number of classes, as the generated table has them."""
+    return dict(_table()["parameters"])
+
+
+def has_twin(upstream: str) -> bool:
+    """Whether an architecture of timm has a UBN twin.
 
     Args:
-        module: Name of the module that the twins belong to; it is in ``sys.modules``.
-        pattern: Wildcard of timm's names.
+        upstream: timm's name, without a tag, of an architecture in a module of `FAMILIES`.
     """
-    home: Any = sys.modules[module]
-    for upstream in timm.list_models(pattern, exclude_filters=f"*{SUFFIX}"):
-        if not uses_batchnorm(upstream):
-            continue
+    if upstream + SUFFIX in _table()["parameters"]:
+        return True
+    return bool(_table()["timm"] != timm.__version__ and uses_batchnorm(upstream))
+
+
+def _register_family(family: Family, names: list[str]) -> types.ModuleType:
+    path = f"{__package__}.{family.module}"
+    home: Any = types.ModuleType(path, f"UBN twins of {family.title}: ``<name>{SUFFIX}`` of each with BatchNorm.")
+    home.__all__ = []
+    home.default_cfgs = {}
+    # timm looks an entry point's module up by its name.
+    sys.modules[path] = home
+    setattr(sys.modules[__package__], family.module, home)
+    for upstream in names:
         architecture = upstream + SUFFIX
         home.default_cfgs[architecture] = default_cfg(upstream, load_manifest().find(architecture=architecture))
-        setattr(home, architecture, register_model(_entry_point(architecture, upstream, module)))
+        setattr(home, architecture, register_model(_entry_point(architecture, upstream, path)))
+    return home
+
+
+def register_families() -> tuple[types.ModuleType, ...]:
+    """Registers a twin ``<name>_ubn`` of each BatchNorm architecture of the installed timm.
+
+    Returns:
+        One module for each row of `FAMILIES` that the installed timm has, with the entry points as attributes and
+        their weights as ``default_cfgs``.
+    """
+    names: dict[str, list[str]] = {}
+    sources = {family.source for family in FAMILIES}
+    for upstream in timm.list_models(exclude_filters=f"*{SUFFIX}"):
+        source = timm.model_entrypoint(upstream).__module__.rpartition(".")[2]
+        if source in sources and has_twin(upstream):
+            names.setdefault(source, []).append(upstream)
+    return tuple(_register_family(family, names[family.source]) for family in FAMILIES if family.source in names)

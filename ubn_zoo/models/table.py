@@ -8,7 +8,7 @@ from pathlib import Path
 import timm
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
-from ubn_zoo.models import ubn_mobilenet, ubn_regnet, ubn_resnet
+from ubn_zoo.models import FAMILIES
 
 __all__ = ["markdown"]
 
@@ -19,9 +19,24 @@ _INTRODUCTION = """\
 
 {models} architectures of timm {version} with Unified Batch Normalization, {weights} tags of theirs with weights.
 
+A family's heading is the name that lists it: `timm.list_models(module="ubn_resnet")`.
+
 Tags that start with `bn_` are the weights of the BatchNorm sibling (the name without `_ubn`): fetched from the
 repository named here, under its license, and converted exactly. Other tags were trained with UBN. The first tag of a
 model is the one that `pretrained=True` loads. Inputs are channels x height x width in pixels.
+"""
+
+_WITHOUT = """
+## Architectures without a twin
+
+| timm module | Why |
+|---|---|
+| convnext, vision_transformer, swin_transformer and others | They have no BatchNorm2d. |
+| dla, efficientvim, efficientvit_msra, ghostnet, hgnet, hrnet, iformer, levit, maxxvit, nasnet, pnasnet, repghost, \
+repvit, rexnet, selecsls, senet, shvit, starnet, swiftformer, tiny_vit, tresnet, volo, xception, xcit | Their \
+BatchNorm is fixed in the code: the architecture takes no norm layer. `ubn_zoo.convert_batchnorm(model)` converts such \
+a model; it has no name, tags or converted weights in the zoo. |
+| names with `_gn`, `_evos`, `_sgn`, `_bit` and others | They have a norm layer, and it is not BatchNorm. |
 """
 
 
@@ -31,15 +46,21 @@ def markdown() -> str:
     text = [
         _INTRODUCTION.format(models=len(models), version=timm.__version__, weights=len(timm.list_pretrained("*_ubn")))
     ]
-    for module in (ubn_resnet, ubn_regnet, ubn_mobilenet):
-        name = module.__name__.rpartition(".")[2]
-        text += [f"\n## {name}\n", "| Model | Tag | Weights | Input | Classes | License |", "|---|---|---|---|---|---|"]
+    for family in FAMILIES:
+        name = family.module
+        text += [
+            f"\n## {name}\n",
+            f"{family.title}\n",
+            "| Model | Tag | Weights | Input | Classes | License |",
+            "|---|---|---|---|---|---|",
+        ]
         for model in timm.list_models(module=name):
             for full, cfg in arch_pretrained_cfgs(model).items():
                 source = cfg.hf_hub_id or ("in the package" if cfg.file else "none")
                 size = "x".join(str(side) for side in cfg.input_size)
                 tag = full.partition(".")[2]
                 text.append(f"| {model} | {tag} | {source} | {size} | {cfg.num_classes} | {cfg.license or ''} |")
+    text.append(_WITHOUT)
     return "\n".join(text) + "\n"
 
 

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from ubn_zoo.errors import CheckpointError
 from ubn_zoo.hub import fetch as hub
 from ubn_zoo.hub import manifest
-from ubn_zoo.layers import convert_state_dict
+from ubn_zoo.layers import UnifiedBatchNorm2d, convert_state_dict
+from ubn_zoo.layers.parameters import CALIBRATIONS
+from ubn_zoo.models.foreign import rename_keys
 
 __all__ = [
+    "CheckedState",
     "CheckpointError",
     "bundled_file",
     "check_state_dict",
@@ -39,6 +42,10 @@ _SAFE_NAME = "model.safetensors"
 _PICKLE_ENDINGS = (".pth", ".pt", ".bin", ".tar")
 _SOURCE_FIELDS = ("source", "url", "file", "hf_hub_id", "hf_hub_filename", "state_dict")
 _SHOWN = 5  # keys of one kind of problem that an error lists
+
+
+class CheckedState(dict[str, Any]):
+    """A state dict that has been converted to a model's format and checked against it."""
 
 
 def safetensors_filename(filename: str | None) -> str:
@@ -168,12 +175,18 @@ def _read_source(cfg: PretrainedCfg, cache_dir: str | Path | None) -> tuple[dict
 def to_ubn_format(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Turns a state dict in UBN's, BatchNorm's or the authors' format into UBN's; a new dict.
 
-    Checkpoints wholly in half precision are widened first: what the conversion computes would be rounded otherwise.
+    Keys of other projects are renamed, see :mod:`ubn_zoo.models.foreign`. Checkpoints wholly in half precision are
+    widened first: what the conversion computes would be rounded otherwise. Counters of batches stored as floats with a
+    whole value, as timm's ``avg_checkpoints.py`` writes them, become integers.
 
     Args:
         state_dict: Of the model's architecture.
         model: The UBN model it is for.
     """
+    state_dict = {
+        key: value.long() if key.endswith("num_batches_tracked") and _is_whole(value) else value
+        for key, value in rename_keys(state_dict, model).items()
+    }
     tensors = (value for value in state_dict.values() if isinstance(value, Tensor))
     if {tensor.dtype for tensor in tensors if tensor.is_floating_point()} in ({torch.float16}, {torch.bfloat16}):
         state_dict = {
@@ -181,6 +194,29 @@ def to_ubn_format(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, 
             for key, value in state_dict.items()
         }
     return convert_state_dict(state_dict, model)
+
+
+def _is_whole(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and not value.is_meta
+        and bool((value.isfinite() & (value == value.round())).all())
+    )
+
+
+def _missing_keys(state_dict: Mapping[str, Any], model: nn.Module, expected: Mapping[str, Any]) -> list[str]:
+    """The keys that a file lacks, in its own format: what BatchNorm's file lacks of a layer is BatchNorm's."""
+    missing = [key for key in expected if key not in state_dict]
+    for name, layer in model.named_modules():
+        if isinstance(layer, UnifiedBatchNorm2d):
+            prefix = f"{name}." if name else ""
+            absent = {key for key in missing if key.startswith(prefix) and "." not in key[len(prefix) :]}
+            own = {f"{prefix}{entry}" for entry in (*CALIBRATIONS, "feature_similarity")} & expected.keys()
+            found = {f"{prefix}{entry}" for entry in ("weight", "bias", "running_mean", "running_var")} - absent
+            if absent and own and own <= absent and found & state_dict.keys():
+                missing = [key for key in missing if key not in own]
+    return missing
 
 
 def _listed(problems: list[str]) -> str:
@@ -241,11 +277,14 @@ def check_state_dict(
         for key, value in state_dict.items()
         if key not in expected and key not in optional
     ]
-    missing, misshapen, mistyped, spoiled = [], [], [], []
+    missing = [
+        f"{key}, the model has {wanted[key]}"
+        for key in _missing_keys(state_dict, model, expected)
+        if key not in optional
+    ]
+    misshapen, mistyped, spoiled, negative = [], [], [], []
     for key, target in expected.items():
         if key not in state_dict:
-            if key not in optional:
-                missing.append(f"{key}, the model has {wanted[key]}")
             continue
         value = state_dict[key]
         if not isinstance(value, Tensor) or (key not in optional and tuple(value.shape) != wanted[key]):
@@ -254,12 +293,15 @@ def check_state_dict(
             mistyped.append(f"{key}: the file has {value.dtype}, the model has {target.dtype}")
         elif value.is_floating_point() and not torch.isfinite(value).all():
             spoiled.append(f"{key}, {_shape(value)}")
+        elif key.endswith("running_var") and (value < 0).any():
+            negative.append(f"{key}, the smallest is {value.min().item():.3g}")
     kinds = {
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": misshapen,
         "of another dtype": mistyped,
         "with NaN or infinite values": spoiled,
+        "with negative variances": negative,
     }
     problems = [f"{len(found)} {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
     if problems:
@@ -282,7 +324,12 @@ def _adapted_shapes(model: nn.Module, cfg: PretrainedCfg, in_chans: int) -> dict
 
 
 def _check_replaced_head(state_dict: Mapping[str, Any], cfg: PretrainedCfg, source: str) -> None:
-    """A file whose classifier is not the one its configuration speaks of is a mistake, not a head to replace."""
+    """A file whose classifier is not the one its configuration speaks of is a mistake, not a head to replace.
+
+    timm's ``train.py --pretrained-path`` says ``num_classes=-1`` for a file with any classifier.
+    """
+    if cfg.num_classes < 0:
+        return
     stated = cfg.num_classes + (cfg.label_offset or 0)
     for name in _names(cfg.classifier):
         weight = state_dict.get(f"{name}.weight")
@@ -349,7 +396,7 @@ def load_weights(
     described = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in _SOURCE_FIELDS}
     load_pretrained(
         model,
-        pretrained_cfg={**described, "label_offset": cfg.label_offset or 0, "state_dict": state_dict},
+        pretrained_cfg={**described, "label_offset": cfg.label_offset or 0, "state_dict": CheckedState(state_dict)},
         num_classes=num_classes,
         in_chans=in_chans,
     )

@@ -1,0 +1,65 @@
+"""Checkpoints of other projects with key names of their own, renamed to timm's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["rename_keys"]
+
+_BLOCK = re.compile(r"_blocks\.(\d+)\.(\w+)\.(.+)")
+_TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+# A block that starts with a 1x1 expansion has three convolutions, the first block of a network has two.
+_EXPANDED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_se_reduce": "se.conv_reduce",
+    "_se_expand": "se.conv_expand",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_PLAIN = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_se_reduce": "se.conv_reduce",
+    "_se_expand": "se.conv_expand",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+
+
+def rename_keys(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Renames the keys of a checkpoint in the format of ``efficientnet_pytorch`` to timm's; others are left alone.
+
+    That format numbers blocks through the network (``_blocks.3._bn0``) where timm counts stages and blocks
+    (``blocks.2.0.bn1``). Keys that fit neither stay as they are, for the strict check to report.
+
+    Args:
+        state_dict: From a file.
+        model: The model that it is for.
+
+    Returns:
+        A new dict.
+    """
+    network: Any = getattr(model, "blocks", None)
+    if "_conv_stem.weight" not in state_dict or not isinstance(network, nn.Sequential):
+        return dict(state_dict)
+    stages: Any = network
+    places = [f"blocks.{stage}.{block}" for stage, blocks in enumerate(stages) for block in range(len(blocks))]
+    expanded = {int(match[1]) for key in state_dict if (match := _BLOCK.fullmatch(key)) and match[2] == "_expand_conv"}
+
+    def renamed(key: str) -> str:
+        match = _BLOCK.fullmatch(key)
+        if match is None:
+            head, _, rest = key.partition(".")
+            return f"{_TOP[head]}.{rest}" if head in _TOP else key
+        number = int(match[1])
+        part = (_EXPANDED if number in expanded else _PLAIN).get(match[2])
+        return key if part is None or number >= len(places) else f"{places[number]}.{part}.{match[3]}"
+
+    return {renamed(key): value for key, value in state_dict.items()}
