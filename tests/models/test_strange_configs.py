@@ -209,8 +209,12 @@ def test_strange_text(saved: Path, tmp_path: Path, allocated: list[int], text: b
     assert not allocated
 
 
+def described(path: str, value: Any) -> str:
+    return f"{path} missing" if value is DELETE else f"{path}={value!s:.25}"
+
+
 @pytest.mark.parametrize(
-    ("path", "value", "named"), ENTRIES, ids=[f"{path}={value!s:.25}" for path, value, _ in ENTRIES]
+    ("path", "value", "named"), ENTRIES, ids=[described(path, value) for path, value, _ in ENTRIES]
 )
 def test_strange_entry(saved: Path, tmp_path: Path, allocated: list[int], path: str, value: Any, named: str) -> None:
     source = f"local-dir:{folder_with(saved, tmp_path, changed(saved, path, value))}"
