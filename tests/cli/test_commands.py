@@ -168,7 +168,7 @@ def test_parameters_in_the_table_are_those_of_the_model(name: str) -> None:
 
 def test_models_missing_in_the_table_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
     known = catalog.count_parameters("mobilenetv3_small_050_ubn", 1000)
-    monkeypatch.setattr(catalog, "_counts", dict)
+    monkeypatch.setattr(catalog, "parameter_table", dict)
     assert catalog.count_parameters("mobilenetv3_small_050_ubn", 1000) == known
     assert catalog.count_parameters("mobilenetv3_small_050_ubn", 10) < known
 

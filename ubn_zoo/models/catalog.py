@@ -99,14 +99,15 @@ def entries(pattern: str = "*", *, tags: bool = False, pretrained: bool = False)
     """List the zoo.
 
     Args:
-        pattern: Shell-style wildcard for names, with or without tag; text without a wildcard is looked for anywhere.
+        pattern: Shell-style wildcard for names, with or without tag; other text than a
+            model's whole name is looked for anywhere in names.
         tags: Whether to give all sets of weights, instead of each model's default and those trained with UBN.
         pretrained: Whether to leave out models and tags without weights.
 
     Returns:
         Entries in timm's order of names, the default weights of a model first.
     """
-    if not any(sign in pattern for sign in "*?["):
+    if not any(sign in pattern for sign in "*?[") and pattern.partition(".")[0] not in _architectures():
         pattern = f"*{pattern}*"
     recorded = {record.id for record in load_manifest()}
     found = []
