@@ -457,8 +457,8 @@ DAMAGES = {
         rf"stem\.conv\.weight: the file has {F64}, the model has {F32}",
     ),
     "integer": (with_value("head.fc.bias", Tensor.long), rf"head\.fc\.bias: the file has {I64}, the model has {F32}"),
-    "float count": (
-        with_value("stem.bn.num_batches_tracked", Tensor.float),
+    "fractional count": (
+        with_value("stem.bn.num_batches_tracked", lambda count: count.float() + 0.5),
         rf"num_batches_tracked: the file has {F32}, the model has {I64}",
     ),
     "nan": (with_value("stem.bn.bias", spoil(math.nan)), rf"{SPOILED}stem\.bn\.bias"),
