@@ -288,7 +288,7 @@ def test_models_are_fed_at_their_test_size() -> None:
         ({"name": "resnet10t_ubn", "checkpoint": "/nowhere.safetensors"}, "there is no such file"),
         (
             {"run": "/nowhere"},
-            r"/nowhere has no config\.json and no model\.safetensors; the run has not finished an epoch",
+            r"no config\.json and no model\.safetensors; the run has not finished an epoch",
         ),
         ({"run": "/nowhere", "ema": True}, r"no model_ema\.safetensors; its recipe has no ema_decay, or"),
     ],
