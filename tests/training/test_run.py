@@ -297,15 +297,22 @@ def drain(terminal: int, hang_up: threading.Event) -> None:
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGKILL"])
 def test_no_signal_leaves_a_process(name: str, images: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, change(epochs=200, dataset="folder", crop="rrc", workers=2))
-    process = subprocess.Popen(
-        command(recipe, images, tmp_path / "run"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    number = getattr(signal, name)
+    # A shell's background job ignores SIGINT and SIGQUIT, and what it starts inherits that.
+    before = None if name == "SIGKILL" else signal.signal(number, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            command(recipe, images, tmp_path / "run"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        if before is not None:
+            signal.signal(number, before)
     wait_for(tmp_path / "run" / "checkpoints", process)
-    process.send_signal(getattr(signal, name))
+    process.send_signal(number)
     process.wait(timeout=60)
     if name in ("SIGHUP", "SIGTERM"):
         assert process.returncode == 0

@@ -3,9 +3,8 @@
 Everything is built from timm's and torch's parts.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import difflib
 import functools
 from typing import Any, cast
 
@@ -61,8 +60,10 @@ def complete(recipe: Recipe) -> Recipe:
     """
     name = model_name(recipe)
     if not timm.is_model(name):
-        known = timm.list_models(f"*{recipe.model[:6]}*_ubn")[:10]
-        shown = ", ".join(other.removesuffix("_ubn") for other in known) or "those of `ubn-zoo list`, without _ubn"
+        names = [other.removesuffix("_ubn") for other in timm.list_models("*_ubn")]
+        shown = (
+            ", ".join(difflib.get_close_matches(recipe.model, names, n=5)) or "those of `ubn-zoo list`, without _ubn"
+        )
         raise TrainingError(f"model: received {recipe.model!r} (norm {recipe.norm}); valid: {shown}")
     try:
         found = timm.get_pretrained_cfg(name)
