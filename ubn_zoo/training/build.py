@@ -3,6 +3,8 @@
 Everything is built from timm's and torch's parts.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import difflib
 import functools
