@@ -18,7 +18,12 @@ from .common import ALL, assert_same_function, images, input_size, sibling, smal
 
 EVERYDAY = sorted({*(smallest(family.module) for family in FAMILIES), "efficientnet_b1_pruned_ubn", "repvgg_a0_ubn"})
 EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
-NAMES = [*EVERYDAY, *(pytest.param(name, marks=EXHAUSTIVE) for name in ALL if name not in EVERYDAY)]
+# A second or more each, and built like others.
+COSTLY = {"halonet_h1_ubn", "inception_resnet_v2_ubn", "inception_v4_ubn", "vgg11_bn_ubn"}
+NAMES = [
+    *(name for name in EVERYDAY if name not in COSTLY),
+    *(pytest.param(name, marks=EXHAUSTIVE) for name in ALL if name not in EVERYDAY or name in COSTLY),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -294,7 +294,14 @@ def drain(terminal: int, hang_up: threading.Event) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the processes of a session are listed in /proc")
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGKILL"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGHUP",
+        "SIGKILL",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1")),
+    ],
+)
 def test_no_signal_leaves_a_process(name: str, images: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, change(epochs=200, dataset="folder", crop="rrc", workers=2))
     number = getattr(signal, name)
