@@ -16,7 +16,7 @@ from .floors import WITH_CONVOLUTION, convolution_step, copy_step, traffic
 from .turns import (
     KINDS,
     SETTINGS,
-    Entry,
+    Contender,
     Timing,
     as_naive,
     bytes_of,
@@ -114,7 +114,7 @@ def _entries(
     channels_last: bool,
     dtype: torch.dtype,
     compiled: bool,
-) -> list[Entry]:
+) -> list[Contender]:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features, grad = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout) for _ in range(2))
     given = grad if mode == "layer" else None
@@ -132,13 +132,13 @@ def _entries(
             def clear(layer: nn.Module = layer) -> None:
                 clear_layer(layer, features)
 
-            entries.append(Entry(name, kind, module, layer_step(module, features, given), clear, held))
+            entries.append(Contender(name, kind, module, layer_step(module, features, given), clear, held))
     nothing, held = nn.Module(), bytes_of(features, grad)
     convolution, (copy, copies) = convolution_step(features, given), copy_step(features)
     entries.append(
-        Entry(f"depthwise convolution {about}", "convolution", nothing, convolution, nothing.zero_grad, held)
+        Contender(f"depthwise convolution {about}", "convolution", nothing, convolution, nothing.zero_grad, held)
     )
-    entries.append(Entry(f"copy {about}", "copy", nothing, copy, nothing.zero_grad, held, copies))
+    entries.append(Contender(f"copy {about}", "copy", nothing, copy, nothing.zero_grad, held, copies))
     return entries
 
 

@@ -14,7 +14,7 @@ from ubn_zoo import fuse
 from ubn_zoo.evaluation.speed import as_if_trained, eval_step, random_batch, train_step
 
 from .floors import NormCosts, norm_costs
-from .turns import SETTINGS, Entry, Timing, as_naive, bytes_of, check_kinds, check_steps, take_turns
+from .turns import SETTINGS, Contender, Timing, as_naive, bytes_of, check_kinds, check_steps, take_turns
 
 __all__ = ["AMP_DTYPES", "MODES", "build", "compare", "compare_training"]
 
@@ -43,7 +43,7 @@ def _entries(
     train: bool,
     amp: torch.dtype | None,
     compiled: bool,
-) -> list[Entry]:
+) -> list[Contender]:
     entries = []
     for name, (kind, model) in models.items():
         variants: dict[str, Any] = {name: model}
@@ -54,7 +54,7 @@ def _entries(
         held = bytes_of(*model.parameters(), *model.buffers(), images, targets)
         for variant, module in variants.items():
             step = train_step(module, images, targets, amp) if train else eval_step(module, images, amp)
-            entries.append(Entry(variant, kind, module, step, model.zero_grad, held))
+            entries.append(Contender(variant, kind, module, step, model.zero_grad, held))
     return entries
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .turns import Timing
 
-__all__ = ["TARGETS", "Outcome", "Target", "find", "limit_of"]
+__all__ = ["TARGETS", "Comparison", "Target", "find", "limit_of"]
 
 
 _IMG_SIZE = 224
@@ -103,7 +103,7 @@ TARGETS = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
+class Comparison:
     """The measurement for a target.
 
     Attributes:
@@ -119,7 +119,7 @@ class Outcome:
     spread: tuple[float | None, float | None] | None
 
 
-def find(target: Target, timings: Sequence[Timing]) -> Outcome | None:
+def find(target: Target, timings: Sequence[Timing]) -> Comparison | None:
     """Find the measurement for a target; None if there is none.
 
     Args:
@@ -138,7 +138,7 @@ def find(target: Target, timings: Sequence[Timing]) -> Outcome | None:
     return _best(target, fitting)
 
 
-def _best(target: Target, timings: Sequence[Timing]) -> Outcome | None:
+def _best(target: Target, timings: Sequence[Timing]) -> Comparison | None:
     def cost(timing: Timing) -> float:
         return (timing.memory or float("inf")) if target.memory else timing.median
 
@@ -148,12 +148,12 @@ def _best(target: Target, timings: Sequence[Timing]) -> Outcome | None:
         return None
     base, ubn = min(bases, key=cost), min(twins, key=cost)
     if target.memory:
-        return Outcome(base, ubn, cost(ubn) / cost(base), None) if ubn.memory and base.memory else None
+        return Comparison(base, ubn, cost(ubn) / cost(base), None) if ubn.memory and base.memory else None
     # Only ratios to the first entry, BatchNorm not compiled and fused where anything is, are those of the same turns.
     if "compiled" in base.model or (target.mode == "fused" and not target.fused_base):
-        return Outcome(base, ubn, ubn.median / base.median, None)
+        return Comparison(base, ubn, ubn.median / base.median, None)
     quartiles = ubn.ratio_lower, ubn.ratio_upper
-    return Outcome(base, ubn, ubn.ratio, quartiles if None not in quartiles else None)
+    return Comparison(base, ubn, ubn.ratio, quartiles if None not in quartiles else None)
 
 
 def limit_of(timing: Timing) -> float | None:

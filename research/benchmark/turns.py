@@ -21,7 +21,7 @@ from ubn_zoo.layers import VARIANTS, UnifiedBatchNorm2d
 
 __all__ = [
     "KINDS",
-    "Entry",
+    "Contender",
     "Timing",
     "as_naive",
     "environment",
@@ -43,7 +43,7 @@ _WARM_UP = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
+class Contender:
     """One of the steps that alternate.
 
     Attributes:
@@ -204,7 +204,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return lower, median, upper
 
 
-def take_turns(entries: Sequence[Entry], steps: int, device: torch.device, **about: Any) -> list[Timing]:
+def take_turns(entries: Sequence[Contender], steps: int, device: torch.device, **about: Any) -> list[Timing]:
     """Time each entry once per turn, then measure the memory of one more step of each.
 
     Args:

@@ -29,10 +29,10 @@ from ubn_zoo.evaluation.accuracy import (
     append_result,
     feed_of,
     load_subject,
+    logits_as_configured,
+    logits_of,
     measure,
     open_images,
-    predict,
-    predict_as_configured,
     result_row,
 )
 from ubn_zoo.utils.distributed import Ranks
@@ -209,11 +209,11 @@ def test_predictions_are_the_models_own() -> None:
     def scaled(part: Tensor) -> Tensor:
         return part.float()
 
-    found = predict(model, images, scaled, img_size=4, batch_size=3)  # type: ignore[arg-type]
+    found = logits_of(model, images, scaled, img_size=4, batch_size=3)  # type: ignore[arg-type]
     assert torch.equal(found, torch.eye(7))
     assert (model.seen, model.training) == ([False] * 3, True)
     with pytest.raises(ValueError, match="received 0 images"):
-        predict(model, images[:0], NORMALIZE, img_size=4)
+        logits_of(model, images[:0], NORMALIZE, img_size=4)
 
 
 def test_models_are_fed_as_their_configuration_says() -> None:
@@ -223,13 +223,13 @@ def test_models_are_fed_as_their_configuration_says() -> None:
         "resnet10t_ubn", num_classes=2, pretrained_cfg_overlay={**cfg, "interpolation": "bilinear"}
     )
     normalize = Normalizer(cfg["mean"], cfg["std"], torch.device("cpu"))
-    expected = predict(model, images, normalize, img_size=64)
-    torch.testing.assert_close(predict_as_configured(model, images), expected)
+    expected = logits_of(model, images, normalize, img_size=64)
+    torch.testing.assert_close(logits_as_configured(model, images), expected)
     with pytest.raises(ValueError, match="images: received"):
-        predict_as_configured(model, images[:, :, :8])
+        logits_as_configured(model, images[:, :, :8])
     other = timm.create_model("resnet10t_ubn", num_classes=2)
     with pytest.raises(ValueError, match=r"the model's input: received .*crop_pct 0\.875"):
-        predict_as_configured(other, images)
+        logits_as_configured(other, images)
 
 
 def test_a_checkpoint_says_how_many_classes_it_has(checkpoint: Path) -> None:
@@ -256,7 +256,7 @@ def test_images_in_memory_are_measured_as_a_model_predicts_them() -> None:
     subject = load_subject("regnetx_002_ubn.cifar10")
     batches = MemoryEval(feed_of(subject, dataset="memory"), ImageSet(images, labels, tuple("abcdefghij")), Ranks(), 4)
     found = measure(subject.model, batches, Ranks())
-    logits = predict_as_configured(timm.create_model("regnetx_002_ubn.cifar10", pretrained=True), images, batch_size=4)
+    logits = logits_as_configured(timm.create_model("regnetx_002_ubn.cifar10", pretrained=True), images, batch_size=4)
     assert (found.top1, found.images) == (pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item()), 9)
     assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
 

@@ -315,7 +315,7 @@ def test_wrong_layer_setting_value() -> None:
         timm.create_model("resnet18_ubn", ubn_kwargs={"kernel_size": 4})
 
 
-@pytest.mark.parametrize("name", ["resnet18_ubn", "mobilenetv3_small_050_ubn", "regnetx_002_ubn"])
+@pytest.mark.parametrize("name", ["resnet18_ubn", "mobilenetv3_small_050_ubn", "regnetx_002_ubn", "repvgg_a0_ubn"])
 def test_copies(name: str) -> None:
     model = build(name).eval()
     x = batch(name, samples=1)

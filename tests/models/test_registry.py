@@ -32,6 +32,13 @@ def test_twins_are_exactly_the_batchnorm_architectures() -> None:
         assert len(ALL) == 491
 
 
+def test_readme_counts_the_zoo() -> None:
+    if timm.__version__ != "1.0.31":
+        pytest.skip("the README counts the models of timm 1.0.31")
+    readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    assert f"each of timm's {len(ALL)} architectures" in readme
+
+
 def test_the_rule_is_what_models_are_made_of() -> None:
     """For one architecture of each family, and for three without BatchNorm."""
     for name in [*map(sibling, BUILD_PATHS), "resnet50_gn", "convnext_atto", "regnety_040_sgn"]:

@@ -446,7 +446,7 @@ def test_a_full_disk_is_told_and_loses_nothing(images: Path, tmp_path: Path, mon
     with pytest.raises(
         RunError,
         match=r"optimizer\.safetensors: No space left on device \([0-9]+ MB free in .*\); "
-        "the last checkpoint, after update 8, is kept; the same command goes on from it",
+        "the last checkpoint, after update 8, is kept; the same command resumes from it",
     ):
         run(RECIPE, images, folder)
     monkeypatch.undo()
@@ -460,7 +460,7 @@ def test_a_full_disk_before_the_first_checkpoint(images: Path, tmp_path: Path, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(snapshots, "write_file", full)
-    with pytest.raises(RunError, match="there is no checkpoint yet; the same command starts anew"):
+    with pytest.raises(RunError, match="there is no checkpoint yet; the same command starts again"):
         run(RECIPE, images, tmp_path / "run")
 
 
@@ -604,5 +604,5 @@ def test_losing_a_rank_is_told(images: Path, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(runs, "fit", lost)
     monkeypatch.setattr(Ranks, "barrier", lambda self: None)
-    with pytest.raises(RunError, match="rank 0 lost another rank: .*Connection closed by peer.*starts anew"):
+    with pytest.raises(RunError, match="rank 0 lost another rank: .*Connection closed by peer.*starts again"):
         run(RECIPE, images, tmp_path / "run", Ranks(0, 2))

@@ -419,7 +419,10 @@ class _StreamTrain:
 
 
 class _StreamEval:
-    """Held-out images of a stream: every rank reads all of it, so that no image counts twice, and keeps its batches."""
+    """Held-out images of a stream: every rank reads the whole stream and keeps its own batches.
+
+    So no image counts twice.
+    """
 
     def __init__(
         self,

@@ -32,10 +32,10 @@ __all__ = [
     "append_result",
     "feed_of",
     "load_subject",
+    "logits_as_configured",
+    "logits_of",
     "measure",
     "open_images",
-    "predict",
-    "predict_as_configured",
     "result_row",
     "subject_of",
 ]
@@ -155,7 +155,7 @@ def measure(
 
 
 @torch.inference_mode()
-def predict(
+def logits_of(
     model: nn.Module,
     images: Tensor,
     normalize: Normalizer,
@@ -191,7 +191,7 @@ def predict(
     return torch.cat([part.float().cpu() for part in logits])
 
 
-def predict_as_configured(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> Tensor:
+def logits_as_configured(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> Tensor:
     """Logits of a timm model with the preprocessing that its own configuration asks for.
 
     Args:
@@ -216,7 +216,7 @@ def predict_as_configured(model: nn.Module, images: Tensor, *, batch_size: int =
     if images.shape[2] != images.shape[3]:
         raise EvaluationError(f"images: received {tuple(images.shape)}; valid: square ones")
     device = next(model.parameters()).device
-    return predict(
+    return logits_of(
         model.to(memory_format=torch.channels_last),
         images,
         Normalizer(tuple(config["mean"]), tuple(config["std"]), device),
@@ -234,7 +234,7 @@ class Subject:
         model: With its weights, on the CPU.
         name: What results call it.
         classes: Names of its classes in the order of its outputs; empty where nothing tells them.
-        sha256: Of the file that its weights are from; None where there is none at hand.
+        sha256: Of the file that its weights are from; None if there is no file.
     """
 
     model: nn.Module

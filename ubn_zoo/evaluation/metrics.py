@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ubn_zoo.errors import EvaluationError
+from ubn_zoo.utils.files import write_file
 
 __all__ = [
     "EpochMetrics",
@@ -120,17 +122,13 @@ _Row = TypeVar("_Row", EpochMetrics, LayerSimilarity)
 
 
 def _write(path: str | os.PathLike[str], kind: Any, rows: Sequence[Any], variants: Sequence[str] | None) -> None:
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.part")
     header = [*([] if variants is None else [_VARIANT]), *(field.name for field in dataclasses.fields(kind))]
     lines = [["" if value is None else value for value in dataclasses.astuple(row)] for row in rows]
     if variants is not None:
         lines = [[label, *line] for label, line in zip(variants, lines, strict=True)]
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(lines)
-    temporary.replace(target)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    write_file(path, text.getvalue())
 
 
 def _read(path: str | os.PathLike[str], kind: type[_Row], *, labeled: bool) -> tuple[tuple[str, _Row], ...]:

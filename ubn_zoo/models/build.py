@@ -1,4 +1,4 @@
-"""The one way a UBN model is built: timm's own entry point, run with the zoo's builder in the place of timm's.
+"""The one way a UBN model is built: timm's own entry point, run with the zoo's builder instead of timm's.
 
 Every entry point of timm ends in a call ``build_model_with_cfg(model_class, variant, pretrained, ...)`` that carries
 all that is particular to the architecture: its class and configuration, how its features are extracted, how foreign
@@ -28,8 +28,8 @@ from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 from timm.models._prune import adapt_model_from_file
 from torch import nn
 
-from ubn_zoo.errors import CheckpointError
 from ubn_zoo.layers import UnifiedBatchNorm2d, convert_batchnorm
+from ubn_zoo.models.derived import Derived, derive, once_per_class
 from ubn_zoo.models.limits import STRANGERS, check_configuration
 from ubn_zoo.models.reparameterize import adopt_blocks
 from ubn_zoo.models.weights import CheckedState, check_state_dict, load_weights, to_ubn_format
@@ -99,23 +99,21 @@ def uses_batchnorm(name: str) -> bool:
     return isinstance(norm, type) and issubclass(norm, nn.BatchNorm2d)
 
 
-def _loaded_file() -> str | None:
-    """The file that timm's ``load_checkpoint`` is loading, if that called: it passes on only what is in the file.
+def _loaded_file() -> str:
+    """What to call a state dict in an error: the file that timm's ``load_checkpoint`` is loading, if that called.
 
-    Only an error asks for it.
+    timm passes on the content of the file and not its name, so the name is looked up in the stack.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
         if frame.f_code.co_name == "load_checkpoint" and frame.f_globals.get("__name__") == "timm.models._helpers":
             return str(frame.f_locals["checkpoint_path"])
-    return None
+    return "the state dict"
 
 
-class UbnModel(nn.Module):
+class UbnModel(Derived):
     """What a model of timm gains as a UBN model; the class of a twin derives from this and from its sibling's class."""
-
-    _base: type[nn.Module]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -149,33 +147,13 @@ class UbnModel(nn.Module):
         state = state_dict if isinstance(state_dict, CheckedState) else to_ubn_format(state_dict, self)
         if strict and state is not state_dict:
             architecture = getattr(self, "pretrained_cfg", {}).get("architecture") or type(self).__name__
-            try:
-                check_state_dict(state, self, "the state dict", architecture)
-            except CheckpointError as error:
-                file = _loaded_file()
-                if file is None:
-                    raise
-                raise CheckpointError(str(error).replace("the state dict", file, 1)) from None
+            check_state_dict(state, self, _loaded_file, architecture)
         return super().load_state_dict(state, strict=strict, assign=assign)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made on the fly and has no name to be found by, so what is pickled is timm's class.
-        return _new_ubn_model, (type(self)._base,), vars(self)
 
-
-_classes: dict[type[nn.Module], type[UbnModel]] = {}
-
-
-def _ubn_class(base: type[nn.Module]) -> type[UbnModel]:
-    if base not in _classes:
-        members = {"__module__": __name__, "__doc__": base.__doc__, "_base": base}
-        _classes.setdefault(base, type(f"Ubn{base.__name__}", (UbnModel, base), members))
-    return _classes[base]
-
-
-def _new_ubn_model(base: type[nn.Module]) -> nn.Module:
-    cls = _ubn_class(base)
-    return cls.__new__(cls)
+@once_per_class
+def _ubn_class(base: type[nn.Module]) -> type[nn.Module]:
+    return derive(base, UbnModel, _ubn_class)
 
 
 def _check_layer_settings(settings: Any) -> dict[str, Any]:
@@ -216,7 +194,7 @@ def build_ubn_model(
     ubn_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Builds timm's architecture, puts UBN in the place of its BatchNorm, and loads weights strictly.
+    """Builds timm's architecture, replaces its BatchNorm by UBN, and loads weights strictly.
 
     Args:
         architecture: Name of the UBN model, such as ``resnet50_ubn``.

@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ubn_zoo.errors import CheckpointError
 from ubn_zoo.hub import fetch as hub
 from ubn_zoo.layers import MAX_KERNEL_SIZE, UnifiedBatchNorm2d
-from ubn_zoo.models.weights import _file_in_folder, safetensors_filename
+from ubn_zoo.models.weights import file_in_folder, safetensors_filename
 
 __all__ = ["STRANGERS", "check_configuration"]
 
@@ -80,7 +80,7 @@ def _on_meta(limit: _Limit | None = None) -> Iterator[None]:
 
 def _weights_file(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
     if cfg.source == "local-dir":
-        return _file_in_folder(Path(cfg.file or ""))
+        return file_in_folder(Path(cfg.file or ""))
     repo_id, _, revision = str(cfg.hf_hub_id).partition("@")
     filename = safetensors_filename(cfg.hf_hub_filename)
     return Path(hub.fetch(repo_id, filename, revision=revision or None, cache_dir=cache_dir))

@@ -17,6 +17,7 @@ from torch import nn
 
 from ubn_zoo.errors import InvalidArgumentError
 from ubn_zoo.layers import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
+from ubn_zoo.models.derived import Derived, derive, once_per_class
 
 __all__ = ["adopt_blocks", "restore_batchnorm"]
 
@@ -29,8 +30,6 @@ def _scale(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if kernel is None:
         ones = torch.ones_like(layer.running_var)
         weight, bias = ones, torch.zeros_like(ones)
-    elif kernel.dim() == 1:
-        weight, bias = kernel.detach(), layer.bias.detach()
     else:
         middle = kernel.shape[-1] // 2
         weight = kernel.detach()[:, 0, middle, middle]
@@ -86,9 +85,6 @@ def restore_batchnorm(module: nn.Module) -> None:
         setattr(module.get_submodule(parent), child, norm)
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def _method(name: str, base: type[nn.Module]) -> Callable[..., Any]:
     theirs = getattr(base, name)
 
@@ -100,22 +96,10 @@ def _method(name: str, base: type[nn.Module]) -> Callable[..., Any]:
     return merge
 
 
-def _reduce(self: Any, protocol: Any) -> Any:
-    # The class is made on the fly and has no name to be found by, so what is pickled is timm's class.
-    return _new_block, (type(self)._base,), vars(self)
-
-
-def _new_block(base: type[nn.Module]) -> nn.Module:
-    cls = _block_class(base)
-    return cls.__new__(cls)
-
-
+@once_per_class
 def _block_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _classes:
-        members: dict[str, Any] = {name: _method(name, base) for name in _METHODS if hasattr(base, name)}
-        members |= {"__module__": __name__, "__doc__": base.__doc__, "__reduce_ex__": _reduce, "_base": base}
-        _classes.setdefault(base, type(f"Ubn{base.__name__}", (base,), members))
-    return _classes[base]
+    methods = {name: _method(name, base) for name in _METHODS if hasattr(base, name)}
+    return derive(base, Derived, _block_class, **methods)
 
 
 def adopt_blocks(model: nn.Module) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "bundled_file",
     "check_state_dict",
+    "file_in_folder",
     "load_weights",
     "read_checkpoint",
     "safetensors_filename",
@@ -114,7 +115,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return state_dict
 
 
-def _file_in_folder(folder: Path) -> Path:
+def file_in_folder(folder: Path) -> Path:
+    """The weights in a folder: ``model.safetensors``, or the only file that can be weights."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
     if (folder / _SAFE_NAME).is_file():
@@ -143,7 +145,7 @@ def _record_of(cfg: PretrainedCfg) -> manifest.Record | None:
 def _read_source(cfg: PretrainedCfg, cache_dir: str | Path | None) -> tuple[dict[str, Any], str]:
     """The state dict that a configuration points at, and what to call it in errors. Precedence is timm's."""
     if cfg.source == "local-dir":
-        path = _file_in_folder(Path(cfg.file or ""))
+        path = file_in_folder(Path(cfg.file or ""))
         return read_checkpoint(path), str(path)
     if cfg.source != "hf-hub":
         if cfg.state_dict:
@@ -208,7 +210,7 @@ def _is_whole(value: Any) -> bool:
 def _missing_keys(state_dict: Mapping[str, Any], model: nn.Module, expected: Mapping[str, Any]) -> list[str]:
     """The keys that a file lacks, in its own format: what BatchNorm's file lacks of a layer is BatchNorm's."""
     missing = [key for key in expected if key not in state_dict]
-    for name, layer in model.named_modules():
+    for name, layer in model.named_modules() if missing else ():
         if isinstance(layer, UnifiedBatchNorm2d):
             prefix = f"{name}." if name else ""
             absent = {key for key in missing if key.startswith(prefix) and "." not in key[len(prefix) :]}
@@ -241,7 +243,7 @@ def _same_dtype(found: torch.dtype, wanted: torch.dtype, weights: torch.dtype | 
 def check_state_dict(
     state_dict: Mapping[str, Any],
     model: nn.Module,
-    source: str,
+    source: str | Callable[[], str],
     architecture: str,
     *,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -254,7 +256,7 @@ def check_state_dict(
     Args:
         state_dict: What would be loaded.
         model: What it would be loaded into; not changed.
-        source: The file, for the error.
+        source: The file, for the error, or a function that returns it.
         architecture: The model's name, for the error.
         shapes: Shapes other than the model's, by key, where a later step adapts them.
         optional: Keys whose presence and shape are not compared.
@@ -305,7 +307,8 @@ def check_state_dict(
     }
     problems = [f"{len(found)} {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
     if problems:
-        raise CheckpointError(f"{source} does not fit {architecture}: {'. '.join(problems)}. Nothing was loaded")
+        where = source if isinstance(source, str) else source()
+        raise CheckpointError(f"{where} does not fit {architecture}: {'. '.join(problems)}. Nothing was loaded")
 
 
 def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:

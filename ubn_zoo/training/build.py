@@ -63,9 +63,8 @@ def complete(recipe: Recipe) -> Recipe:
     name = model_name(recipe)
     if not timm.is_model(name):
         names = [other.removesuffix("_ubn") for other in timm.list_models("*_ubn")]
-        shown = (
-            ", ".join(difflib.get_close_matches(recipe.model, names, n=5)) or "those of `ubn-zoo list`, without _ubn"
-        )
+        near = difflib.get_close_matches(recipe.model, names, n=5)
+        shown = ", ".join(near) or "those of `ubn-zoo list`, without _ubn"
         raise TrainingError(f"model: received {recipe.model!r} (norm {recipe.norm}); valid: {shown}")
     try:
         found = timm.get_pretrained_cfg(name)

@@ -1,4 +1,4 @@
-"""The state of a training in a folder: written whole or not at all, checked when it is read.
+"""Snapshots of training in a folder: written whole or not at all, checked when read.
 
 A snapshot is a folder named after the updates made, with ``model.safetensors``, ``ema.safetensors`` where there is a
 moving average, ``optimizer.safetensors`` and ``state.json``. The last holds what is not a tensor, and the SHA-256 of
@@ -34,16 +34,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """Everything that a training needs to go on as if it had not stopped.
+    """Everything needed to resume training as if it had not stopped.
 
-    Random numbers are not among it: they are drawn from seeds made of the recipe's seed and the place in the run.
+    It holds no random state: random numbers are drawn from seeds made of the recipe's seed and the place in the run.
 
     Attributes:
         updates: Updates made since the start of the run.
         model: State dict of the model.
         ema: State dict of the moving average of the weights; None without one.
         optimizer: State dict of the optimizer.
-        progress: All else, of what JSON can hold and tensors.
+        progress: Everything else: values that JSON can hold, and tensors.
     """
 
     updates: int
@@ -105,15 +105,15 @@ def save_snapshot(root: str | os.PathLike[str], snapshot: Snapshot, *, keep: int
     """Write a snapshot, then remove the oldest ones.
 
     Args:
-        root: Folder of the run's snapshots; made if it is not there.
+        root: Folder of the run's snapshots; created if missing.
         snapshot: The state.
-        keep: Snapshots that stay, this one among them.
+        keep: Number of snapshots to keep, including this one.
 
     Returns:
         The snapshot's folder.
 
     Raises:
-        OSError: It cannot be written, the disk is full say; what was saved before is still there.
+        OSError: It cannot be written, for example because the disk is full; earlier snapshots are unchanged.
     """
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def newest_snapshot(root: str | os.PathLike[str]) -> Snapshot | None:
             problems.append(str(error))
             _logger.warning("%s; falling back to the checkpoint before it", error)
     if problems:
-        raise SnapshotError(f"no checkpoint in {root} is whole: {'; '.join(problems)}; remove {root} to start anew")
+        raise SnapshotError(f"no checkpoint in {root} is whole: {'; '.join(problems)}; remove {root} to start again")
     return None
 
 

@@ -67,14 +67,14 @@ class GateState:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What a training gives.
+    """The result of training.
 
     Attributes:
         model: The trained model.
         ema: The moving average of its weights; None if the recipe has none.
         metrics: One row per epoch.
         similarity: One row per epoch and norm layer.
-        finished: Whether all epochs were made; False after a stop that was asked for.
+        finished: Whether all epochs are done; False after a requested stop.
     """
 
     model: nn.Module
@@ -126,7 +126,7 @@ def _synchronize(recipe: Recipe, model: nn.Module, ranks: Ranks) -> nn.Module:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Job:
-    """All that moves while a recipe is trained."""
+    """The state of training."""
 
     recipe: Recipe
     ranks: Ranks
@@ -221,10 +221,10 @@ def _restore(job: _Job, snapshot: Snapshot) -> None:
     if len(totals) == job.ranks.count:
         job.total = totals[job.ranks.rank].clone()
     elif job.ranks.first:
-        # The mean loss divides by the ranks of now, and each rank that saved added one mean per update.
+        # The mean loss divides by the current number of ranks, and each rank that saved added one mean per update.
         job.total = totals.sum() * (job.ranks.count / len(totals))
     if job.step >= job.steps:
-        # The data has fewer batches than it had: the epoch starts again.
+        # The data has fewer batches than before: the epoch starts again.
         job.step = 0
         job.total = torch.zeros_like(job.total)
     job.rows = [EpochMetrics(**row) for row in progress["metrics"]]
@@ -419,21 +419,21 @@ def fit(
     on_save: Callable[[Snapshot], None] = _nothing,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train a model that is already there.
+    """Train a model.
 
     Args:
-        recipe: The run, complete; its model and pretrained weights are not looked at except to label the rows.
+        recipe: The run, complete; its model and pretrained weights only label the rows.
         model: Changed in place; on the ranks' device.
         train: Training images.
         test: Held-out images, evaluated after every epoch.
         ranks: This process; by default alone on the CPU.
-        start: State to go on from, of a run with the same recipe and model.
+        start: State to resume from, of a run with the same recipe and model.
         on_step: Called after every update with the images done in this epoch and the images of an epoch.
-        on_loss: Called now and then (on the CPU after every update) with the updates made, the epoch's mean loss so
+        on_loss: Called at intervals (on a CPU after every update) with the updates made, the epoch's mean loss so
             far and the learning rate.
         on_epoch: Called after every epoch with its row and the similarity of its layers.
         on_save: Called with the state after every epoch and every ``checkpoint_steps`` updates, on the first rank.
-        stopping: Asked now and then; once it says yes on any rank, the state is saved and training ends.
+        stopping: Called at intervals; once it returns True on any rank, the state is saved and training ends.
 
     Returns:
         The trained model and all rows, those before `start` included.

@@ -27,7 +27,7 @@ from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.data.memory import ImageSet, Normalizer
 from ubn_zoo.data.transforms import eval_input, normalization
 from ubn_zoo.errors import QuickstartError
-from ubn_zoo.evaluation.accuracy import predict, predict_as_configured
+from ubn_zoo.evaluation.accuracy import logits_as_configured, logits_of
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.hub.manifest import load_manifest
 from ubn_zoo.recipes.schema import Recipe, apply_settings, decisive_settings, load_recipe
@@ -151,7 +151,7 @@ def check_saved_model(output: str | os.PathLike[str]) -> int:
     _, test = load_digits()
     model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True)
     expected = safetensors.torch.load_file(folder / "logits.safetensors")["logits"]
-    found = predict_as_configured(model, test.images)
+    found = logits_as_configured(model, test.images)
     if not torch.equal(found, expected):
         different = int((found.argmax(1) != expected.argmax(1)).sum())
         gap = float((found - expected).abs().max())
@@ -284,7 +284,7 @@ def run_quickstart(
     report("3/5  save as safetensors")
     _save(model, recipe, test.classes, folder / "model")
     # With the recipe's preprocessing, so that reading back also proves what config.json says of it.
-    logits = predict(
+    logits = logits_of(
         model.to(memory_format=torch.channels_last),
         test.images,
         Normalizer(*normalization(recipe), torch.device("cpu")),

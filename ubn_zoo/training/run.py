@@ -1,6 +1,6 @@
 """A run and the folder it leaves: recipe, environment, metrics, checkpoints, weights, events and plots.
 
-The folder is all that a run needs to go on after it was broken off: the same command finds the newest complete
+The folder is all that a run needs to resume after an interruption: the same command finds the newest complete
 checkpoint in it.
 """
 
@@ -17,6 +17,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ class Run:
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a model's state as safetensors, in one step: readers see all of it or nothing.
+    """Write a model's state as safetensors, atomically.
 
     Args:
         model: Any model without shared parameters.
@@ -131,7 +132,7 @@ def _environment(recipe: Recipe, ranks: Ranks, data: Mapping[str, Any], updates:
 
 
 def _note_start(folder: Path, start: dict[str, Any]) -> None:
-    """Add a start to the run's record, and tell if the data is no longer what it was."""
+    """Add a start to the run's record, and warn if the data has changed since the last one."""
     path = folder / ENVIRONMENT
     starts = []
     if path.exists():
@@ -144,7 +145,7 @@ def _note_start(folder: Path, start: dict[str, Any]) -> None:
         changed = [part for part in ("train", "test") if before[part] != now[part]]
         if changed:
             _logger.warning(
-                "the %s images are not those that this run began with; it goes on, and %s says so",
+                "the %s images are not those that this run began with; it continues, and %s records that",
                 " and ".join(changed),
                 path,
             )
@@ -161,7 +162,7 @@ class _Events:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        # Events behind the checkpoint that the run goes on from are those of updates that are made again.
+        # Updates after the checkpoint are repeated, so their events are removed.
         self._writer = SummaryWriter(str(folder / EVENTS), purge_step=updates + 1 if updates else None)
 
     def loss(self, updates: int, loss: float, lr: float) -> None:
@@ -242,24 +243,25 @@ def _check_folder(folder: Path, recipe: Recipe) -> bool:
 def _write_config(folder: Path, recipe: Recipe, classes: tuple[str, ...], model: nn.Module) -> None:
     """Write the configuration that timm reads beside the weights."""
     size = recipe.test_img_size or recipe.img_size
-    temporary = folder / ".config.json.part"
-    save_config_for_hf(
-        model,
-        str(temporary),
-        model_config={
-            "label_names": list(classes),
-            # The facts of the weights that training started from do not hold for these.
-            "pretrained_cfg": dict.fromkeys(("tag", "license", "origin_url", "description")),
-        },
-        data_config={
-            "input_size": (3, size, size),
-            "interpolation": recipe.interpolation,
-            "crop_pct": recipe.crop_pct,
-            "mean": recipe.mean,
-            "std": recipe.std,
-        },
-    )
-    temporary.replace(folder / CONFIG)
+    with tempfile.TemporaryDirectory() as temporary:
+        written = Path(temporary) / CONFIG
+        save_config_for_hf(
+            model,
+            str(written),
+            model_config={
+                "label_names": list(classes),
+                # The facts of the weights that training started from do not hold for these.
+                "pretrained_cfg": dict.fromkeys(("tag", "license", "origin_url", "description")),
+            },
+            data_config={
+                "input_size": (3, size, size),
+                "interpolation": recipe.interpolation,
+                "crop_pct": recipe.crop_pct,
+                "mean": recipe.mean,
+                "std": recipe.std,
+            },
+        )
+        write_file(folder / CONFIG, written.read_bytes())
 
 
 def is_finished(folder: str | os.PathLike[str]) -> bool:
@@ -298,9 +300,9 @@ def run(
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
 ) -> Run:
-    """Train as a recipe says, from the start or from where an earlier run in the folder was broken off.
+    """Train by a recipe, from the start or from where an earlier run in the folder was interrupted.
 
-    The folder gets `recipe.yaml` (complete, before all else), `environment.json`, `metrics.csv`, `similarity.csv`,
+    The folder gets `recipe.yaml` (complete, and first), `environment.json`, `metrics.csv`, `similarity.csv`,
     `checkpoints/`, `events/` (TensorBoard) and plots as PNG. After every epoch it gets `config.json` and the newest
     weights as `model.safetensors` (with a moving average also `model_ema.safetensors`), so an unfinished run can be
     validated and loaded. A finished run is not trained again.
@@ -312,9 +314,9 @@ def run(
     Args:
         recipe: The run.
         data_dir: Folder of the data.
-        output: The run's folder; made if it is not there.
+        output: The run's folder; created if missing.
         ranks: This process; by default alone on the CPU.
-        data: Batches that are at hand already, in the place of `data_dir`'s.
+        data: Batches to use instead of those in `data_dir`.
         on_start: Called before training with the complete recipe and the updates made before.
         on_step: Called after every update with the images done in this epoch and the images of an epoch.
         on_epoch: Called after every epoch with its row.
@@ -323,7 +325,7 @@ def run(
         RunError: The folder holds another run, the disk is full, or another rank was lost.
         DataError: The data cannot be used.
         SnapshotError: There are checkpoints, and none is whole.
-        TrainingError: Training cannot start or go on.
+        TrainingError: Training cannot start or continue.
     """
     folder, place = Path(output), ranks or Ranks()
     if recipe.threads is not None:
@@ -382,8 +384,8 @@ def _checkpoints(folder: Path) -> list[str]:
 def _kept(folder: Path) -> str:
     names = _checkpoints(folder)
     if not names:
-        return "there is no checkpoint yet; the same command starts anew"
-    return f"the last checkpoint, after update {int(names[-1])}, is kept; the same command goes on from it"
+        return "there is no checkpoint yet; the same command starts again"
+    return f"the last checkpoint, after update {int(names[-1])}, is kept; the same command resumes from it"
 
 
 def _run(

@@ -19,16 +19,16 @@ def _duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows how far a loop is, how fast and for how long yet.
+    """Shows the progress of a loop, its rate and the time left.
 
-    On a terminal one line is drawn again and again, and wiped when the loop ends. Elsewhere (a log file, a pipe)
-    nothing is shown, unless an interval is asked for. Speed is that since the first call: a loop may start midway.
+    A terminal shows one line, which is updated in place and removed when the loop ends. A log file or a pipe shows
+    nothing unless an interval is given. The rate counts from the first call, since a loop may start midway.
 
     Args:
-        label: What the loop does.
-        unit: What is counted, for the rate.
-        stream: Where it is shown; by default standard error, so that results on standard output stay clean.
-        interval: Seconds between lines where the stream is no terminal; by default there are none.
+        label: Name of the loop.
+        unit: Unit of the count, for the rate.
+        stream: Output stream; by default standard error, so that standard output has only results.
+        interval: Seconds between lines if the stream is not a terminal; by default there are no lines.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Tell that `done` of `total` are done."""
+        """Report that `done` of `total` are done."""
         now = time.monotonic()
         before, start = self._first = self._first or (done, now)
         if now - self._shown < self._interval and not (self._terminal and done == total):
@@ -60,7 +60,7 @@ class Progress:
         self._stream.flush()
 
     def close(self) -> None:
-        """Wipe the bar, so that the next line starts clean."""
+        """Remove the bar, so that the next line starts clean."""
         if self._terminal:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

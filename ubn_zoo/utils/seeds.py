@@ -11,7 +11,7 @@ __all__ = ["mixed_seed", "seed_everything"]
 
 
 def mixed_seed(*parts: int) -> int:
-    """One seed, 64 bits, of several numbers: runs, epochs, ranks and images have random numbers of their own by it."""
+    """Combine numbers (of a run, epoch, rank, image) into one 64-bit seed, different for every combination."""
     return int(numpy.random.SeedSequence(parts).generate_state(1, numpy.uint64)[0])
 
 
