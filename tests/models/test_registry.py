@@ -88,6 +88,7 @@ def test_converted_weights_keep_upstreams_configuration(name: str) -> None:
         assert cfg.file is None
         assert cfg.hf_hub_id == theirs.hf_hub_id
         if cfg.hf_hub_id:
+            assert cfg.hf_hub_id == f"timm/{full}" or full.startswith(("cspnext_", "fastvit_mci"))
             assert cfg.hf_hub_filename.endswith(".safetensors")
         assert timm.is_model_pretrained(f"{name}.bn_{tag}") == bool(theirs.hf_hub_id)
         changed = {"architecture", "tag", "url", "hf_hub_filename"}

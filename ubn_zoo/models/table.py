@@ -9,6 +9,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
 from ubn_zoo.models import FAMILIES
+from ubn_zoo.models.registry import SUFFIX
 
 __all__ = ["markdown"]
 
@@ -21,9 +22,10 @@ _INTRODUCTION = """\
 
 A family's heading is the name that lists it: `timm.list_models(module="ubn_resnet")`.
 
-Tags that start with `bn_` are the weights of the BatchNorm sibling (the name without `_ubn`): fetched from the
-repository named here, under its license, and converted exactly. Other tags were trained with UBN. The first tag of a
-model is the one that `pretrained=True` loads. Inputs are channels x height x width in pixels.
+Tags that start with `bn_` are the weights of the BatchNorm sibling (the name without `_ubn`): fetched from the Hub,
+under the license given here, and converted exactly. Their repository is that of the sibling, `timm/resnet50.a1_in1k`
+for `resnet50_ubn.bn_a1_in1k`, unless another one is named. Other tags were trained with UBN. The first tag of a model
+is the one that `pretrained=True` loads. Inputs are channels x height x width in pixels.
 """
 
 _WITHOUT = """
@@ -56,9 +58,11 @@ def markdown() -> str:
         ]
         for model in timm.list_models(module=name):
             for full, cfg in arch_pretrained_cfgs(model).items():
-                source = cfg.hf_hub_id or ("in the package" if cfg.file else "none")
-                size = "x".join(str(side) for side in cfg.input_size)
                 tag = full.partition(".")[2]
+                usual = f"timm/{model.removesuffix(SUFFIX)}.{tag.removeprefix('bn_')}"
+                hub = "Hub" if cfg.hf_hub_id == usual else cfg.hf_hub_id
+                source = hub or ("in the package" if cfg.file else "none")
+                size = "x".join(str(side) for side in cfg.input_size)
                 text.append(f"| {model} | {tag} | {source} | {size} | {cfg.num_classes} | {cfg.license or ''} |")
     text.append(_WITHOUT)
     return "\n".join(text) + "\n"
