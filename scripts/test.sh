@@ -5,4 +5,5 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 use_venv test
-exec "$UBN_VENV/bin/python" -m pytest --numprocesses "${UBN_TEST_PROCESSES:-2}" "$@"
+# Tests of one file mostly stay in one process, which makes what they share only once.
+exec "$UBN_VENV/bin/python" -m pytest --numprocesses "${UBN_TEST_PROCESSES:-2}" --dist worksteal "$@"

@@ -1072,8 +1072,14 @@ def assert_fits(found: list[dict[str, Any]], cases: int) -> None:
 
 class TestNativeCompilation:
     @pytest.mark.slow
-    def test_hopper(self, tmp_path: Path) -> None:
-        layouts = [(shape, last) for shape in (RESNET[1], RESNET[4]) for last in (False, True)]
+    @pytest.mark.parametrize(
+        "layouts",
+        [
+            [(RESNET[1], True), (RESNET[4], False)],
+            pytest.param([(RESNET[1], False), (RESNET[4], True)], marks=pytest.mark.exhaustive),
+        ],
+    )
+    def test_hopper(self, layouts: list[tuple[list[int], bool]], tmp_path: Path) -> None:
         cases = [{"shape": shape, "dtype": "bfloat16", "kernel": 3, "last": last} for shape, last in layouts]
         found = compile_for(90, cases, tmp_path)
         assert_fits(found, len(cases))
@@ -1086,13 +1092,23 @@ class TestNativeCompilation:
                 assert not result["case"]["last"] or "v2.b32" in result["loads"], result
 
     @pytest.mark.slow
-    def test_ampere(self, tmp_path: Path) -> None:
-        cases = [
-            {"shape": ODD[0], "dtype": "float16", "kernel": 5, "last": True},
-            {"shape": RESNET[0], "dtype": "float32", "kernel": 3, "last": False},
-            {"shape": ODD[1], "dtype": "float32", "kernel": 1, "last": False, "parameters": False, "closed": True},
-            {"shape": RESNET[2], "dtype": "float64", "kernel": 3, "last": True},
-        ]
+    @pytest.mark.parametrize(
+        "cases",
+        [
+            [
+                {"shape": ODD[0], "dtype": "float16", "kernel": 5, "last": True},
+                {"shape": ODD[1], "dtype": "float32", "kernel": 1, "last": False, "parameters": False, "closed": True},
+            ],
+            pytest.param(
+                [
+                    {"shape": RESNET[0], "dtype": "float32", "kernel": 3, "last": False},
+                    {"shape": RESNET[2], "dtype": "float64", "kernel": 3, "last": True},
+                ],
+                marks=pytest.mark.exhaustive,
+            ),
+        ],
+    )
+    def test_ampere(self, cases: list[dict[str, Any]], tmp_path: Path) -> None:
         assert_fits(compile_for(80, cases, tmp_path), len(cases))
 
     @pytest.mark.exhaustive
