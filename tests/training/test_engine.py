@@ -20,6 +20,7 @@ from ubn_zoo.errors import DataError, TrainingError
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.layers import UnifiedBatchNorm2d
 from ubn_zoo.recipes.schema import Recipe
+from ubn_zoo.training import engine
 from ubn_zoo.training.build import build_model, build_optimizer, build_scheduler, complete
 from ubn_zoo.training.checkpoint import Snapshot
 from ubn_zoo.training.engine import Outcome, fit, gate_state
@@ -336,6 +337,26 @@ def test_mixup_can_be_off_from_an_epoch_on() -> None:
     always, never, half = (train(change(mixup=1.0, mixup_off_epoch=epoch)).metrics for epoch in (None, 0, 1))
     assert half[0].train_loss == always[0].train_loss != never[0].train_loss
     assert half[1].train_loss != always[1].train_loss
+
+
+@pytest.mark.parametrize(("interval", "checks"), [(1, 18), (20, 9)])
+def test_the_loss_is_logged_by_one_clock_on_every_device(
+    interval: int, checks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accelerator, where a check of the loss waits for the device, logs the same updates with fewer checks."""
+    real, made, logged = engine._check_loss, [], []
+
+    def check(job: Any, stopping: bool) -> tuple[float, bool]:
+        made.append(job.updates)
+        return real(job, stopping)
+
+    monkeypatch.setattr(engine, "_check_loss", check)
+    monkeypatch.setattr(engine, "_check_interval", lambda device: interval)
+    outcome = train(change(log_interval=3), on_loss=lambda *point: logged.append(point))
+    assert [updates for updates, *_ in logged] == [3, 6, 8, 9, 12, 15, 16]
+    means = {updates: mean for updates, mean, _ in logged}
+    assert [means[row.step] for row in outcome.metrics] == [row.train_loss for row in outcome.metrics]
+    assert len(made) == checks  # one more per epoch for its row
 
 
 def test_a_stop_that_is_asked_for_saves_and_ends() -> None:

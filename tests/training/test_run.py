@@ -136,12 +136,15 @@ def test_a_run_leaves_all_that_is_needed_to_use_repeat_and_publish_it(images: Pa
 
 def test_events_are_those_of_the_metrics(images: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(RECIPE, images, tmp_path / "run")
+    run(change(log_interval=3), images, tmp_path / "run")
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "events"))
     events.Reload()
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     found = [(event.step, event.value) for event in events.Scalars("test/top1")]
     assert found == [(row.step, pytest.approx(row.top1)) for row in rows]
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert list(losses) == [3, 6, 8, 9, 12, 15, 16]
+    assert [losses[row.step] for row in rows] == [pytest.approx(row.train_loss) for row in rows]
     assert any(tag.startswith("similarity/000 ") for tag in events.Tags()["scalars"])
 
 

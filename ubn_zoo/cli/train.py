@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, showing progress on the first rank."""
-    from ubn_zoo.recipes.schema import apply_settings, load_recipe
+    from ubn_zoo.recipes.schema import load_recipe
     from ubn_zoo.training.run import run as train
     from ubn_zoo.utils.distributed import joined
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    recipe = apply_settings(load_recipe(options.recipe), options.set)
+    recipe = load_recipe(options.recipe, options.set)
     try:
         with joined(recipe.device) as ranks:
             shown = _Reporter() if ranks.first else None

@@ -358,7 +358,8 @@ class Recipe:
     log_interval: Annotated[
         int,
         Rule(
-            "Updates between two points of the training loss in logs and TensorBoard events.",
+            "Updates between two points of the training loss in logs and TensorBoard events; the end of an epoch adds "
+            "one.",
             1,
             10**9,
             role="operation",

@@ -115,13 +115,15 @@ def _parse(text: str) -> dict[Any, Any]:
     return values
 
 
-def _merge(values: Mapping[Any, Any], settings: Iterable[str]) -> dict[Any, Any]:
-    """Values of a recipe, changed by ``key=value`` settings."""
+def _read_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """The keys and values of ``key=value`` settings."""
     given: dict[Any, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise RecipeError(f"received {setting!r}; valid: key=value")
+        if key not in typing.get_type_hints(Recipe):
+            _unknown_key(key)
         try:
             given[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -130,7 +132,7 @@ def _merge(values: Mapping[Any, Any], settings: Iterable[str]) -> dict[Any, Any]
     if given.get("pretrained") is False:
         # Without pretrained weights, the tag of those that the recipe names has no meaning.
         given.setdefault("pretrained_tag", None)
-    return {**values, **given}
+    return given
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -176,13 +178,13 @@ def load_recipe(name: str | os.PathLike[str], settings: Iterable[str] = ()) -> R
         settings: Changes, as for `apply_settings`.
 
     Raises:
-        RecipeError: There is no such recipe, it is invalid, or a setting is; the message names the file.
+        RecipeError: There is no such recipe, it is invalid, or a setting is.
     """
     path = recipe_path(name)
     settings = tuple(settings)
+    given = _read_settings(settings)
     try:
-        values = _parse(path.read_text(encoding="utf-8"))
-        return _build(_merge(values, settings))
+        return _build({**_parse(path.read_text(encoding="utf-8")), **given})
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     except RecipeError as error:
@@ -213,7 +215,8 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     Raises:
         RecipeError: A setting is not ``key=value``, or its key or value is invalid.
     """
-    return _build(_merge({field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}, settings))
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    return _build({**values, **_read_settings(settings)})
 
 
 def decisive_settings(recipe: Recipe) -> dict[str, Any]:

@@ -41,8 +41,6 @@ from ubn_zoo.utils.seeds import mixed_seed, seed_everything
 
 __all__ = ["GateState", "Outcome", "fit", "gate_state"]
 
-# Updates between looks at the loss and at other ranks on an accelerator, where a look waits for the device.
-_PULSE = 20
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
 
 
@@ -284,6 +282,11 @@ def _batches(parts: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[lis
         yield group
 
 
+def _check_interval(device: torch.device) -> int:
+    """Updates between checks of the loss and of other ranks; on an accelerator, a check waits for the device."""
+    return 1 if device.type == "cpu" else 20
+
+
 def _check_loss(job: _Job, stopping: bool) -> tuple[float, bool]:
     """Mean loss of the epoch so far over all ranks, and whether any of them is to stop.
 
@@ -305,16 +308,18 @@ def _train_epoch(job: _Job, train: TrainBatches, hooks: _Hooks) -> bool:
     """Train to the end of an epoch; return whether it got there."""
     recipe = job.recipe
     _set_training(recipe, job.model)
-    pulse = 1 if job.ranks.device.type == "cpu" else _PULSE
+    interval = _check_interval(job.ranks.device)
     before = time.perf_counter()
     parts = train.epoch(job.epoch, job.step)
     for batch in _batches(parts, recipe.accumulation):
         _update(job, batch)
         job.step += 1
         end = job.step == job.steps
-        if job.step % pulse == 0 or job.updates % recipe.log_interval == 0 or end:
+        log = job.updates % recipe.log_interval == 0 or end
+        if log or job.step % interval == 0:
             mean, stopping = _check_loss(job, hooks.stopping())
-            hooks.on_loss(job.updates, mean, job.lr)
+            if log:
+                hooks.on_loss(job.updates, mean, job.lr)
             if stopping and not end:
                 _save(job, hooks)
                 return False
@@ -429,8 +434,8 @@ def fit(
         ranks: This process; by default alone on the CPU.
         start: State to resume from, of a run with the same recipe and model.
         on_step: Called after every update with the images done in this epoch and the images of an epoch.
-        on_loss: Called at intervals (on a CPU after every update) with the updates made, the epoch's mean loss so
-            far and the learning rate.
+        on_loss: Called every ``log_interval`` updates and at the end of each epoch with the updates made, the epoch's
+            mean loss so far and the learning rate.
         on_epoch: Called after every epoch with its row and the similarity of its layers.
         on_save: Called with the state after every epoch and every ``checkpoint_steps`` updates, on the first rank.
         stopping: Called at intervals; once it returns True on any rank, the state is saved and training ends.

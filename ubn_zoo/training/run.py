@@ -363,8 +363,8 @@ def train(
         RecipeError: The recipe or a setting is not valid.
         RunError, DataError, SnapshotError, TrainingError: As `run` does.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return run(apply_settings(chosen, settings), data_dir, output, ranks, **hooks)
+    chosen = apply_settings(recipe, settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    return run(chosen, data_dir, output, ranks, **hooks)
 
 
 def _reason(error: OSError, folder: Path) -> str:
@@ -388,6 +388,28 @@ def _kept(folder: Path) -> str:
     return f"the last checkpoint, after update {int(names[-1])}, is kept; the same command resumes from it"
 
 
+def _open(
+    recipe: Recipe,
+    data_dir: str | os.PathLike[str],
+    ranks: Ranks,
+    data: tuple[TrainBatches, EvalBatches] | None,
+) -> tuple[Recipe, TrainBatches, EvalBatches, str | None]:
+    """Fill in what a recipe leaves to its model and its data; return it with the opened data and the held-out split."""
+    recipe, split = complete(recipe), recipe.test_split
+    if data is None:
+        train = open_train(recipe, data_dir, ranks)
+        split = split or find_eval_split(data_dir, recipe.dataset)
+        test = open_eval(dataclasses.replace(recipe, test_split=split), data_dir, ranks, train.classes)
+    else:
+        train, test = data
+    found = len(train.classes) or None
+    if recipe.num_classes is None:
+        recipe = dataclasses.replace(recipe, num_classes=found)
+    elif found is not None and found > recipe.num_classes:
+        raise TrainingError(f"num_classes: received {recipe.num_classes}; valid: null, or the data's {found} or more")
+    return recipe, train, test, split
+
+
 def _run(
     recipe: Recipe,
     data_dir: str | os.PathLike[str],
@@ -398,19 +420,7 @@ def _run(
     on_step: Callable[[int, int], None] | None,
     on_epoch: Callable[[EpochMetrics], None] | None,
 ) -> Run:
-    recipe = complete(recipe)
-    split = recipe.test_split
-    if data is None:
-        train = open_train(recipe, data_dir, ranks)
-        test = open_eval(recipe, data_dir, ranks, train.classes)
-        split = split or find_eval_split(data_dir, recipe.dataset)
-    else:
-        train, test = data
-    found = len(train.classes) or None
-    if recipe.num_classes is None:
-        recipe = dataclasses.replace(recipe, num_classes=found)
-    elif found is not None and found > recipe.num_classes:
-        raise TrainingError(f"num_classes: received {recipe.num_classes}; valid: null, or the data's {found} or more")
+    recipe, train, test, split = _open(recipe, data_dir, ranks, data)
     left_over = _check_folder(folder, recipe)
     if is_finished(folder):
         if ranks.first and not (folder / "loss_accuracy.png").exists():
@@ -441,7 +451,7 @@ def _run(
             on_epoch(row)
 
     def note_loss(done: int, loss: float, lr: float) -> None:
-        if events is not None and done % recipe.log_interval == 0:
+        if events is not None:
             events.loss(done, loss, lr)
 
     classes = class_names(train, recipe.num_classes or 0)
