@@ -296,6 +296,8 @@ def run(
     ranks: Ranks | None = None,
     *,
     data: tuple[TrainBatches, EvalBatches] | None = None,
+    build: Callable[[Recipe, torch.device], nn.Module] = build_model,
+    plots: bool = True,
     on_start: Callable[[Recipe, int], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -317,6 +319,8 @@ def run(
         output: The run's folder; created if missing.
         ranks: This process; by default alone on the CPU.
         data: Batches to use instead of those in `data_dir`.
+        build: Builds the model from the complete recipe and the device.
+        plots: Whether to draw the plots.
         on_start: Called before training with the complete recipe and the updates made before.
         on_step: Called after every update with the images done in this epoch and the images of an epoch.
         on_epoch: Called after every epoch with its row.
@@ -331,7 +335,7 @@ def run(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     try:
-        return _run(recipe, data_dir, folder, place, data, on_start, on_step, on_epoch)
+        return _run(recipe, data_dir, folder, place, data, build, plots, on_start, on_step, on_epoch)
     except OSError as error:
         raise RunError(f"{_reason(error, folder)}; {_kept(folder)}") from error
     except RuntimeError as error:
@@ -416,6 +420,8 @@ def _run(
     folder: Path,
     ranks: Ranks,
     data: tuple[TrainBatches, EvalBatches] | None,
+    build: Callable[[Recipe, torch.device], nn.Module],
+    plots: bool,
     on_start: Callable[[Recipe, int], None] | None,
     on_step: Callable[[int, int], None] | None,
     on_epoch: Callable[[EpochMetrics], None] | None,
@@ -423,7 +429,7 @@ def _run(
     recipe, train, test, split = _open(recipe, data_dir, ranks, data)
     left_over = _check_folder(folder, recipe)
     if is_finished(folder):
-        if ranks.first and not (folder / "loss_accuracy.png").exists():
+        if plots and ranks.first and not (folder / "loss_accuracy.png").exists():
             _draw(folder)
         return Run(folder=folder, metrics=read_metrics(folder / METRICS), finished=True, updates=0)
     ranks.barrier()
@@ -434,7 +440,7 @@ def _run(
             shutil.rmtree(folder / EVENTS, ignore_errors=True)
         write_file(folder / RECIPE, dump_recipe(recipe).encode())
         remove_unfinished(folder / CHECKPOINTS)
-    model = build_model(recipe, ranks.device)
+    model = build(recipe, ranks.device)
     start = newest_snapshot(folder / CHECKPOINTS)
     updates = 0 if start is None else start.updates
     events: _Events | None = None
@@ -500,7 +506,8 @@ def _run(
             write_weights(outcome.model.state_dict(), None if outcome.ema is None else outcome.ema.state_dict())
         if outcome.metrics:
             write_tables(outcome.metrics, outcome.similarity)
-            _draw(folder)
+            if plots:
+                _draw(folder)
     ranks.barrier()
     return Run(
         folder=folder,
