@@ -28,13 +28,13 @@ from ubn_zoo.evaluation.accuracy import (
     EvaluationError,
     append_result,
     feed_of,
-    load_subject,
     logits_as_configured,
     logits_of,
     measure,
     open_images,
     result_row,
 )
+from ubn_zoo.evaluation.subjects import load_subject
 from ubn_zoo.utils.distributed import Ranks
 
 NORMALIZE = Normalizer((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))

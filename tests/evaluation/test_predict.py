@@ -22,9 +22,9 @@ import ubn_zoo
 from ubn_zoo import cli
 from ubn_zoo.errors import DataError, EvaluationError, MissingPackageError
 from ubn_zoo.evaluation import predict as module
-from ubn_zoo.evaluation.accuracy import subject_of
 from ubn_zoo.evaluation.predict import class_names, predict, predict_stream
 from ubn_zoo.evaluation.prediction_files import ClassProbability, Prediction, open_prediction_files
+from ubn_zoo.evaluation.subjects import subject_of
 
 MODEL = "regnetx_002_ubn.cifar10"
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared" / "data" / "clothing160.tar.xz"

@@ -30,9 +30,9 @@ from tests.images import RECIPE, striped_images, write_image_folder
 from ubn_zoo.cli import main
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.errors import DataError, RunError, TrainingError
-from ubn_zoo.evaluation.accuracy import load_subject
 from ubn_zoo.evaluation.evaluate import evaluate
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, read_similarity
+from ubn_zoo.evaluation.subjects import load_subject
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
 from ubn_zoo.training import checkpoint as snapshots
 from ubn_zoo.training import run as runs

@@ -39,12 +39,13 @@ def run(options: argparse.Namespace) -> int:
     """Predict, and print or write the predictions."""
     import sys
 
-    from ubn_zoo.evaluation.predict import class_names, load_predictor, predict_stream
+    from ubn_zoo.evaluation.predict import class_names, predict_stream
     from ubn_zoo.evaluation.prediction_files import SHEET_IMAGES, open_prediction_files
+    from ubn_zoo.evaluation.subjects import load_subject
     from ubn_zoo.utils.progress import Progress
 
     lines = options.output is None
-    subject = load_predictor(options.model, checkpoint=options.checkpoint)
+    subject = load_subject(options.model, checkpoint=options.checkpoint)
     # On a terminal the lines show the progress themselves.
     progress = None if lines and sys.stdout.isatty() else Progress(subject.name)
     count = skipped = 0

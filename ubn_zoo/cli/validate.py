@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure, and print one line on the first rank."""
     import torch
 
-    from ubn_zoo.evaluation.accuracy import load_subject
     from ubn_zoo.evaluation.evaluate import evaluate
+    from ubn_zoo.evaluation.subjects import load_subject
     from ubn_zoo.utils.distributed import joined
     from ubn_zoo.utils.progress import Progress
 

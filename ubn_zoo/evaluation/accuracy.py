@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import timm.data
 import torch
 from torch import Tensor, nn
@@ -20,24 +18,20 @@ from ubn_zoo.data.loaders import EvalBatches, open_eval
 from ubn_zoo.data.memory import Normalizer, resize
 from ubn_zoo.data.settings import Feed
 from ubn_zoo.errors import EvaluationError
-from ubn_zoo.hub.manifest import load_manifest
-from ubn_zoo.models import read_checkpoint
+from ubn_zoo.evaluation.subjects import Subject
 from ubn_zoo.recipes.schema import DATASETS, NAMED_DATASETS
 from ubn_zoo.utils.distributed import Ranks
 
 __all__ = [
     "Accuracy",
     "EvaluationError",
-    "Subject",
     "append_result",
     "feed_of",
-    "load_subject",
     "logits_as_configured",
     "logits_of",
     "measure",
     "open_images",
     "result_row",
-    "subject_of",
 ]
 
 _BINS = 15
@@ -224,106 +218,6 @@ def logits_as_configured(model: nn.Module, images: Tensor, *, batch_size: int = 
         interpolation=config["interpolation"],
         batch_size=batch_size,
     )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Subject:
-    """A model that is evaluated.
-
-    Attributes:
-        model: With its weights, on the CPU.
-        name: What results call it.
-        classes: Names of its classes in the order of its outputs; empty where nothing tells them.
-        sha256: Of the file that its weights are from; None if there is no file.
-    """
-
-    model: nn.Module
-    name: str
-    classes: tuple[str, ...]
-    sha256: str | None
-
-
-def load_subject(
-    name: str | None = None,
-    *,
-    checkpoint: str | os.PathLike[str] | None = None,
-    run: str | os.PathLike[str] | None = None,
-    ema: bool = False,
-    num_classes: int | None = None,
-) -> Subject:
-    """Load a pretrained model, an architecture with a checkpoint, or what a run has trained.
-
-    Args:
-        name: timm's name, such as ``regnetx_002_ubn.cifar10`` or ``resnet50.a1_in1k``; of the architecture alone with
-            `checkpoint`.
-        checkpoint: Its weights in place of the pretrained ones, such as a ``.safetensors`` file.
-        run: Folder of a run, finished or not, with ``config.json`` and ``model.safetensors``, in place of both.
-        ema: Whether to take the moving average of a run's weights.
-        num_classes: Outputs of the classifier, with `checkpoint`; by default those of the checkpoint.
-
-    Raises:
-        EvaluationError: The arguments do not go together, there is no such model, or the weights do not fit it.
-    """
-    if (name is None) == (run is None):
-        raise EvaluationError("received neither a model nor a run, or both; valid: one of them")
-    if checkpoint is None and num_classes is not None:
-        raise EvaluationError(f"num_classes: received {num_classes}; valid: none without a checkpoint")
-    if run is None and ema:
-        raise EvaluationError("ema: valid with a run; as a checkpoint, name the run's model_ema.safetensors")
-    try:
-        if run is not None:
-            if checkpoint is not None:
-                raise EvaluationError("received a checkpoint and a run; valid: one of them")
-            return _load_run(Path(run), ema)
-        if checkpoint is not None:
-            return _load_checkpoint(cast(str, name), Path(checkpoint), num_classes)
-        model = timm.create_model(cast(str, name), pretrained=True)
-    except (OSError, RuntimeError) as error:
-        raise EvaluationError(f"{run or name}: {error}") from error
-    records = {record.id: record.sha256 for record in load_manifest().records}
-    return Subject(model=model, name=cast(str, name), classes=_label_names(model), sha256=records.get(cast(str, name)))
-
-
-def subject_of(model: nn.Module) -> Subject:
-    """The subject that a model of timm is, such as one that was just trained.
-
-    Args:
-        model: With `num_classes` and `pretrained_cfg`, as timm's models have.
-    """
-    config = cast(Mapping[str, Any], model.pretrained_cfg)
-    name = config.get("architecture") or type(model).__name__
-    return Subject(model=model, name=name, classes=_label_names(model), sha256=None)
-
-
-def _load_run(folder: Path, ema: bool) -> Subject:
-    weights = folder / ("model_ema.safetensors" if ema else "model.safetensors")
-    missing = [path.name for path in (folder / "config.json", weights) if not path.is_file()]
-    if missing:
-        hint = "its recipe has no ema_decay, or it" if ema else "the run"
-        raise EvaluationError(f"{folder} has no {' and no '.join(missing)}; {hint} has not finished an epoch")
-    model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    model.load_state_dict(read_checkpoint(weights))
-    name = cast(Mapping[str, Any], model.pretrained_cfg)["architecture"]
-    return Subject(model=model, name=name, classes=_label_names(model), sha256=_sha256(weights))
-
-
-def _load_checkpoint(name: str, path: Path, num_classes: int | None) -> Subject:
-    state = read_checkpoint(path)
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    classifier = None if cfg is None else state.get(f"{cfg.classifier}.weight")
-    outputs = num_classes or (None if classifier is None else len(classifier))
-    arguments: dict[str, Any] = {} if outputs is None else {"num_classes": outputs}
-    model = timm.create_model(name, pretrained=False, **arguments)
-    model.load_state_dict(state)
-    return Subject(model=model, name=name, classes=(), sha256=_sha256(path))
-
-
-def _label_names(model: nn.Module) -> tuple[str, ...]:
-    return tuple(cast(Mapping[str, Any], model.pretrained_cfg).get("label_names") or ())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def feed_of(

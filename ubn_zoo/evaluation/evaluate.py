@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +11,13 @@ from torch import nn
 
 from ubn_zoo.evaluation.accuracy import (
     Accuracy,
-    Subject,
     append_result,
     feed_of,
-    load_subject,
     measure,
     open_images,
     result_row,
-    subject_of,
 )
+from ubn_zoo.evaluation.subjects import Subject, load_subject
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.provenance import device_name, source_commit
 
@@ -60,12 +57,7 @@ def evaluate(
         DataError: The images cannot be used.
     """
     place = ranks or Ranks()
-    if isinstance(model, Subject):
-        subject = model
-    elif isinstance(model, nn.Module):
-        subject = subject_of(model)
-    else:
-        subject = load_subject(run=model) if Path(model).is_dir() else load_subject(os.fspath(model))
+    subject = load_subject(model)
     feed = feed_of(subject, **data)
     images = open_images(subject, feed, data_dir, place, batch_size=batch_size)
     total = images.images

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from ubn_zoo.data.folders import EXTENSIONS, name_order
 from ubn_zoo.data.images import open_image
 from ubn_zoo.errors import DataError, EvaluationError
-from ubn_zoo.evaluation.accuracy import Subject, load_subject, subject_of
 from ubn_zoo.evaluation.prediction_files import (
     SHEET_IMAGES,
     THUMBNAIL,
@@ -30,9 +28,10 @@ from ubn_zoo.evaluation.prediction_files import (
     Prediction,
     open_prediction_files,
 )
+from ubn_zoo.evaluation.subjects import Subject, load_subject
 from ubn_zoo.utils.distributed import joined
 
-__all__ = ["ClassNames", "Prediction", "class_names", "find_files", "load_predictor", "predict", "predict_stream"]
+__all__ = ["ClassNames", "Prediction", "class_names", "find_files", "predict", "predict_stream"]
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -71,7 +70,7 @@ def predict(
     `predict_stream` does the same one image at a time, for more predictions than fit in memory.
 
     Args:
-        model: A timm model, or what `load_predictor` reads: a timm name, ``hf-hub:`` or ``local-dir:`` name, the folder
+        model: A timm model, or what `load_subject` reads: a timm name, ``hf-hub:`` or ``local-dir:`` name, the folder
             of a run, or a checkpoint in it. It is moved to `device` and left in the mode it was in.
         images: Image files and folders. Folders are searched recursively, in natural order of the names.
         top_k: Classes per image; all of them if the model has fewer.
@@ -153,7 +152,7 @@ def predict_stream(
             f"{', '.join(os.fspath(path) for path in paths) or 'nothing'}: no images found; valid: image files, or "
             f"folders with files that end in {', '.join(_SUFFIXES)}"
         )
-    subject = load_predictor(model)
+    subject = load_subject(model)
     network, names = subject.model, class_names(subject).names
     if not names:
         raise EvaluationError(f"{subject.name} predicts no classes; valid: a model with a classifier")
@@ -212,50 +211,6 @@ def predict_stream(
                 on_batch(min(done, total), total)
     if not readable:
         raise DataError(f"none of the {done} images can be read")
-
-
-def load_predictor(
-    model: str | os.PathLike[str] | nn.Module | Subject, *, checkpoint: str | os.PathLike[str] | None = None
-) -> Subject:
-    """Load a model for predictions.
-
-    Args:
-        model: The folder of a run; a checkpoint with its ``config.json`` beside it; a timm name with tag, such as
-            ``resnet50_ubn.bn_a1_in1k``; an ``hf-hub:`` or ``local-dir:`` name; or a loaded model.
-        checkpoint: Weights of the architecture `model`, in place of pretrained ones.
-
-    Raises:
-        EvaluationError: There is no such model, or the weights do not fit it.
-    """
-    if isinstance(model, Subject):
-        return model
-    if isinstance(model, nn.Module):
-        if not hasattr(model, "pretrained_cfg"):
-            raise EvaluationError(f"model: received {type(model).__name__}; valid: one that timm built")
-        return subject_of(model)
-    path = Path(model)
-    if checkpoint is not None:
-        return load_subject(os.fspath(model), checkpoint=checkpoint)
-    if path.is_dir():
-        return load_subject(run=path)
-    if not path.is_file():
-        return load_subject(os.fspath(model))
-    config = path.with_name("config.json")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        architecture, outputs = settings["architecture"], settings.get("num_classes")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise EvaluationError(
-            f"{path}: no config.json beside it that names the architecture; give the architecture as the model and "
-            f"this file as `checkpoint`"
-        ) from None
-    subject = load_subject(architecture, checkpoint=path, num_classes=outputs)
-    labels = settings.get("label_names") or settings.get("pretrained_cfg", {}).get("label_names")
-    cast(Any, subject.model).pretrained_cfg = {  # the run's preprocessing
-        **cast(dict[str, Any], subject.model.pretrained_cfg),
-        **settings.get("pretrained_cfg", {}),
-    }
-    return dataclasses.replace(subject, classes=tuple(labels or ()))
 
 
 def class_names(subject: Subject) -> ClassNames:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ubn_zoo.evaluation.accuracy import Accuracy, feed_of, load_subject, measure, open_images
+from ubn_zoo.evaluation.accuracy import Accuracy, feed_of, measure, open_images
+from ubn_zoo.evaluation.subjects import load_subject
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.utils.distributed import Ranks
 

@@ -1,0 +1,263 @@
+"""Models to evaluate, from what users name: a pretrained model, a run, a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+import timm
+from torch import nn
+
+from ubn_zoo.errors import EvaluationError
+from ubn_zoo.hub.manifest import load_manifest
+from ubn_zoo.layers import VARIANTS, UnifiedBatchNorm2d
+from ubn_zoo.models import read_checkpoint
+from ubn_zoo.models.catalog import similar_names
+
+__all__ = ["Subject", "expand_names", "load_subject", "norm_of", "subject_of"]
+
+_CONFIG = "config.json"
+_CHECKPOINTS = "checkpoints"  # a run's folder of snapshots
+_LISTS = (".txt", ".lst")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+        model: The model with its weights, on the CPU.
+        name: What results call it.
+        classes: Names of its classes in the order of its outputs; empty if nothing names them.
+        sha256: Of the file of its weights; None if the file is not known.
+        source: What was asked for: a name, the folder of a run, or a checkpoint's file.
+        ema: Whether the weights are a run's moving average.
+        preprocessing: Where its preprocessing is from, in words.
+    """
+
+    model: nn.Module
+    name: str
+    classes: tuple[str, ...]
+    sha256: str | None
+    source: str = ""
+    ema: bool = False
+    preprocessing: str = "the model's configuration"
+
+
+def load_subject(
+    name: str | os.PathLike[str] | nn.Module | Subject | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    run: str | os.PathLike[str] | None = None,
+    ema: bool = False,
+    num_classes: int | None = None,
+) -> Subject:
+    """Load a pretrained model, what a run has trained, or a checkpoint.
+
+    A checkpoint with a ``config.json``, beside it or in the folder of its run, gets the preprocessing, the settings and
+    the class names of that file.
+
+    Args:
+        name: A timm name with tag, such as ``resnet50_ubn.bn_a1_in1k``; an ``hf-hub:`` or ``local-dir:`` name; the
+            folder of a run; a checkpoint with a ``config.json``; a loaded model. With `checkpoint`, the architecture.
+        checkpoint: File of weights, such as a ``.safetensors`` file, instead of pretrained ones. The architecture may
+            be left out if there is a ``config.json``.
+        run: Folder of a run, finished or not, with ``config.json`` and ``model.safetensors``.
+        ema: Whether to use the moving average of a run's weights.
+        num_classes: Outputs of the checkpoint's classifier; by default as many as its weights have.
+
+    Raises:
+        EvaluationError: The arguments do not go together, there is no such model, or the weights do not fit it.
+    """
+    if isinstance(name, Subject):
+        return name
+    if isinstance(name, nn.Module):
+        return subject_of(name)
+    if name is None and run is None and checkpoint is not None:
+        name, checkpoint = checkpoint, None
+    if (name is None) == (run is None):
+        raise EvaluationError("received neither a model nor a run, or both; valid: one of them")
+    if checkpoint is not None and run is not None:
+        raise EvaluationError("received a checkpoint and a run; valid: one of them")
+    if name is not None and checkpoint is None and not timm.is_model(os.fspath(name)):
+        if Path(name).is_dir():
+            name, run = None, name
+        elif Path(name).is_file():
+            name, checkpoint = None, name
+    if checkpoint is None and num_classes is not None:
+        raise EvaluationError(f"num_classes: received {num_classes}; valid: none without a checkpoint")
+    if run is None and ema:
+        raise EvaluationError("ema: valid with a run; as a checkpoint, name the run's model_ema.safetensors")
+    try:
+        if run is not None:
+            return _load_run(Path(run), ema)
+        if checkpoint is not None:
+            return _load_checkpoint(None if name is None else os.fspath(name), Path(checkpoint), num_classes)
+        return _load_pretrained(os.fspath(cast(str, name)))
+    except (OSError, RuntimeError) as error:
+        raise EvaluationError(f"{run or name or checkpoint}: {error}") from error
+
+
+def subject_of(model: nn.Module) -> Subject:
+    """The subject that a model of timm is, such as one that was just trained.
+
+    Args:
+        model: With `num_classes` and `pretrained_cfg`, as timm's models have.
+
+    Raises:
+        EvaluationError: timm has not built it.
+    """
+    if not hasattr(model, "pretrained_cfg"):
+        raise EvaluationError(f"model: received {type(model).__name__}; valid: one that timm built")
+    config = cast(Mapping[str, Any], model.pretrained_cfg)
+    name = config.get("architecture") or type(model).__name__
+    return Subject(model=model, name=name, classes=_label_names(model), sha256=None, source=name)
+
+
+def expand_names(names: Iterable[str]) -> list[str]:
+    """Expand wildcards and files of names, each model once, in order.
+
+    Args:
+        names: Names as `load_subject` takes them; wildcards such as ``*_ubn``, for all pretrained weights with such a
+            name; and files (``.txt``) with one of these per line, where a line that starts with ``#`` is a comment.
+
+    Raises:
+        EvaluationError: A wildcard matches nothing, or a file has no names.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name.endswith(_LISTS) and Path(name).is_file():
+            lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+            listed = [line for line in lines if line and not line.startswith("#")]
+            if not listed:
+                raise EvaluationError(f"{name} has no names; valid: one per line")
+            found |= dict.fromkeys(expand_names(listed))
+        elif any(sign in name for sign in "*?[") and not Path(name).exists():
+            matches = timm.list_models(name, pretrained=True)
+            if not matches:
+                raise EvaluationError(
+                    f"no pretrained model matches {name!r}; {similar_names(name.strip('*'))}; `ubn-zoo list` lists them"
+                )
+            found |= dict.fromkeys(matches)
+        else:
+            found[name] = None
+    return list(found)
+
+
+def norm_of(model: nn.Module) -> str | None:
+    """The one norm of `VARIANTS` that all of a model's norm layers are; None for none, another, or several."""
+    names = {("threshold" not in one.settings, one.calibrated, one.depthwise): name for name, one in VARIANTS.items()}
+    found = set()
+    for layer in model.modules():
+        if isinstance(layer, UnifiedBatchNorm2d):
+            calibrated = layer.center_weight is not None or layer.scale_weight is not None
+            found.add(names.get((layer.threshold is not None, calibrated, layer.kernel_size > 1)))
+        elif isinstance(layer, nn.BatchNorm2d):
+            found.add("bn")
+    return found.pop() if len(found) == 1 else None
+
+
+def _load_pretrained(name: str) -> Subject:
+    model = timm.create_model(name, pretrained=True)
+    records = {record.id: record.sha256 for record in load_manifest().records}
+    sha256 = records.get(name) or _hash_of_cached(cast(Mapping[str, Any], model.pretrained_cfg))
+    return Subject(model=model, name=name, classes=_label_names(model), sha256=sha256, source=name)
+
+
+def _load_run(folder: Path, ema: bool) -> Subject:
+    weights = folder / ("model_ema.safetensors" if ema else "model.safetensors")
+    missing = [path.name for path in (folder / _CONFIG, weights) if not path.is_file()]
+    if missing:
+        hint = "its recipe has no ema_decay, or it" if ema else "the run"
+        raise EvaluationError(f"{folder} has no {' and no '.join(missing)}; {hint} has not finished an epoch")
+    return _load_configured(folder, weights, source=str(folder), ema=ema)
+
+
+def _load_configured(folder: Path, weights: Path, *, source: str, ema: bool = False) -> Subject:
+    """Load weights into the model that a folder's ``config.json`` describes."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    model.load_state_dict(read_checkpoint(weights))
+    return Subject(
+        model=model,
+        name=cast(Mapping[str, Any], model.pretrained_cfg)["architecture"],
+        classes=_label_names(model),
+        sha256=_sha256(weights),
+        source=source,
+        ema=ema,
+        preprocessing=str(folder / _CONFIG),
+    )
+
+
+def _load_checkpoint(name: str | None, path: Path, num_classes: int | None) -> Subject:
+    folder, settings = _configuration(path)
+    if name is None and folder is None:
+        raise EvaluationError(
+            f"{path}: no {_CONFIG} beside it that names the architecture; give the architecture as the model and this "
+            "file as `checkpoint`"
+        )
+    architecture = settings.get("architecture")
+    if folder is not None and name in (None, architecture) and num_classes in (None, settings.get("num_classes")):
+        return _load_configured(folder, path, source=str(path))
+    state = read_checkpoint(path)
+    name = cast(str, name or architecture)
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    classifier = None if cfg is None else state.get(f"{cfg.classifier}.weight")
+    outputs = num_classes or (None if classifier is None else len(classifier))
+    arguments: dict[str, Any] = {} if outputs is None else {"num_classes": outputs}
+    if folder is not None:
+        # The preprocessing is the training's, also where another architecture, such as the sibling, gets the weights.
+        described = settings.get("pretrained_cfg") or {}
+        keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+        arguments["pretrained_cfg_overlay"] = {key: described[key] for key in keys if described.get(key) is not None}
+    model = timm.create_model(name, pretrained=False, **arguments)
+    model.load_state_dict(state)
+    where = "the architecture's configuration" if folder is None else str(folder / _CONFIG)
+    return Subject(
+        model=model,
+        name=name,
+        classes=_label_names(model) if folder is not None else (),
+        sha256=_sha256(path),
+        source=str(path),
+        preprocessing=where,
+    )
+
+
+def _configuration(path: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The folder whose ``config.json`` describes a checkpoint, beside it or of its run, and that file's content."""
+    places = [path.parent]
+    snapshots = path.absolute().parent.parent
+    if snapshots.name == _CHECKPOINTS:
+        places.append(snapshots.parent)
+    for folder in places:
+        try:
+            settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(settings, dict) and isinstance(settings.get("architecture"), str):
+            return folder, settings
+    return None, {}
+
+
+def _label_names(model: nn.Module) -> tuple[str, ...]:
+    return tuple(cast(Mapping[str, Any], model.pretrained_cfg).get("label_names") or ())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _hash_of_cached(config: Mapping[str, Any]) -> str | None:
+    """Hash of the file that a model from the Hub was loaded from, which is in the cache now."""
+    repository, _, revision = str(config.get("hf_hub_id") or "").partition("@")
+    names = [config.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"]
+    for name in names if repository else ():
+        path = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None) if name else None
+        if isinstance(path, str):
+            return _sha256(Path(path))
+    return None
