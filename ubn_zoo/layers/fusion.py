@@ -2,13 +2,14 @@
 
 import copy
 import itertools
-import weakref
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from timm.layers import Conv2dSame, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ubn_zoo.utils.derived import Derived, derive
 
 from . import internals
 from .convert import BATCHNORMS
@@ -342,37 +343,15 @@ def _is_norm(module: nn.Module) -> bool:
     return any(forward is kind.forward for kind in known) and module.running_mean is not None
 
 
-class _InferenceModel(nn.Module):
-    """Mixin of fused models: the class of a fused model derives from this class and from the model's class."""
+class _InferenceModel(Derived):
+    """Mixin of fused models."""
 
-    _base: Type[nn.Module]
+    prefix = "Fused"
 
     def train(self, mode: bool = True) -> "_InferenceModel":
         if mode:
             raise RuntimeError(_REFUSAL)
         return super().train(mode)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is created at run time, so pickle cannot find it by name; nor, perhaps, the model's own class.
-        base = type(self)._base
-        return _new_inference_model, base.__new__(base).__reduce_ex__(protocol)[:2], vars(self)
-
-
-# A class lives as long as its models; every traced graph has its own class.
-_classes: "weakref.WeakValueDictionary[Type[nn.Module], Type[nn.Module]]" = weakref.WeakValueDictionary()
-
-
-def _inference_class(base: Type[nn.Module]) -> Type[nn.Module]:
-    cls = _classes.get(base)
-    if cls is None:
-        members = {"__module__": __name__, "__doc__": base.__doc__, "_base": base}
-        cls = _classes.setdefault(base, type(f"Fused{base.__name__}", (_InferenceModel, base), members))
-    return cls
-
-
-def _new_inference_model(make: Callable[..., nn.Module], arguments: Tuple[Any, ...]) -> nn.Module:
-    cls = _inference_class(type(make(*arguments)))
-    return cls.__new__(cls)
 
 
 @torch.inference_mode(False)
@@ -460,5 +439,5 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
     if result.training:
         # Copies of the graphs of torchvision's feature extractors are in training mode.
         result.eval()
-    result.__class__ = _inference_class(type(result))
+    result.__class__ = derive(_InferenceModel, type(result))
     return result

@@ -29,10 +29,10 @@ from timm.models._prune import adapt_model_from_file
 from torch import nn
 
 from ubn_zoo.layers import UnifiedBatchNorm2d, convert_batchnorm
-from ubn_zoo.models.derived import Derived, derive, once_per_class
 from ubn_zoo.models.limits import STRANGERS, check_configuration
 from ubn_zoo.models.reparameterize import adopt_blocks
 from ubn_zoo.models.weights import CheckedState, check_state_dict, load_weights, to_ubn_format
+from ubn_zoo.utils.derived import Derived, derive
 
 __all__ = ["UbnModel", "build_ubn_model", "uses_batchnorm"]
 
@@ -151,11 +151,6 @@ class UbnModel(Derived):
         return super().load_state_dict(state, strict=strict, assign=assign)
 
 
-@once_per_class
-def _ubn_class(base: type[nn.Module]) -> type[nn.Module]:
-    return derive(base, UbnModel, _ubn_class)
-
-
 def _check_layer_settings(settings: Any) -> dict[str, Any]:
     valid = ", ".join(_LAYER_SETTINGS)
     if settings is None:
@@ -248,7 +243,7 @@ def build_ubn_model(
                 model = adapt_model_from_file(model, variant)
             model = convert_batchnorm(model, **settings)
             adopt_blocks(model)
-            model.__class__ = _ubn_class(model_class)
+            model.__class__ = derive(UbnModel, model_class)
             if pretrained:
                 load_weights(
                     model,

@@ -17,7 +17,7 @@ from torch import nn
 
 from ubn_zoo.errors import InvalidArgumentError
 from ubn_zoo.layers import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
-from ubn_zoo.models.derived import Derived, derive, once_per_class
+from ubn_zoo.utils.derived import Derived, derive
 
 __all__ = ["adopt_blocks", "restore_batchnorm"]
 
@@ -96,10 +96,12 @@ def _method(name: str, base: type[nn.Module]) -> Callable[..., Any]:
     return merge
 
 
-@once_per_class
-def _block_class(base: type[nn.Module]) -> type[nn.Module]:
-    methods = {name: _method(name, base) for name in _METHODS if hasattr(base, name)}
-    return derive(base, Derived, _block_class, **methods)
+class _Block(Derived):
+    """Mixin of blocks that timm can merge: they restore their BatchNorms first."""
+
+    @classmethod
+    def members(cls, base: type[nn.Module]) -> dict[str, Any]:
+        return {name: _method(name, base) for name in _METHODS if hasattr(base, name)}
 
 
 def adopt_blocks(model: nn.Module) -> None:
@@ -111,4 +113,4 @@ def adopt_blocks(model: nn.Module) -> None:
     for module in model.modules():
         can_merge = module is not model and any(callable(getattr(module, name, None)) for name in _METHODS)
         if can_merge and any(isinstance(layer, UnifiedBatchNorm2d) for layer in module.modules()):
-            module.__class__ = _block_class(type(module))
+            module.__class__ = derive(_Block, type(module))
