@@ -147,9 +147,13 @@ def assert_state(layer: nn.Module, expected: reference.State, dtype: torch.dtype
 
 def assert_step(layer: nn.Module, x: Tensor, grad_y: Tensor, dtype: torch.dtype | None = None) -> reference.Result:
     """Compares every result of one step of `layer` on `x` with the reference; returns the reference's result."""
-    dtype = dtype or x.dtype
     expected = reference.run_like(layer, x, grad_y)
-    y, grad_x = step(layer, x, grad_y)
+    assert_results(layer, *step(layer, x, grad_y), expected, dtype or x.dtype)
+    return expected
+
+
+def assert_results(layer: nn.Module, y: Tensor, grad_x: Tensor, expected: reference.Result, dtype: torch.dtype) -> None:
+    """Compares a step's output, input gradient, parameter gradients and new state with the reference."""
     torch.testing.assert_close(y.double(), expected.y, **OUTPUT[dtype].kwargs(), check_stride=False)
     assert_gradient(grad_x, expected.grad_x, dtype, "x")
     for name, value in expected.grads.items():
@@ -158,4 +162,3 @@ def assert_step(layer: nn.Module, x: Tensor, grad_y: Tensor, dtype: torch.dtype 
         assert_gradient(grad.reshape(value.shape), value, dtype, name)
     if expected.state is not None and expected.state.running_mean is not None:
         assert_state(layer, expected.state, dtype)
-    return expected

@@ -7,6 +7,7 @@ is tested by compiling them for GPUs that need not be present.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -33,6 +34,7 @@ from .common import (
     OPEN,
     PARAMETERS,
     SHUT,
+    assert_results,
     assert_state,
     assert_step,
     gradients,
@@ -109,10 +111,10 @@ class TestAgainstReference:
         gate = SHUT if mode == "shut" else OPEN
         layer = make_layer(3, gate=gate, kernel_size=kernel_size, dtype=dtype).train(mode != "evaluation")
         layer, x, grad_y = on_device(layer, *random_input((3, 3, 6, 5), dtype=dtype), memory_format)
-        assert_step(layer, x, grad_y)
-        expected = ["instance_means", *TRAINING[1:]] if mode == "evaluation" else ["statistics", *TRAINING]
-        assert launches == expected
+        expected = reference.run_like(layer, x, grad_y)
         y, grad_x = step(layer, x, grad_y)
+        assert_results(layer, y, grad_x, expected, dtype)
+        assert launches == (["instance_means", *TRAINING[1:]] if mode == "evaluation" else ["statistics", *TRAINING])
         for tensor in (y, grad_x):
             assert tensor.dtype == dtype
             assert tensor.is_contiguous(memory_format=memory_format)
@@ -620,12 +622,7 @@ class TestActivation:
         y, grad_x = step(layer, x, grad_y)
         assert 0 < (y > 0).sum() < y.numel() or y.numel() < 10
         expected = reference.run_like(before, x, grad_y * (y > 0))
-        torch.testing.assert_close(y.double(), expected.y.relu(), **OUTPUT[dtype].kwargs(), check_stride=False)
-        assert_gradient(grad_x, expected.grad_x, dtype, "x")
-        for name, value in expected.grads.items():
-            assert_gradient(getattr(layer, name).grad.reshape(value.shape), value, dtype, name)
-        if expected.state is not None and expected.state.running_mean is not None:
-            assert_state(layer, expected.state, dtype)
+        assert_results(layer, y, grad_x, dataclasses.replace(expected, y=expected.y.relu()), dtype)
         return y, grad_x
 
     @pytest.mark.parametrize(
