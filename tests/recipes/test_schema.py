@@ -21,6 +21,7 @@ from torch import nn
 import ubn_zoo
 from tests.images import write_image_folder
 from ubn_zoo.evaluation.metrics import read_metrics
+from ubn_zoo.layers import VARIANTS
 from ubn_zoo.recipes.page import recipe_page
 from ubn_zoo.recipes.schema import (
     Field,
@@ -79,7 +80,7 @@ NEEDED = [
 OTHER: dict[str, list[Any]] = {
     **{key: ["other words"] for key in OPENING},
     "model": ["resnet18"],
-    "norm": ["bn", "rbn", "bnet"],
+    "norm": [norm for norm in VARIANTS if norm != "ubn"],
     "threshold": [None, -1.0, 0.5, 1.0],
     "kernel_size": [1, 5],
     "kernel_init": ["kaiming"],

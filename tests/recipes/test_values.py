@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.images import write_image_folder
+from ubn_zoo.layers import VARIANTS
 from ubn_zoo.recipes.recipe import OPTIMIZERS
 from ubn_zoo.recipes.schema import Recipe, apply_settings, load_recipe
 from ubn_zoo.training.build import build_optimizer
@@ -18,7 +19,7 @@ from ubn_zoo.training.run import run
 
 SMALL = ("img_size=32", "epochs=1", "batch_size=4", "train_samples=4", "test_samples=2", "threads=1", "device=cpu")
 VALUES: list[list[str]] = [
-    *([f"norm={norm}"] for norm in ("ubn", "bn", "rbn", "bnet")),
+    *([f"norm={norm}"] for norm in VARIANTS),
     *([f"interpolation={name}"] for name in ("bilinear", "bicubic")),
     *([f"train_interpolation={name}"] for name in ("bilinear", "bicubic", "random")),
     *([f"crop={name}"] for name in ("rrc", "rkrc", "rkrr")),

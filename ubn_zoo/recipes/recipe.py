@@ -52,9 +52,7 @@ class Recipe:
     norm: Annotated[
         str,
         Rule(
-            "Normalization of the model: `ubn`, `bn`, or an ablation: `rbn` (both calibrations, neither gate nor "
-            "depthwise kernel) or `bnet` (depthwise kernel alone).",
-            choices=NORMS,
+            "Normalization: " + "; ".join(f"`{name}`, {v.about}" for name, v in VARIANTS.items()) + ".", choices=NORMS
         ),
     ] = "ubn"
     threshold: Annotated[
@@ -63,7 +61,7 @@ class Recipe:
     ] = 0.15
     kernel_size: Annotated[
         int,
-        Rule("Taps per side of the depthwise affine kernel of `ubn` and `bnet`.", 1, 31, odd=True),
+        Rule("Taps per side of the depthwise affine kernel of norms that have one.", 1, 31, odd=True),
     ] = 3
     kernel_init: Annotated[
         str,
