@@ -12,6 +12,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ChecksumError",
+    "ClassMismatchError",
     "DataError",
     "EvaluationError",
     "HubAccessError",
@@ -106,6 +107,10 @@ class DataError(UbnZooError, ValueError):
     def __init__(self, message: str) -> None:
         # A loader's worker passes its error on as text that starts with the traceback.
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+class ClassMismatchError(DataError):
+    """Data and model name their classes differently; the message has both names and the way to compare them anyway."""
 
 
 class EvaluationError(UbnZooError, ValueError):

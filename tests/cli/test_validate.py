@@ -109,7 +109,14 @@ def test_results_of_several_are_added(data: Path, run_folder: Path, tmp_path: Pa
     safetensors.torch.save_file(timm.create_model("resnet10t", num_classes=2).state_dict(), weights)
     changes: list[dict[str, Any]] = [
         {"run": run_folder, "ema": True},
-        {"model": "resnet10t", "checkpoint": weights, "img-size": 40, "crop-pct": 0.8, "amp": "bfloat16"},
+        {
+            "model": "resnet10t",
+            "checkpoint": weights,
+            "allow-class-mismatch": True,
+            "img-size": 40,
+            "crop-pct": 0.8,
+            "amp": "bfloat16",
+        },
         {"run": run_folder, "samples": 4, "split": "train"},
     ]
     for change in changes:
@@ -139,7 +146,15 @@ def test_the_command_says_what_is_wrong(
         (options(tmp_path / "absent", run=run_folder), "has none of validation, val, test"),
         (options(data, run=run_folder, split="val"), "has no val/ and no val.tar"),
         (options(tmp_path, run=run_folder), "unknown classes: cat; valid: vertical, horizontal"),
-        (options(tmp_path, model="regnetx_002_ubn.cifar10"), "received images of 1 classes (cat); valid: 10"),
+        (
+            options(data, model="regnetx_002_ubn.cifar10"),
+            "unknown classes: horizontal, vertical; valid: airplane, automobile, bird, cat, deer, dog, frog, horse, "
+            "ship, truck; if the model's outputs are these classes in this order, pass --allow-class-mismatch",
+        ),
+        (
+            options(data, model="regnetx_002_ubn.cifar10", **{"allow-class-mismatch": True}),
+            "received images of 2 classes (horizontal, vertical); valid: 10",
+        ),
         (options(data, run=run_folder, csv=tmp_path / "other.csv"), "has columns a, b"),
         (options(data, run=run_folder, device="tpu9"), "device: received 'tpu9'"),
         (options(data, run=run_folder, dataset="memory", **{"crop-pct": 0.5}), "dataset memory: received crop_pct 0.5"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tests.images import striped_images, write_image_folder
 from ubn_zoo.data.loaders import MemoryEval
 from ubn_zoo.data.memory import ImageSet, Normalizer
-from ubn_zoo.errors import DataError
+from ubn_zoo.errors import ClassMismatchError, DataError
 from ubn_zoo.evaluation.accuracy import (
     Accuracy,
     EvaluationError,
@@ -34,7 +34,8 @@ from ubn_zoo.evaluation.accuracy import (
     open_images,
     result_row,
 )
-from ubn_zoo.evaluation.subjects import load_subject
+from ubn_zoo.evaluation.evaluate import evaluate
+from ubn_zoo.evaluation.subjects import Subject, load_subject, subject_of
 from ubn_zoo.utils.distributed import Ranks
 
 NORMALIZE = Normalizer((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
@@ -179,6 +180,7 @@ def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> N
     images = write_image_folder(tmp_path / "images", 2, 11)
     arguments = ["--model", "resnet10t_ubn", "--checkpoint", str(checkpoint), "--data-dir", str(images)]
     arguments += ["--img-size", "32", "--batch-size", "4", "--workers", "0", "--csv", str(tmp_path / "results.csv")]
+    arguments.append("--allow-class-mismatch")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_LOG_LEVEL": "ERROR"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -197,7 +199,8 @@ def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> N
     with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as stream:
         (row,) = csv.DictReader(stream)
     subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
-    alone = measure(subject.model, open_images(subject, feed_of(subject, img_size=32), images, Ranks()), Ranks())
+    batches = open_images(subject, feed_of(subject, img_size=32), images, Ranks(), allow_class_mismatch=True)
+    alone = measure(subject.model, batches, Ranks())
     assert (row["images"], float(row["top1"])) == ("11", pytest.approx(alone.top1, abs=1e-4))
     assert float(row["loss"]) == pytest.approx(alone.loss, rel=1e-5)
 
@@ -312,11 +315,21 @@ def test_weights_that_do_not_fit_say_why(checkpoint: Path, tmp_path: Path) -> No
         load_subject("resnet10t_ubn", checkpoint=tmp_path / "weights.safetensors")
 
 
-def test_images_go_with_the_models_classes(checkpoint: Path, tmp_path: Path) -> None:
+def test_images_go_with_the_models_classes(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_image_folder(tmp_path / "data", 2, 6)
     subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
     feed = feed_of(subject, img_size=32)
-    assert open_images(subject, feed, root, Ranks()).classes == ("horizontal", "vertical")
+    with pytest.raises(ClassMismatchError, match="no names for its 2 classes, the data's are horizontal, vertical; if"):
+        open_images(subject, feed, root, Ranks())
+
+    def by_order(subject: Subject) -> tuple[str, ...]:
+        found = open_images(subject, feed, root, Ranks(), allow_class_mismatch=True)
+        (_, labels), *_ = found
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+        return found.classes
+
+    assert by_order(subject) == ("horizontal", "vertical")
+    assert "no names for its 2 classes; its outputs are taken to be horizontal, vertical" in caplog.text
 
     def named(*names: str) -> Any:
         return type(subject)(model=subject.model, name=subject.name, classes=names, sha256=None)
@@ -325,12 +338,32 @@ def test_images_go_with_the_models_classes(checkpoint: Path, tmp_path: Path) -> 
     assert labels.tolist() == [1, 1, 1, 0, 0, 0]
     with pytest.raises(DataError, match="unknown classes: vertical; valid: horizontal"):
         open_images(named("horizontal", "diagonal"), feed, root, Ranks())
+    assert by_order(named("horizontal", "diagonal")) == ("horizontal", "vertical")
+    assert "unknown classes: vertical; valid: horizontal, diagonal; its outputs are taken to be" in caplog.text
     (root / "test" / "third").mkdir()
     (root / "test" / "third" / "1.png").write_bytes((root / "test" / "vertical" / "001.png").read_bytes())
     with pytest.raises(
         EvaluationError, match=r"received images of 3 classes \(horizontal, third, vertical\); valid: 2"
     ):
-        open_images(subject, feed, root, Ranks())
+        open_images(subject, feed, root, Ranks(), allow_class_mismatch=True)
+
+
+def test_imagenet_models_without_names_find_their_outputs_by_wordnet_ids(tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "data", 2, 6)
+    for folder in root.iterdir():
+        (folder / "horizontal").rename(folder / "n11939491")
+        (folder / "vertical").rename(folder / "n01440764")
+    subject = subject_of(timm.create_model("resnet10t_ubn"))
+    (_, labels), *_ = open_images(subject, feed_of(subject, img_size=32), root, Ranks())
+    assert sorted(labels.tolist()) == [0, 0, 0, 985, 985, 985]
+
+
+def test_bundled_models_refuse_a_folder_of_other_classes(tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "data", 2, 6)
+    with pytest.raises(ClassMismatchError, match="unknown classes: horizontal, vertical; valid: airplane, automobile"):
+        evaluate("regnetx_002_ubn.cifar10", root)
+    other_head = timm.create_model("regnetx_002_ubn.cifar10", num_classes=2)
+    assert subject_of(other_head).classes == ()
 
 
 def test_results_are_added_to_timms_columns(checkpoint: Path, tmp_path: Path) -> None:

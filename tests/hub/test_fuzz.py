@@ -146,6 +146,7 @@ RECORD: dict[str, Any] = {
         "crop_mode": "center",
     },
     "num_classes": 10,
+    "label_names": [*"abcdefghij"],
     "license": "apache-2.0",
     "origin": {"data": "CIFAR-10", "trained": "by a command"},
     "recipe": {"name": "recipe.yaml", "sha256": "b" * 64},

@@ -40,6 +40,7 @@ def bundled() -> dict[str, Any]:
             "crop_mode": "center",
         },
         "num_classes": 10,
+        "label_names": [*"abcdefghij"],
         "license": "apache-2.0",
         "origin": {"data": "CIFAR-10", "trained": "ubn-zoo train"},
         "recipe": {"name": "cifar10_small", "sha256": "f" * 64},
@@ -91,7 +92,7 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 FIELDS = paths(bundled())
-NULLABLE = [("repo_id",), ("revision",), ("recipe",), ("metrics", 0, "measured", "commit")]
+NULLABLE = [("repo_id",), ("revision",), ("label_names",), ("recipe",), ("metrics", 0, "measured", "commit")]
 
 
 def test_packaged_manifest_is_the_one_at_the_root() -> None:
@@ -203,6 +204,10 @@ BAD_VALUES: list[tuple[tuple[Any, ...], object]] = [
     (("input", "crop_pct"), float("inf")),
     (("num_classes",), -1),
     (("num_classes",), 10**9),
+    (("label_names",), [*"abc"]),
+    (("label_names",), [*"abcdefghii"]),
+    (("label_names",), [*"abcdefghi", "x\n"]),
+    (("label_names",), [*"abcdefghi", 9]),
     (("license",), "see the file"),
     (("recipe", "sha256"), "f" * 40),
     (("metrics",), [{}] * 1001),

@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", dest="test_samples", type=int, metavar="N", help="use at most N images")
     parser.add_argument("--input-key", help="column or file extension of the image")
     parser.add_argument("--target-key", help="column of the class")
+    parser.add_argument(
+        "--allow-class-mismatch",
+        action="store_true",
+        help="where class names differ or the model has none, take the data's, in order, as the model's outputs",
+    )
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="image side (default: the model's test size)")
     parser.add_argument("--crop-pct", type=float, help="center crop over image side (default: the model's)")
     parser.add_argument("--batch-size", type=int, default=256, help="images per batch and process (default: 256)")
@@ -68,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
             options.data_dir,
             ranks=ranks,
             amp=getattr(torch, options.amp) if options.amp else None,
+            allow_class_mismatch=options.allow_class_mismatch,
             on_batch=progress,
             **{key: getattr(options, key) for key in data.split()},
         )

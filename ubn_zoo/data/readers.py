@@ -25,7 +25,7 @@ from ubn_zoo.data.images import open_image
 from ubn_zoo.data.memory import ImageSet
 from ubn_zoo.data.settings import DataSource
 from ubn_zoo.data.splits import hub_name, require_package, split_location
-from ubn_zoo.errors import DataError
+from ubn_zoo.errors import ClassMismatchError, DataError
 from ubn_zoo.utils.seeds import mixed_seed, seed_everything
 
 __all__ = [
@@ -218,7 +218,7 @@ def _known_classes(found: Sequence[str], classes: Sequence[str], where: str) -> 
         return {}
     extra = name_order(set(found) - set(known))
     if extra:
-        raise DataError(
+        raise ClassMismatchError(
             f"{where}: received images of unknown classes: {', '.join(extra[:10])}; "
             f"valid: {', '.join(list(classes)[:20])}{' ...' if len(known) > 20 else ''}"
         )

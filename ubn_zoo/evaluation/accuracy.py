@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from ubn_zoo.data.loaders import EvalBatches, open_eval
 from ubn_zoo.data.memory import Normalizer, resize
 from ubn_zoo.data.settings import Feed
-from ubn_zoo.errors import EvaluationError
+from ubn_zoo.errors import ClassMismatchError, EvaluationError
 from ubn_zoo.evaluation.subjects import Subject
 from ubn_zoo.recipes.schema import DATASETS, NAMED_DATASETS
 from ubn_zoo.utils.distributed import Ranks
@@ -34,7 +35,10 @@ __all__ = [
     "result_row",
 ]
 
+_logger = logging.getLogger(__name__)
+
 _BINS = 15
+_HINT = "if the model's outputs are these classes in this order, pass `allow_class_mismatch=True`"
 _RESIZES = ("bilinear", "bicubic")
 
 
@@ -268,35 +272,62 @@ def feed_of(
 
 
 def open_images(
-    subject: Subject, feed: Feed, data_dir: str | os.PathLike[str], ranks: Ranks, *, batch_size: int = 256
+    subject: Subject,
+    feed: Feed,
+    data_dir: str | os.PathLike[str],
+    ranks: Ranks,
+    *,
+    batch_size: int = 256,
+    allow_class_mismatch: bool = False,
 ) -> EvalBatches:
     """Open the images that a model is evaluated on.
 
+    Class names say which of the data's classes is which output of the model. A model of 1,000 classes without names has
+    ImageNet-1k's WordNet IDs. Data with labels but no names is taken as it is.
+
     Args:
-        subject: The model. Where it has names of classes, they say which folder is which output; else the folders are
-            its outputs in their order.
+        subject: The model.
         feed: How it is fed.
         data_dir: As for `open_eval`.
         ranks: This process.
         batch_size: Images at a time, on each rank.
+        allow_class_mismatch: Where the names differ or the model has none, take the data's classes, in the order of
+            their names, as the model's outputs, and log a warning.
 
     Raises:
-        DataError: The images cannot be used, or have a class that the model does not name.
-        EvaluationError: The model names no classes, and the images have another number of them.
+        ClassMismatchError: The data has classes that the model does not name, or the model has no names.
+        DataError: The images cannot be used.
+        EvaluationError: Classes are matched by order, and data and model have different numbers of them.
     """
-    test = open_eval(feed, data_dir, ranks, subject.classes, batch_size=batch_size, crop_mode=feed.crop_mode)
-    _check_classes(subject, feed, test.classes)
-    return test
 
+    def open_named(names: Sequence[str]) -> EvalBatches:
+        return open_eval(feed, data_dir, ranks, names, batch_size=batch_size, crop_mode=feed.crop_mode)
 
-def _check_classes(subject: Subject, feed: Feed, classes: tuple[str, ...]) -> None:
-    """Without names, the number of classes is all that tells whether images and model go together."""
-    if classes and not subject.classes and len(classes) != feed.num_classes:
+    names: Sequence[str] = subject.classes
+    if not names and feed.num_classes == 1000:
+        names = timm.data.ImageNetInfo("imagenet-1k").label_names()
+    problem = f"{subject.name} has no names for its {feed.num_classes} classes"
+    if names:
+        try:
+            return open_named(names)
+        except ClassMismatchError as error:
+            if not allow_class_mismatch:
+                raise ClassMismatchError(f"{error}; {_HINT}") from None
+            problem = str(error)
+    test = open_named(())
+    if not test.classes:
+        return test
+    shown = ", ".join(test.classes[:10]) + (", ..." if len(test.classes) > 10 else "")
+    if len(test.classes) != feed.num_classes:
         raise EvaluationError(
-            f"received images of {len(classes)} classes ({', '.join(classes[:10])}"
-            f"{', ...' if len(classes) > 10 else ''}); valid: {feed.num_classes}, the outputs of {subject.name}, "
-            "in its order"
+            f"received images of {len(test.classes)} classes ({shown}); valid: {feed.num_classes}, the outputs of "
+            f"{subject.name}, in its order"
         )
+    if not allow_class_mismatch:
+        raise ClassMismatchError(f"{problem}, the data's are {shown}; {_HINT}")
+    if ranks.first:
+        _logger.warning("%s; its outputs are taken to be %s", problem, shown)
+    return test
 
 
 def result_row(subject: Subject, feed: Feed, accuracy: Accuracy, **more: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def evaluate(
     batch_size: int = 256,
     amp: torch.dtype | None = None,
     csv: str | os.PathLike[str] | None = None,
+    allow_class_mismatch: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
     **data: Any,
 ) -> Accuracy:
@@ -45,6 +46,7 @@ def evaluate(
         batch_size: Images per batch, on each rank.
         amp: Autocast's dtype; None for the model's own precision.
         csv: Results file that gets a row.
+        allow_class_mismatch: As for `open_images`.
         on_batch: Called after every batch with the images done and their number, where the number is known.
         **data: ``img_size`` and ``crop_pct`` override the model's configuration; ``dataset``, ``test_split``,
             ``test_samples``, ``input_key``, ``target_key`` and ``workers`` are those of a recipe.
@@ -54,12 +56,15 @@ def evaluate(
 
     Raises:
         EvaluationError: The model cannot be loaded, or the images do not fit it.
+        ClassMismatchError: The data has classes that the model does not name, or the model has no names.
         DataError: The images cannot be used.
     """
     place = ranks or Ranks()
     subject = load_subject(model)
     feed = feed_of(subject, **data)
-    images = open_images(subject, feed, data_dir, place, batch_size=batch_size)
+    images = open_images(
+        subject, feed, data_dir, place, batch_size=batch_size, allow_class_mismatch=allow_class_mismatch
+    )
     total = images.images
 
     def show(done: int) -> None:

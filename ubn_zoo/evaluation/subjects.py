@@ -245,7 +245,9 @@ def _configuration(path: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _label_names(model: nn.Module) -> tuple[str, ...]:
-    return tuple(cast(Mapping[str, Any], model.pretrained_cfg).get("label_names") or ())
+    names = tuple(cast(Mapping[str, Any], model.pretrained_cfg).get("label_names") or ())
+    # A model with a new head keeps the configuration of the old one.
+    return names if len(names) == model.num_classes else ()
 
 
 def _sha256(path: Path) -> str:

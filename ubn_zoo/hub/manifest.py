@@ -267,6 +267,7 @@ class Record:
         params: Number of parameters of the model.
         input: The preprocessing of images that the model expects.
         num_classes: Number of outputs of the classifier; 0 if the model has no classifier.
+        label_names: Names of the classes in the order of the outputs; None if unknown, or more than 1,000.
         license: SPDX identifier of the weights' license.
         origin: Where the weights come from.
         recipe: The training recipe; None for weights that this project did not train.
@@ -289,6 +290,7 @@ class Record:
     params: int
     input: InputSpec
     num_classes: int
+    label_names: tuple[str, ...] | None
     license: str
     origin: Origin
     recipe: RecipeReference | None
@@ -316,6 +318,12 @@ class Record:
             _fail("bytes", self.bytes, f"at least one byte for each of the {self.params} parameters")
         _check_instance("input", self.input, InputSpec)
         _check_integer("num_classes", self.num_classes, 0, MAX_CLASSES)
+        if self.label_names is not None:
+            _check_tuple("label_names", self.label_names, length=self.num_classes)
+            for index, label in enumerate(self.label_names):
+                _check_text(f"label_names[{index}]", label)
+            if len(set(self.label_names)) < self.num_classes:
+                _fail("label_names", self.label_names, "a different name for each class")
         _check_text("license", self.license, pattern=_LICENSE, valid="a license identifier such as apache-2.0")
         _check_instance("origin", self.origin, Origin)
         if self.recipe is not None:

@@ -16,7 +16,7 @@ import types
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.models import DefaultCfg, PretrainedCfg, register_model
@@ -59,6 +59,7 @@ def _native_cfg(record: Record, upstream: PretrainedCfg) -> PretrainedCfg:
         mean=record.input.mean,
         std=record.input.std,
         num_classes=record.num_classes,
+        label_names=cast(Any, record.label_names),  # timm's annotation is that of one name
         pool_size=_pool_size(record, upstream),
         first_conv=upstream.first_conv,
         classifier=upstream.classifier,

@@ -107,7 +107,8 @@ def bundle(
             f"{MAX_BYTES_IN_ALL:,}; half=True stores float16"
         )
     ranks = Ranks()
-    found = measure(model.to(memory_format=torch.channels_last), open_eval(recipe, data_dir, ranks), ranks)
+    test = open_eval(recipe, data_dir, ranks)
+    found = measure(model.to(memory_format=torch.channels_last), test, ranks)
     name = f"{architecture}.{tag}"
     validate = f"ubn-zoo validate --model {name} --data-dir DIR"
     classes = recipe.num_classes
@@ -148,6 +149,7 @@ def bundle(
                 "crop_mode": "center",
             },
             "num_classes": recipe.num_classes,
+            "label_names": list(test.classes) if len(test.classes) == recipe.num_classes else None,
             "license": "apache-2.0",
             "origin": {"data": origin, "trained": f"by this project from scratch: {trained}"},
             "recipe": {

@@ -20,7 +20,7 @@ from ubn_zoo.release.run_record import Base
 from ubn_zoo.release.sanitize import code, escape
 from ubn_zoo.release.source import Source
 
-__all__ = ["card_text", "dataset_id", "shown_pictures", "validate_command"]
+__all__ = ["card_text", "class_names", "dataset_id", "shown_pictures", "validate_command"]
 
 _TOP1 = "Top-1 accuracy (%)"
 _NOT_RECORDED = "not recorded"
@@ -131,7 +131,7 @@ def _metadata(record: Record, source: Source) -> ModelCardData:
 
 
 def _facts(record: Record, source: Source) -> dict[str, str]:
-    classes = _classes(source)
+    classes = class_names(source)
     more = [f"and {len(classes) - _SHOWN_CLASSES} more"] if len(classes) > _SHOWN_CLASSES else []
     names = f" ({', '.join([*map(escape, classes[:_SHOWN_CLASSES]), *more])})" if _named(classes) else ""
     recipe = source.parsed_recipe
@@ -174,7 +174,8 @@ def _base(base: Base | None, *, trained: bool) -> str:
     return where + name + (f", SHA-256 {code(base.sha256)}" if base.sha256 else "")
 
 
-def _classes(source: Source) -> tuple[str, ...]:
+def class_names(source: Source) -> tuple[str, ...]:
+    """Names of the classes, from the run's record or config.json; empty if there are none."""
     if source.facts is not None and source.facts.classes:
         return source.facts.classes
     return tuple(map(str, source.labels.get("label_names") or ()))

@@ -22,6 +22,7 @@ from torch import nn
 
 from ubn_zoo.errors import CheckpointError, ManifestError, NotRecordedError, PublishError, RecipeError
 from ubn_zoo.hub.manifest import (
+    MAX_ITEMS,
     PACKAGED_MANIFEST,
     Record,
     add_record,
@@ -32,7 +33,7 @@ from ubn_zoo.hub.manifest import (
 )
 from ubn_zoo.models.weights import check_state_dict
 from ubn_zoo.recipes.schema import parse_recipe
-from ubn_zoo.release.card import card_text, validate_command
+from ubn_zoo.release.card import card_text, class_names, validate_command
 from ubn_zoo.release.remeasure import agrees, measure_files
 from ubn_zoo.release.repository import CARD, CONFIG, File, Repository
 from ubn_zoo.release.sanitize import find_secret
@@ -349,6 +350,7 @@ def _draft(found: Source, model: nn.Module, cfg: Mapping[str, Any], repo_id: str
     if found.recipe is not None:
         recipe = {"name": found.recipe_name, "sha256": hashlib.sha256(found.recipe).hexdigest()}
     tag = found.tag or UNKNOWN
+    names = class_names(found)
     return {
         "id": f"{found.architecture}.{tag}",
         "architecture": found.architecture,
@@ -369,6 +371,7 @@ def _draft(found: Source, model: nn.Module, cfg: Mapping[str, Any], repo_id: str
             "crop_mode": cfg["crop_mode"],
         },
         "num_classes": model.num_classes,
+        "label_names": list(names) if 0 < len(names) <= MAX_ITEMS else None,
         "license": found.license or UNKNOWN,
         "origin": {"data": found.data or UNKNOWN, "trained": found.trained or "as its recipe says"},
         "recipe": recipe,
