@@ -34,6 +34,11 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_XET="1",
+    # Tests that switch Xet on have a storage that does not decompress, and no time for the client's patience.
+    HF_XET_CLIENT_RETRY_BASE_DELAY="10ms",
+    HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="2",
+    HF_XET_DATA_XORB_COMPRESSION_POLICY="none",
+    HF_XET_TELEMETRY_ENABLED="false",
     MPLBACKEND="Agg",
     MPLCONFIGDIR=str(_HOME / "matplotlib"),
     # torchrun leaves a folder of logs behind.

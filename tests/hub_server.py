@@ -17,6 +17,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
 
+from tests import xet
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -100,6 +102,10 @@ class HubServer:
 
     Large files are on another host name and port, as the real Hub keeps them with a storage provider: the client treats
     an address elsewhere differently, above all it must not send its token there.
+
+    Attributes:
+        part_size: Large files of more bytes are uploaded in parts of that many; None for single requests.
+        xet: Xet's storage; None for a server without Xet.
     """
 
     def __init__(self) -> None:
@@ -128,6 +134,9 @@ class HubServer:
         self.ranges = True
         self.token: str | None = None
         self.objects: dict[str, bytes] = {}
+        self.part_size: int | None = None
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.xet: xet.Storage | None = None
 
     def create(self, repo_id: str, files: dict[str, bytes]) -> str:
         """Add a repository with one commit on main, and give the commit's revision."""
@@ -174,6 +183,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer takes 40 ms, because headers and body are sent apart
     server: _Server
 
     def log_message(self, format: str, *args: object) -> None:
@@ -222,10 +232,23 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)", self._info),
             (r"/api/resolve-cache/models/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)", self._small),
             (r"/lfs/([0-9a-f]{64})", self._large),
+            (r"/api/models/([^/]+/[^/]+)/xet-(read|write)-token/([^/]+)", self._xet_token),
+            (r"/cas/v1/reconstructions/([0-9a-f]{64})", self._xet_reconstruction),
+            (r"/cas/xorb/([0-9a-f]{64})", self._xet_range),
             (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
         ]
         if self.command == "PUT":
-            routes = [(r"/lfs/([0-9a-f]{64})", self._store)]
+            routes = [
+                (r"/lfs/([0-9a-f]{64})", self._store),
+                (r"/parts/([0-9a-f]{64})/([0-9]+)", self._store_part),
+            ]
+        elif self.command == "POST" and "Signature=" in parts.query:
+            routes = [(r"/complete/([0-9a-f]{64})", self._complete)]
+        elif self.command == "POST" and path.startswith("/cas/"):
+            if self.headers.get("Authorization") != f"Bearer {xet.TOKEN}":
+                self._error(401, "", "not the token of the storage")
+                return
+            routes = [(r"/cas/v1/xorbs/default/([0-9a-f]{64})", self._xet_xorb), (r"/cas/v1/shards", self._xet_shard)]
         elif self.command == "POST":
             if self.hub.token is not None and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
                 self._error(401, "", "Invalid username or password.")
@@ -278,6 +301,10 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(content)),
             "Location": f"{self.hub.storage}/lfs/{sha256(content)}?X-Amz-Signature=secret",
         }
+        file = None if self.hub.xet is None else self.hub.xet.by_sha256.get(sha256(content))
+        if file is not None:
+            headers["X-Xet-Hash"] = file
+            headers["X-Xet-Refresh-Route"] = f"{self.hub.endpoint}/api/models/{repo_id}/xet-read-token/{commit}"
         self._send(302, headers, b"Found")
 
     def _small(self, repo_id: str, commit: str, path: str) -> None:
@@ -368,11 +395,82 @@ class _Handler(BaseHTTPRequestHandler):
             answer = {"oid": wanted["oid"], "size": wanted["size"]}
             if self.hub.blob(wanted["oid"]) is None:
                 answer["actions"] = {
-                    "upload": {"href": f"{self.hub.storage}/lfs/{wanted['oid']}?X-Amz-Signature=secret"},
+                    "upload": self._upload_action(wanted["oid"], wanted["size"]),
                     "verify": {"href": f"{self.hub.endpoint}/{repo_id}.git/info/lfs/objects/verify"},
                 }
             answers.append(answer)
         self._send_json({"transfer": "basic", "objects": answers})
+
+    def _upload_action(self, oid: str, size: int) -> dict[str, object]:
+        """Where to send a large file: to one address, or in parts to one address each and then a last request."""
+        signature, part_size = "X-Amz-Signature=secret", self.hub.part_size
+        if part_size is None or size <= part_size:
+            return {"href": f"{self.hub.storage}/lfs/{oid}?{signature}"}
+        numbers = range(1, -(-size // part_size) + 1)
+        addresses = {str(number): f"{self.hub.storage}/parts/{oid}/{number}?{signature}" for number in numbers}
+        header = {"chunk_size": str(part_size), **addresses}
+        return {"href": f"{self.hub.endpoint}/complete/{oid}?{signature}", "header": header}
+
+    def _store_part(self, oid: str, number: str) -> None:
+        self.hub.parts[oid, int(number)] = self.body
+        self._send(200, {"ETag": f'"{git_oid(self.body)}"'}, b"")
+
+    def _complete(self, oid: str) -> None:
+        """Put a file together from its parts, in the order and with the hashes that the client names."""
+        named = [(part["partNumber"], part["etag"]) for part in json.loads(self.body)["parts"]]
+        stored = [self.hub.parts.get((oid, number), b"") for number, _ in named]
+        content = b"".join(stored)
+        if [f'"{git_oid(part)}"' for part in stored] != [etag for _, etag in named] or sha256(content) != oid:
+            self._error(400, "", "the parts are not those of the file")
+            return
+        self.hub.objects[oid] = content
+        self._send_json({})
+
+    def _xet_token(self, repo_id: str, kind: str, revision: str) -> None:
+        if self.hub.xet is None:
+            self._error(404, "", "no Xet here")
+        elif self.hub.token is not None and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self._error(401, "", "Invalid username or password.")
+        else:
+            expiry, address = int(time.time()) + 3600, f"{self.hub.storage}/cas"
+            headers = {
+                "X-Xet-Cas-Url": address,
+                "X-Xet-Access-Token": xet.TOKEN,
+                "X-Xet-Token-Expiration": str(expiry),
+            }
+            self._send_json({"accessToken": xet.TOKEN, "exp": expiry, "casUrl": address}, headers)
+
+    def _xet_xorb(self, name: str) -> None:
+        assert self.hub.xet is not None
+        self.hub.xet.xorbs[name] = self.body
+        self._send_json({"was_inserted": True})
+
+    def _xet_shard(self) -> None:
+        assert self.hub.xet is not None
+        try:
+            contents = self.hub.xet.add_shard(self.body)
+        except (KeyError, ValueError) as error:
+            self._error(400, "", str(error))
+            return
+        self.hub.objects.update({sha256(content): content for content in contents})
+        self._send_json({"result": 1})
+
+    def _xet_reconstruction(self, file: str) -> None:
+        assert self.hub.xet is not None
+        start = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "bytes=0-")
+        if start and int(start[1]) >= len(self.hub.xet.content(file)):
+            self._error(416, "", "past the end")
+            return
+        self._send_json(self.hub.xet.reconstruction(file, f"{self.hub.storage}/cas"))
+
+    def _xet_range(self, name: str) -> None:
+        assert self.hub.xet is not None
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        assert match is not None
+        start, end = int(match[1]), int(match[2])
+        content = self.hub.xet.xorbs[name]
+        content_range = f"bytes {start}-{end}/{len(content)}"
+        self._send(206, {"Content-Range": content_range}, content[start : end + 1])
 
     def _store(self, oid: str) -> None:
         if sha256(self.body) != oid:

@@ -69,6 +69,10 @@ _Response: type[Any] = vars(errors)["Response"]
 
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"]*@")
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^?\s'\"]*)\?[^\s'\"]*")
+# hf_xet reports the status of an answer only as text.
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
+_XET_TOKEN = re.compile(r"/xet-(read|write)-token/")
+_WITHOUT_XET = "Set HF_HUB_DISABLE_XET=1 to transfer files without Xet, which a server or mirror may not have"
 _SHOWN = 200  # characters of an answer or a foreign message that an error quotes
 
 _logger = logging.getLogger(__name__)
@@ -213,6 +217,8 @@ def raise_if_permanent(error: Exception, subject: str, advice: Advice) -> None:
         raise HubError(f"{subject}: {endpoint()} does not answer like a Hub; check HF_ENDPOINT") from traceable(error)
     if isinstance(error, HfHubHTTPError):
         _raise_if_permanent_answer(error, subject, advice)
+    elif _xet_status(error) is not None:
+        _raise_if_permanent_xet(error, subject, advice)
     elif type(error).__name__ == "UnsupportedProtocol":
         _raise_unsupported(error, subject)
     elif isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
@@ -242,7 +248,26 @@ def _raise_if_permanent_answer(error: HfHubHTTPError, subject: str, advice: Advi
     if status in (401, 403):
         raise HubAccessError(f"{subject}: the Hub refuses access (HTTP {status}); {advice.login}") from cause
     if status < 500 and status not in TEMPORARY_STATUS:
-        raise HubError(f"{subject}: {_describe_answer(error.response, error.server_message)}") from cause
+        advised = f". {_WITHOUT_XET}" if _XET_TOKEN.search(str(error.response.url)) else ""
+        raise HubError(f"{subject}: {_describe_answer(error.response, error.server_message)}{advised}") from cause
+
+
+def _xet_status(error: Exception) -> int | None:
+    """The status of the answer that stopped a transfer by Xet; None for other errors."""
+    found = _XET_STATUS.search(str(error)) if isinstance(error, (OSError, RuntimeError)) else None
+    return None if found is None else int(found[1])
+
+
+def _raise_if_permanent_xet(error: Exception, subject: str, advice: Advice) -> None:
+    status = _xet_status(error) or 0
+    if status in (401, 403):
+        raise HubAccessError(
+            f"{subject}: the Hub refuses access to its Xet storage (HTTP {status}); {advice.login}"
+        ) from traceable(error)
+    if status < 500 and status not in TEMPORARY_STATUS:
+        raise HubError(
+            f"{subject}: the transfer by Xet fails ({describe_failure(error)}). {_WITHOUT_XET}"
+        ) from traceable(error)
 
 
 def _raise_unsupported(error: Exception, subject: str) -> NoReturn:
@@ -255,13 +280,18 @@ def _raise_unsupported(error: Exception, subject: str) -> NoReturn:
 
 
 def _raise_unexpected(error: Exception, subject: str) -> NoReturn:
-    """Raise what it means that huggingface_hub could not read an answer; other errors are raised as they are."""
+    """Raise what it means that huggingface_hub could not use an answer; other errors are raised as they are."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     answer = _answer(error)
-    if answer is None:
+    if answer is not None:
+        reason = f"{_describe_answer(answer, None)}, which cannot be read"
+    elif frames and frames[-1].f_globals.get("__name__", "").startswith("huggingface_hub."):
+        reason = "huggingface_hub cannot follow the Hub's answer"
+    else:
         raise error
     raise HubError(
-        f"{subject}: {_describe_answer(answer, None)}, which cannot be read ({type(error).__name__}: {error}); "
-        "check HF_ENDPOINT, and that huggingface_hub is up to date"
+        f"{subject}: {reason} ({type(error).__name__}: {redact(str(error))[:_SHOWN]}); check HF_ENDPOINT, and that "
+        "huggingface_hub is up to date"
     ) from traceable(error)
 
 
