@@ -11,7 +11,9 @@ import pytest
 import timm
 import torch
 
-from research.experiments import EXPERIMENTS, Experiment, load, page, plan
+from research.experiments.grid import Grid, list_grids, load_grid, plan
+from research.experiments.report import page
+from research.experiments.tables import load
 from ubn_zoo.evaluation.evaluate import evaluate
 from ubn_zoo.hub.manifest import Record, bundled_path, load_manifest
 from ubn_zoo.recipes.schema import recipe_path, recipe_sha256
@@ -21,7 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
 CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10.tar.xz"
 BUNDLED = [record for record in load_manifest() if record.source == "bundled"]
-MEASURED = [experiment for experiment in EXPERIMENTS if (RESULTS / f"{experiment.name}.csv").is_file()]
+MEASURED = [load_grid(name) for name in list_grids() if (RESULTS / f"{name}.csv").is_file()]
 
 
 def test_there_is_something_to_check() -> None:
@@ -34,7 +36,7 @@ def test_there_is_something_to_check() -> None:
 
 
 @pytest.mark.parametrize("experiment", MEASURED, ids=lambda experiment: experiment.name)
-def test_tables_hold_whole_runs_of_all_that_was_planned(experiment: Experiment) -> None:
+def test_tables_hold_whole_runs_of_all_that_was_planned(experiment: Grid) -> None:
     found = load(experiment, RESULTS)
     assert list(found.runs) == list(experiment.variants)
     for planned in plan(experiment, "runs"):

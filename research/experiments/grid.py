@@ -17,7 +17,7 @@ import yaml
 from ubn_zoo.errors import RecipeError
 from ubn_zoo.recipes.schema import Recipe, apply_settings, load_recipe
 
-__all__ = ["GRIDS", "Cell", "Grid", "Planned", "grid_path", "list_grids", "load_grid", "plan"]
+__all__ = ["GRIDS", "Cell", "Grid", "Planned", "grid_path", "list_grids", "load_grid", "plan", "settings"]
 
 GRIDS = Path(__file__).resolve().parent / "grids"
 # Not a setting of recipes: channels per group of the GroupNorm that replaces every norm layer.
@@ -220,7 +220,8 @@ def _slug(label: str) -> str:
     return "_".join(kept.split())
 
 
-def _settings(values: Mapping[str, Any]) -> list[str]:
+def settings(values: Mapping[str, Any]) -> list[str]:
+    """Values by key as the ``key=value`` settings of a recipe."""
     return [
         f"{key}={yaml.safe_dump(value, default_flow_style=True).partition(chr(10))[0]}" for key, value in values.items()
     ]
@@ -240,18 +241,16 @@ def plan(grid: Grid, runs: str | os.PathLike[str]) -> tuple[Planned, ...]:
     Raises:
         RecipeError: A setting is not valid, or two runs would share a folder.
     """
-    base = apply_settings(load_recipe(grid.recipe), _settings(grid.settings))
+    base = apply_settings(load_recipe(grid.recipe), settings(grid.settings))
     planned = []
     for seed, cell, (variant, given), choice in itertools.product(
         grid.seeds, grid.cells(), grid.variants.items(), grid.choices()
     ):
-        settings = {**cell.settings, **choice, **given}
-        group_norm = settings.pop(GROUP_NORM, None)
-        filled = [
-            setting.replace("{runs}", os.fspath(runs)).replace("{seed}", str(seed)) for setting in _settings(settings)
-        ]
+        changes = {**cell.settings, **choice, **given}
+        group_norm = changes.pop(GROUP_NORM, None)
         if group_norm is not None:
-            filled.append("probe_images=0")  # the probe looks for BatchNorm and UBN
+            changes["probe_images"] = 0  # the probe looks for BatchNorm and UBN
+        filled = [text.replace("{runs}", os.fspath(runs)).replace("{seed}", str(seed)) for text in settings(changes)]
         parts = [cell.label(variant), *(f"{key}{value}" for key, value in choice.items())]
         planned.append(
             Planned(

@@ -171,7 +171,7 @@ def _memory(folder: Path, exif_rotation: bool) -> ImageSet:
 
 
 def _train_one(planned: Planned, data: Path, folder: Path) -> bool:
-    """Train one run; return whether it finished."""
+    """Train one run; return whether to train the next: it finished, and no signal asked to stop."""
     recipe, batches = complete(planned.recipe), None
     if recipe.dataset == "memory":
         # Decoded once per process, not once per run.
@@ -181,7 +181,7 @@ def _train_one(planned: Planned, data: Path, folder: Path) -> bool:
     done = run(planned.recipe, data, folder, data=batches, build=functools.partial(_build, planned), plots=False)
     if done.finished:
         print(f"{planned.folder}: held-out top-1 {done.metrics[-1].top1:.2f} %", flush=True)
-    return done.finished
+    return done.finished and done.stopped_by is None
 
 
 def _work(grid: Grid, wanted: Sequence[Planned], data: Path, runs: Path, nice: int) -> bool:

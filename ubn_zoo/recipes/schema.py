@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import os
 import typing
@@ -75,6 +76,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+@functools.cache
+def _types() -> Mapping[str, Any]:
+    """The type of every key."""
+    return typing.get_type_hints(Recipe)
+
+
 def _unknown_key(key: object) -> NoReturn:
     names = [field.name for field in dataclasses.fields(Recipe)]
     similar = difflib.get_close_matches(str(key), names, n=1)
@@ -83,7 +90,7 @@ def _unknown_key(key: object) -> NoReturn:
 
 
 def _build(values: Mapping[Any, Any]) -> Recipe:
-    types_by_name = typing.get_type_hints(Recipe)
+    types_by_name = _types()
     for key in values:
         if key not in types_by_name:
             _unknown_key(key)
@@ -122,7 +129,7 @@ def _read_settings(settings: Iterable[str]) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         if not equals:
             raise RecipeError(f"received {setting!r}; valid: key=value")
-        if key not in typing.get_type_hints(Recipe):
+        if key not in _types():
             _unknown_key(key)
         try:
             given[key] = yaml.safe_load(text)
