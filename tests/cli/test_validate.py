@@ -86,7 +86,7 @@ def test_a_run_is_measured_by_its_own_configuration(
     dataset: str, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "results.csv"
-    assert validate(options(data, run=run_folder, csv=table, dataset=dataset)) == 0
+    assert validate(options(data, run=run_folder, results=table, dataset=dataset)) == 0
     logits, labels = logits_of(run_folder, data)
     (row,) = rows(table)
     top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
@@ -95,8 +95,8 @@ def test_a_run_is_measured_by_its_own_configuration(
     loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
     assert float(row["loss"]) == pytest.approx(loss, rel=1e-4)
     assert (row["model"], row["img_size"], row["images"], row["top5"]) == (MODEL, "32", str(IMAGES), "")
-    assert (row["device"], row["torch"], row["amp"]) == ("cpu", torch.__version__, "")
-    assert len(row["sha256"]) == len(row["data"]) == 64
+    assert (row["hardware"], row["torch"], row["amp"]) == ("cpu", torch.__version__, "")
+    assert len(row["weights_sha256"]) == len(row["data_sha256"]) == 64
     printed = capsys.readouterr().out
     assert printed.startswith(f"{MODEL}: top-1 {top1:.2f} %, loss {loss:.4f}, calibration error ")
     assert printed.endswith(f"{IMAGES} images\n")
@@ -120,7 +120,7 @@ def test_results_of_several_are_added(data: Path, run_folder: Path, tmp_path: Pa
         {"run": run_folder, "samples": 4, "split": "train"},
     ]
     for change in changes:
-        assert validate(options(data, csv=table, **change)) == 0
+        assert validate(options(data, results=table, **change)) == 0
     averaged, other, few = rows(table)
     # All weights are zero, so all classes are equally probable.
     assert float(averaged["loss"]) == pytest.approx(float(numpy.log(2)), abs=1e-6)
@@ -131,7 +131,7 @@ def test_results_of_several_are_added(data: Path, run_folder: Path, tmp_path: Pa
         "bfloat16",
     )
     assert few["images"] == "2"
-    assert len({row["sha256"] for row in rows(table)}) == 3
+    assert len({row["weights_sha256"] for row in rows(table)}) == 3
 
 
 def test_the_command_says_what_is_wrong(
@@ -155,7 +155,7 @@ def test_the_command_says_what_is_wrong(
             options(data, model="regnetx_002_ubn.cifar10", **{"allow-class-mismatch": True}),
             "received images of 2 classes (horizontal, vertical); valid: 10",
         ),
-        (options(data, run=run_folder, csv=tmp_path / "other.csv"), "has columns a, b"),
+        (options(data, run=run_folder, results=tmp_path / "other.csv"), "received the columns a, b"),
         (options(data, run=run_folder, device="tpu9"), "device: received 'tpu9'"),
         (options(data, run=run_folder, dataset="memory", **{"crop-pct": 0.5}), "dataset memory: received crop_pct 0.5"),
         (options(data, run=run_folder, dataset="files"), "dataset: received 'files'; valid: "),
@@ -173,5 +173,9 @@ def test_the_command_says_what_is_wrong(
 def test_the_script_runs_by_itself(data: Path, run_folder: Path) -> None:
     command = [sys.executable, "scripts/validate.py", *options(data, run=run_folder, threads=1)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"{MODEL}: {IMAGES} images of {data}, test; classes by name, 2 of 2 outputs; 32 pixels, crop_pct 1 center, "
+        f"bilinear, mean 0.5,0.5,0.5, std 0.25,0.25,0.25, from {run_folder / 'config.json'}\n"
+    )
     assert done.stdout.startswith(f"{MODEL}: top-1 ")

@@ -26,16 +26,13 @@ from ubn_zoo.errors import ClassMismatchError, DataError
 from ubn_zoo.evaluation.accuracy import (
     Accuracy,
     EvaluationError,
-    append_result,
-    feed_of,
     logits_as_configured,
     logits_of,
     measure,
-    open_images,
-    result_row,
 )
 from ubn_zoo.evaluation.evaluate import evaluate
 from ubn_zoo.evaluation.subjects import Subject, load_subject, subject_of
+from ubn_zoo.evaluation.test_sets import feed_of, open_images
 from ubn_zoo.utils.distributed import Ranks
 
 NORMALIZE = Normalizer((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
@@ -179,7 +176,7 @@ def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> N
     (tmp_path / "script.py").write_text(RANK_SCRIPT, encoding="utf-8")
     images = write_image_folder(tmp_path / "images", 2, 11)
     arguments = ["--model", "resnet10t_ubn", "--checkpoint", str(checkpoint), "--data-dir", str(images)]
-    arguments += ["--img-size", "32", "--batch-size", "4", "--workers", "0", "--csv", str(tmp_path / "results.csv")]
+    arguments += ["--img-size", "32", "--batch-size", "4", "--workers", "0", "--results", str(tmp_path / "results.csv")]
     arguments.append("--allow-class-mismatch")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_LOG_LEVEL": "ERROR"}
@@ -364,27 +361,3 @@ def test_bundled_models_refuse_a_folder_of_other_classes(tmp_path: Path) -> None
         evaluate("regnetx_002_ubn.cifar10", root)
     other_head = timm.create_model("regnetx_002_ubn.cifar10", num_classes=2)
     assert subject_of(other_head).classes == ()
-
-
-def test_results_are_added_to_timms_columns(checkpoint: Path, tmp_path: Path) -> None:
-    subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
-    found = Accuracy(top1=61.23456, top5=None, loss=1.2345678, calibration_error=3.14159, images=8)
-    row = result_row(subject, feed_of(subject, img_size=32), found, device="cpu")
-    timms = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
-    assert list(row) == [*timms, "loss", "calibration_error", "images", "sha256", "device"]
-    path = tmp_path / "results.csv"
-    append_result(path, row)
-    append_result(path, {**row, "top5": 90.5})
-    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
-    append_result(path, row)
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [entry["top5"] for entry in rows] == ["", "90.5", ""]
-    assert (rows[0]["top1"], rows[0]["top1_err"], rows[0]["loss"]) == ("61.2346", "38.7654", "1.234568")
-    assert float(rows[0]["param_count"]) == pytest.approx(
-        sum(parameter.numel() for parameter in subject.model.parameters()) / 1e6, abs=0.005
-    )
-    with pytest.raises(EvaluationError, match=r"results\.csv has columns model, .*; valid: model; use another file"):
-        append_result(path, {"model": "x"})
-    with pytest.raises(EvaluationError, match="nowhere"):
-        append_result(tmp_path / "nowhere" / "results.csv", row)

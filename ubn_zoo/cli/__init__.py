@@ -5,7 +5,7 @@ text of ``--help``; its first line is the summary), ``add_arguments(parser)`` an
 exit code. Commands parse and print; the work is done elsewhere, and imported when the command runs.
 
 Exit codes: 0 success; 1 the command failed, with one message and no traceback; 2 the command line is wrong; 3
-`predict` left out images that it could not read; 130 interrupted.
+`predict` left out images that it could not read, or `validate` failed for some of its models; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -20,7 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ubn_zoo.data.memory import ImageSet, Normalizer, image_set_fingerprint, open_memory, random_crop_flip, resize
-from ubn_zoo.data.readers import Samples, open_reader, reader_classes, reader_fingerprint, relabel, relabel_images
+from ubn_zoo.data.readers import (
+    Labeler,
+    Samples,
+    file_name,
+    labels_as_trained,
+    open_reader,
+    reader_classes,
+    reader_fingerprint,
+    relabel,
+    relabel_images,
+)
 from ubn_zoo.data.settings import DataSource, EvalSettings
 from ubn_zoo.data.streams import Stream, check_shards, open_stream, stream_fingerprint, stream_images
 from ubn_zoo.data.transforms import eval_input, eval_transform, normalization, train_input, train_transform
@@ -81,6 +91,10 @@ class EvalBatches(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; empty where the data does not name them."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of this rank's images in the order of iteration; empty for streams."""
 
     @property
     def fingerprint(self) -> str:
@@ -225,6 +239,7 @@ class MemoryEval:
         self._batch_size = batch_size
         self.images = len(self._data)
         self.classes = data.classes
+        self.files = self._data.files[self._share.start : self._share.stop]
         self.fingerprint = image_set_fingerprint(self._data)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -248,8 +263,7 @@ def _check_square(data: ImageSet) -> None:
 def _chosen(data: ImageSet, wanted: int | None) -> ImageSet:
     if wanted is None or wanted >= len(data):
         return data
-    chosen = torch.tensor(_spread(len(data), wanted))
-    return ImageSet(data.images[chosen], data.labels[chosen], data.classes)
+    return data.select(torch.tensor(_spread(len(data), wanted)))
 
 
 class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
@@ -365,8 +379,12 @@ class _ReaderEval:
         self.images = len(indices)
         self.classes = reader_classes(reader)
         self.fingerprint = reader_fingerprint(reader, indices)
-        mine = [indices[place] for place in ranks.share(len(indices))]
-        self._loader = self._load(mine, batch_size, _useful_workers(recipe.workers))
+        self._mine = [indices[place] for place in ranks.share(len(indices))]
+        self._loader = self._load(self._mine, batch_size, _useful_workers(recipe.workers))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(file_name(self._reader, index) for index in self._mine)
 
     def _load(self, indices: list[int], batch_size: int, workers: int) -> PrefetchLoader:
         loader = _loader(
@@ -423,6 +441,8 @@ class _StreamEval:
 
     So no image counts twice.
     """
+
+    files: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -500,7 +520,7 @@ def open_eval(
     recipe: EvalSettings,
     data_dir: str | os.PathLike[str],
     ranks: Ranks,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] | Labeler = (),
     *,
     batch_size: int = 256,
     crop_mode: str | None = None,
@@ -512,7 +532,8 @@ def open_eval(
         data_dir: As for `open_train`.
         ranks: This process.
         classes: Names of the classes in the order of their labels, as training has them; by default those of the
-            held-out images. Labels that the data gives as numbers without names are taken as they are.
+            held-out images. Or a function that gives labels to the names of their classes. Labels that the data gives
+            as numbers without names are taken as they are.
         batch_size: Images at a time, on each rank.
         crop_mode: timm's way of cropping: ``center``, ``squash`` or ``border``; None for ``center``.
 
@@ -521,16 +542,16 @@ def open_eval(
     """
     source = DataSource.of(recipe, data_dir)
     split = recipe.test_split or source.eval_split()
-    where = f"{source.place}, {split}"
+    labeler = classes if callable(classes) else labels_as_trained(classes, f"{source.place}, {split}")
     if source.kind == "memory":
-        data = relabel_images(open_memory(source.root / split, source.exif_rotation), classes, where)
+        data = relabel_images(open_memory(source.root / split, source.exif_rotation), labeler)
         return MemoryEval(recipe, data, ranks, batch_size)
     if source.kind in ("wds", "hfids"):
         dataset, name = open_stream(source, split, samples=recipe.test_samples, batch_size=None, seed=recipe.seed)
-        relabel(dataset.reader, classes, where)
+        relabel(dataset.reader, labeler)
         return _StreamEval(recipe, dataset, name, ranks, batch_size, crop_mode)
     reader = open_reader(source, split)
-    relabel(reader, classes, where)
+    relabel(reader, labeler)
     return _ReaderEval(recipe, reader, ranks, batch_size, crop_mode)
 
 

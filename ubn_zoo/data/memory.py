@@ -36,6 +36,7 @@ class ImageSet:
         images: (N, 3, H, W), uint8, RGB.
         labels: (N,), int64, indices into ``classes``.
         classes: Names of the classes.
+        files: Names of the images' files; empty if they have none.
 
     Raises:
         ValueError: Shapes, dtypes or labels do not match.
@@ -44,6 +45,7 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
@@ -58,6 +60,21 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def select(self, chosen: Tensor, labels: Tensor | None = None, classes: tuple[str, ...] | None = None) -> ImageSet:
+        """Some of the images, in another order or with other labels.
+
+        Args:
+            chosen: Their indices, (n,), int64.
+            labels: Their labels, (n,); by default those that they have.
+            classes: Names of the classes of `labels`.
+        """
+        return ImageSet(
+            self.images[chosen],
+            self.labels[chosen] if labels is None else labels,
+            self.classes if classes is None else classes,
+            tuple(self.files[index] for index in chosen.tolist()) if self.files else (),
+        )
 
 
 def load_image_folder(
@@ -90,7 +107,8 @@ def load_image_folder(
         if report is not None:
             report(index + 1, len(files))
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor([label for _, label in files]), classes)
+    names = tuple(Path(path).relative_to(folder).as_posix() for path, _ in files)
+    return ImageSet(images, torch.tensor([label for _, label in files]), classes, names)
 
 
 def _decode(path: str, exif_rotation: bool) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,14 +29,23 @@ from ubn_zoo.errors import ClassMismatchError, DataError
 from ubn_zoo.utils.seeds import mixed_seed, seed_everything
 
 __all__ = [
+    "Labeler",
+    "Labels",
     "Samples",
     "check_label",
+    "file_name",
+    "labels_as_trained",
     "open_reader",
     "reader_classes",
     "reader_fingerprint",
     "relabel",
     "relabel_images",
 ]
+
+# Labels of classes by name; None for those whose images are left out.
+Labels = Mapping[str, int | None]
+# Gives labels to the names of classes that data has; nothing for data whose own labels stay.
+Labeler = Callable[[Sequence[str]], Labels]
 
 # Folders with more files than this are told apart by file names alone: reading all sizes would take long.
 _SIZED_FILES = 200_000
@@ -50,11 +59,12 @@ class _FolderReader(ReaderImageFolder):
         self.root = str(root)
         self.class_to_idx = {name: label for label, name in enumerate(classes)}
 
-    def relabel(self, classes: dict[str, int]) -> None:
-        """Number the classes as another split does."""
+    def relabel(self, labels: Labels) -> None:
+        """Give the classes other labels, and leave out images of those without one."""
         names = list(self.class_to_idx)
-        self.samples = [(path, classes[names[label]]) for path, label in self.samples]
-        self.class_to_idx = classes
+        found = [(path, labels[names[label]]) for path, label in self.samples]
+        self.samples = [(path, label) for path, label in found if label is not None]
+        self.class_to_idx = _labeled(labels)
 
     def size(self, index: int) -> int:
         """Size of an image's file in bytes; 0 in folders so large that reading all sizes would take long."""
@@ -88,11 +98,13 @@ class _TarReader(ReaderImageInTar):
         self.samples = [entry[3] for entry in found]
         self.targets = [self.class_to_idx[entry[2]] for entry in found]
 
-    def relabel(self, classes: dict[str, int]) -> None:
-        """Number the classes as another split does."""
+    def relabel(self, labels: Labels) -> None:
+        """Give the classes other labels, and leave out images of those without one."""
         names = list(self.class_to_idx)
-        self.targets = [classes[names[label]] for label in self.targets]
-        self.class_to_idx = classes
+        found = [(sample, labels[names[old]]) for sample, old in zip(self.samples, self.targets, strict=True)]
+        self.samples = [sample for sample, label in found if label is not None]
+        self.targets = [label for _, label in found if label is not None]
+        self.class_to_idx = _labeled(labels)
 
     def size(self, index: int) -> int:
         """Size of an image's file in bytes."""
@@ -143,7 +155,7 @@ class Samples(Dataset[tuple[Any, int]]):
         else:
             place = item
         index = self._indices[place]
-        name = _file_name(self._reader, index)
+        name = file_name(self._reader, index, absolute=True)
         try:
             file, target = self._reader[index]
         except Exception as error:  # readers of archives and tables raise errors of many classes
@@ -153,8 +165,9 @@ class Samples(Dataset[tuple[Any, int]]):
         return self._transform(image), check_label(target, self._classes, name)
 
 
-def _file_name(reader: Any, index: int) -> str:
-    name = reader.filename(index, absolute=True)
+def file_name(reader: Any, index: int, *, absolute: bool = False) -> str:
+    """Name of an image of a reader: its path, or its number where it has none."""
+    name = reader.filename(index, absolute=absolute)
     return str(name) if name else f"image {index} of {getattr(reader, 'split', 'the data')}"
 
 
@@ -211,40 +224,63 @@ def reader_classes(reader: Any) -> tuple[str, ...]:
     return tuple(reader.class_to_idx)
 
 
-def _known_classes(found: Sequence[str], classes: Sequence[str], where: str) -> dict[str, int]:
-    """Labels of the classes by name; empty where names say nothing, on either side."""
-    known = {name: label for label, name in enumerate(classes)}
-    if not found or not known:
-        return {}
-    extra = name_order(set(found) - set(known))
-    if extra:
-        raise ClassMismatchError(
-            f"{where}: received images of unknown classes: {', '.join(extra[:10])}; "
-            f"valid: {', '.join(list(classes)[:20])}{' ...' if len(known) > 20 else ''}"
-        )
-    return known
+def labels_as_trained(classes: Sequence[str], where: str) -> Labeler:
+    """Label classes by their places among those of training.
+
+    Args:
+        classes: Names of the classes in the order of training's labels; empty if they have no names.
+        where: What errors call the data.
+    """
+
+    def label(found: Sequence[str]) -> Labels:
+        known = {name: place for place, name in enumerate(classes)}
+        if not found or not known:
+            return {}
+        extra = name_order(set(found) - set(known))
+        if extra:
+            raise ClassMismatchError(
+                f"{where}: received images of unknown classes: {', '.join(extra[:10])}; "
+                f"valid: {', '.join(list(classes)[:20])}{' ...' if len(known) > 20 else ''}"
+            )
+        return known
+
+    return label
 
 
-def relabel(reader: Any, classes: Sequence[str], where: str) -> None:
-    """Number a reader's classes as training does."""
-    known = _known_classes(reader_classes(reader), classes, where)
-    if not known or known == reader.class_to_idx:
+def _labeled(labels: Labels) -> dict[str, int]:
+    return {name: label for name, label in labels.items() if label is not None}
+
+
+def relabel(reader: Any, labeler: Labeler) -> None:
+    """Give a reader's classes the labels that they have elsewhere.
+
+    Raises:
+        DataError: Images are to be left out of data that cannot be searched for them.
+    """
+    labels = labeler(reader_classes(reader))
+    if not labels or labels == reader.class_to_idx:
         return
     if hasattr(reader, "relabel"):
-        reader.relabel(known)
-    else:
-        # timm's readers of Hugging Face datasets map names themselves; given these names at the start, they would not
-        # report their own.
-        reader.class_to_idx, reader.remap_class = known, True
+        reader.relabel(labels)
+        return
+    if None in labels.values():
+        raise DataError("received a stream or a Hugging Face dataset with images to leave out; valid: dataset folder")
+    # timm's readers of Hugging Face datasets map names themselves; given these names at the start, they would not
+    # report their own.
+    reader.class_to_idx, reader.remap_class = _labeled(labels), True
 
 
-def relabel_images(data: ImageSet, classes: Sequence[str], where: str) -> ImageSet:
-    """Number the classes of images in memory as training does."""
-    known = _known_classes(data.classes, classes, where)
-    if not known:
+def relabel_images(data: ImageSet, labeler: Labeler) -> ImageSet:
+    """Give the classes of images in memory the labels that they have elsewhere."""
+    labels = labeler(data.classes)
+    if not labels:
         return data
-    labels = torch.tensor([known[name] for name in data.classes])[data.labels]
-    return ImageSet(data.images, labels, tuple(known))
+    places = torch.tensor([-1 if (label := labels[name]) is None else label for name in data.classes])[data.labels]
+    kept = (places >= 0).nonzero()[:, 0]
+    names = [""] * (1 + max(_labeled(labels).values(), default=-1))
+    for name, label in _labeled(labels).items():
+        names[label] = name
+    return data.select(kept, places[kept], tuple(names))
 
 
 def reader_fingerprint(reader: Any, indices: list[int]) -> str:

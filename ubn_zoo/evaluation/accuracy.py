@@ -1,58 +1,53 @@
-"""Accuracy of a model on held-out images, all of them counted once whatever the number of ranks."""
+"""Accuracy of a model on images; each image counts once, whatever the number of processes."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import logging
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import timm.data
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubn_zoo.data.loaders import EvalBatches, open_eval
 from ubn_zoo.data.memory import Normalizer, resize
-from ubn_zoo.data.settings import Feed
-from ubn_zoo.errors import ClassMismatchError, EvaluationError
-from ubn_zoo.evaluation.subjects import Subject
-from ubn_zoo.recipes.schema import DATASETS, NAMED_DATASETS
+from ubn_zoo.errors import EvaluationError
 from ubn_zoo.utils.distributed import Ranks
 
 __all__ = [
     "Accuracy",
     "EvaluationError",
-    "append_result",
-    "feed_of",
+    "ImageResults",
+    "agree_on",
+    "is_out_of_memory",
     "logits_as_configured",
     "logits_of",
     "measure",
-    "open_images",
-    "result_row",
+    "wilson",
 ]
 
-_logger = logging.getLogger(__name__)
-
 _BINS = 15
-_HINT = "if the model's outputs are these classes in this order, pass `allow_class_mismatch=True`"
 _RESIZES = ("bilinear", "bicubic")
+_Z = 1.959963984540054  # 95 % of a normal distribution are within this many standard deviations
+# What torch's allocators say; only the GPU's is a class of errors.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate", "alloc_failed")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Accuracy:
-    """What a model reaches.
+    """Measured accuracy.
+
+    An image may have several right classes (ReaL labels); then a prediction of any of them is right, and the loss is
+    the negative logarithm of the sum of their probabilities.
 
     Attributes:
-        top1: Images whose most probable class is their own, in percent.
-        top5: Images whose own class is among the five most probable, in percent; None for fewer than six classes.
+        top1: Percentage of images whose most probable class is right.
+        top5: Percentage of images with the right class among the five most probable; None for fewer than six classes.
         loss: Mean cross-entropy in nats.
         calibration_error: Expected calibration error in percent: mean over images of the gap between confidence and
             accuracy in their bin, 15 equal bins of confidence (Guo et al., arXiv 1706.04599).
-        images: How many images were counted.
+        images: Number of images counted.
     """
 
     top1: float
@@ -62,31 +57,88 @@ class Accuracy:
     images: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ImageResults:
+    """What a model says of each of n images; tensors (n,) on the CPU.
+
+    Attributes:
+        labels: The right class, int64; -1 for an image with several.
+        predictions: The most probable class, int64.
+        confidences: Its probability, float64 (float32 from MPS).
+        right: Whether it is right.
+        right_in_five: Whether the right class is among the five most probable.
+    """
+
+    labels: Tensor
+    predictions: Tensor
+    confidences: Tensor
+    right: Tensor
+    right_in_five: Tensor
+
+
+def wilson(percent: float, images: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (Wilson, JASA 1927), for images drawn independently.
+
+    Args:
+        percent: The proportion, in percent.
+        images: Number of images, at least 1.
+
+    Returns:
+        Lower and upper end, in percent.
+    """
+    share, square = percent / 100, _Z * _Z / images
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square * square / 4) / (1 + square)
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
 class _Counts:
     """Sums over images, which add up over batches and ranks."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, outputs: Sequence[int] | None) -> None:
         # images, right at first, right in five, loss; float64 where the device has it
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(4 + 3 * _BINS, dtype=kind, device=device)
+        self.outputs = None if outputs is None else torch.tensor(outputs, device=device)
         self.classes = 0
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, logits: Tensor, labels: Tensor) -> ImageResults:
         kind = self.sums.dtype
-        logits = logits.to(kind)
+        logits, given = logits.to(kind), labels
+        if self.outputs is not None:
+            logits = logits.index_select(1, self.outputs)
+            if labels.ndim == 1:
+                match = labels[:, None] == self.outputs
+                if not match.any(1).all():
+                    raise EvaluationError("received an image of a class that is not among `outputs`")
+                labels = match.int().argmax(1)
+            else:
+                labels = labels.index_select(1, self.outputs)
         self.classes = logits.shape[1]
         probability, guess = logits.softmax(1).max(1)
-        right = guess == labels
-        five = logits.topk(min(5, self.classes), 1).indices == labels[:, None]
+        top = logits.topk(min(5, self.classes), 1).indices
+        if labels.ndim == 1:
+            right, five = guess == labels, (top == labels[:, None]).any(1)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+        else:
+            right, five = labels.gather(1, guess[:, None])[:, 0], labels.gather(1, top).any(1)
+            loss = -logits.log_softmax(1).masked_fill(~labels, -math.inf).logsumexp(1).sum()
         self.sums[0] += len(labels)
         self.sums[1] += right.sum()
-        self.sums[2] += five.any(1).sum()
-        self.sums[3] += F.cross_entropy(logits, labels, reduction="sum")
+        self.sums[2] += five.sum()
+        self.sums[3] += loss
         # Confidence of exactly 1 belongs to the last bin.
         # The first takes those of a model that gives NaN, which its loss tells.
         bins = (probability * _BINS).long().clamp(0, _BINS - 1)
         for start, weights in enumerate((torch.ones_like(probability), probability, right.to(kind))):
             self.sums[4 + start * _BINS : 4 + (start + 1) * _BINS].index_add_(0, bins, weights)
+        return ImageResults(
+            labels=given if given.ndim == 1 else given.int().argmax(1).masked_fill(given.sum(1) > 1, -1),
+            predictions=guess if self.outputs is None else self.outputs[guess],
+            confidences=probability,
+            right=right,
+            right_in_five=five,
+        )
 
     def accuracy(self) -> Accuracy:
         values = self.sums.cpu().double()
@@ -103,8 +155,11 @@ class _Counts:
         )
 
 
-def _nothing(done: int) -> None:
-    pass
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the accelerator or the CPU has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
 
 
 @torch.inference_mode()
@@ -114,42 +169,77 @@ def measure(
     ranks: Ranks,
     *,
     amp: torch.dtype | None = None,
-    on_batch: Callable[[int], None] = _nothing,
+    outputs: Sequence[int] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+    on_results: Callable[[ImageResults], None] | None = None,
 ) -> Accuracy:
-    """Accuracy over the images of all ranks; the model's mode is left as it was found.
+    """Measure accuracy over the images of all ranks; the model's mode is left as it was found.
 
-    Every rank must call it, each with its own share; a share may be empty.
+    Every rank must call it, each with its own share; a share may be empty. If one rank fails, all ranks raise an error.
 
     Args:
         model: Takes the images on the ranks' device, gives (n, classes).
-        batches: Images (n, 3, H, W), normalized, and labels (n,), on the ranks' device.
+        batches: Images (n, 3, H, W), normalized, and labels, on the ranks' device: (n,), int64, or for images with
+            several right classes (n, classes), bool.
         ranks: This process.
         amp: Autocast's dtype; None for the model's own precision.
+        outputs: Classes to compare, in ascending order; the model's other outputs are ignored. None for all.
         on_batch: Called after every batch with the images that this rank has done.
+        on_results: Called after every batch with the results of each image.
 
     Returns:
         The same on every rank.
 
     Raises:
-        ValueError: There are no images on any rank.
+        EvaluationError: There are no images on any rank, a label is not among `outputs`, or another rank failed.
+        torch.OutOfMemoryError: Another rank ran out of memory.
     """
-    counts, done = _Counts(ranks.device), 0
+    counts, done = _Counts(ranks.device, outputs), 0
+    failure: Exception | None = None
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for images, labels in batches:
             with torch.autocast(ranks.device.type, dtype=amp, enabled=amp is not None):
                 logits = model(images)
-            counts.add(logits, labels)
+            results = counts.add(logits, labels)
+            if on_results is not None:
+                fields = dataclasses.fields(results)
+                on_results(ImageResults(**{field.name: getattr(results, field.name).cpu() for field in fields}))
             done += len(labels)
-            on_batch(done)
+            if on_batch is not None:
+                on_batch(done)
+    except Exception as error:
+        failure = error
     finally:
         for module, mode in modes.items():
             module.training = mode
+    agree_on(failure, ranks)
     ranks.sum(counts.sums)
     # A rank without images does not know how many classes there are.
     counts.classes = int(ranks.max(counts.classes))
     return counts.accuracy()
+
+
+def agree_on(failure: Exception | None, ranks: Ranks) -> None:
+    """Raise an error on every rank if one of them failed, so that none waits for it; every rank must call it.
+
+    Args:
+        failure: This rank's error; None for success.
+        ranks: This process.
+
+    Raises:
+        Exception: `failure`.
+        EvaluationError: Another rank failed.
+        torch.OutOfMemoryError: Another rank ran out of memory.
+    """
+    worst = ranks.max(0 if failure is None else 1 if is_out_of_memory(failure) else 2)
+    if failure is not None and (worst == 2) != is_out_of_memory(failure):
+        raise failure
+    if worst == 1:
+        raise torch.OutOfMemoryError("out of memory on another rank")
+    if worst:
+        raise EvaluationError("another rank failed; its message says why") from failure
 
 
 @torch.inference_mode()
@@ -222,167 +312,3 @@ def logits_as_configured(model: nn.Module, images: Tensor, *, batch_size: int = 
         interpolation=config["interpolation"],
         batch_size=batch_size,
     )
-
-
-def feed_of(
-    subject: Subject,
-    *,
-    img_size: int | None = None,
-    crop_pct: float | None = None,
-    dataset: str = "folder",
-    **data: Any,
-) -> Feed:
-    """Feed a model as its own configuration says; as timm's validation does, at its test size where it has one.
-
-    Args:
-        subject: The model.
-        img_size: Side in pixels in place of the configuration's.
-        crop_pct: Share of the crop in place of the configuration's.
-        dataset: Kind of data, as a recipe names it.
-        **data: Other fields of `Feed` that tell which images.
-
-    Raises:
-        EvaluationError: There is no such kind of data, or the model's images are not square or not made in memory.
-    """
-    kind, _, name = dataset.partition("/")
-    if kind not in DATASETS or bool(name) != (kind in NAMED_DATASETS):
-        valid = ", ".join(f"{kind}/NAME" if kind in NAMED_DATASETS else kind for kind in DATASETS)
-        raise EvaluationError(f"dataset: received {dataset!r}; valid: {valid}")
-    given = {"img_size": img_size, "crop_pct": crop_pct}
-    config = timm.data.resolve_data_config(given, model=subject.model, use_test_size=True)
-    _, height, width = config["input_size"]
-    if height != width:
-        raise EvaluationError(f"{subject.name} takes {width}x{height} pixels; valid: square images; set img_size")
-    if dataset == "memory" and (config["crop_pct"] != 1.0 or config["interpolation"] not in _RESIZES):
-        raise EvaluationError(
-            f"dataset memory: received crop_pct {config['crop_pct']}, {config['interpolation']}; valid: crop_pct 1.0, "
-            f"{' or '.join(_RESIZES)}; dataset folder has all of them"
-        )
-    return Feed(
-        img_size=height,
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        num_classes=cast(int, subject.model.num_classes),
-        dataset=dataset,
-        **data,
-    )
-
-
-def open_images(
-    subject: Subject,
-    feed: Feed,
-    data_dir: str | os.PathLike[str],
-    ranks: Ranks,
-    *,
-    batch_size: int = 256,
-    allow_class_mismatch: bool = False,
-) -> EvalBatches:
-    """Open the images that a model is evaluated on.
-
-    Class names say which of the data's classes is which output of the model. A model of 1,000 classes without names has
-    ImageNet-1k's WordNet IDs. Data with labels but no names is taken as it is.
-
-    Args:
-        subject: The model.
-        feed: How it is fed.
-        data_dir: As for `open_eval`.
-        ranks: This process.
-        batch_size: Images at a time, on each rank.
-        allow_class_mismatch: Where the names differ or the model has none, take the data's classes, in the order of
-            their names, as the model's outputs, and log a warning.
-
-    Raises:
-        ClassMismatchError: The data has classes that the model does not name, or the model has no names.
-        DataError: The images cannot be used.
-        EvaluationError: Classes are matched by order, and data and model have different numbers of them.
-    """
-
-    def open_named(names: Sequence[str]) -> EvalBatches:
-        return open_eval(feed, data_dir, ranks, names, batch_size=batch_size, crop_mode=feed.crop_mode)
-
-    names: Sequence[str] = subject.classes
-    if not names and feed.num_classes == 1000:
-        names = timm.data.ImageNetInfo("imagenet-1k").label_names()
-    problem = f"{subject.name} has no names for its {feed.num_classes} classes"
-    if names:
-        try:
-            return open_named(names)
-        except ClassMismatchError as error:
-            if not allow_class_mismatch:
-                raise ClassMismatchError(f"{error}; {_HINT}") from None
-            problem = str(error)
-    test = open_named(())
-    if not test.classes:
-        return test
-    shown = ", ".join(test.classes[:10]) + (", ..." if len(test.classes) > 10 else "")
-    if len(test.classes) != feed.num_classes:
-        raise EvaluationError(
-            f"received images of {len(test.classes)} classes ({shown}); valid: {feed.num_classes}, the outputs of "
-            f"{subject.name}, in its order"
-        )
-    if not allow_class_mismatch:
-        raise ClassMismatchError(f"{problem}, the data's are {shown}; {_HINT}")
-    if ranks.first:
-        _logger.warning("%s; its outputs are taken to be %s", problem, shown)
-    return test
-
-
-def result_row(subject: Subject, feed: Feed, accuracy: Accuracy, **more: Any) -> dict[str, Any]:
-    """What a results file says of an evaluation.
-
-    Args:
-        subject: The model.
-        feed: How it was fed.
-        accuracy: What it reached.
-        **more: Columns behind those, such as the device.
-
-    Returns:
-        Columns of timm's results files, in their order (percent, millions of parameters), then this project's own.
-    """
-    five = accuracy.top5
-    return {
-        "model": subject.name,
-        "top1": round(accuracy.top1, 4),
-        "top1_err": round(100 - accuracy.top1, 4),
-        "top5": None if five is None else round(five, 4),
-        "top5_err": None if five is None else round(100 - five, 4),
-        "param_count": round(sum(parameter.numel() for parameter in subject.model.parameters()) / 1e6, 2),
-        "img_size": feed.img_size,
-        "crop_pct": feed.crop_pct,
-        "interpolation": feed.interpolation,
-        "loss": round(accuracy.loss, 6),
-        "calibration_error": round(accuracy.calibration_error, 4),
-        "images": accuracy.images,
-        "sha256": subject.sha256,
-        **more,
-    }
-
-
-def append_result(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file, which begins with the names of the columns.
-
-    Args:
-        path: The file; made if it is not there.
-        row: Its columns by name, in order.
-
-    Raises:
-        EvaluationError: The file has other columns, or it cannot be written.
-    """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        header = next(csv.reader(text.splitlines()), [])
-        if header not in ([], list(row)):
-            raise EvaluationError(f"{file} has columns {', '.join(header)}; valid: {', '.join(row)}; use another file")
-        with file.open("a", encoding="utf-8", newline="") as stream:
-            if text and not text.endswith("\n"):
-                stream.write("\n")
-            writer = csv.DictWriter(stream, list(row), lineterminator="\n")
-            if not header:
-                writer.writeheader()
-            writer.writerow(row)
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{file}: {error}") from None

@@ -20,7 +20,7 @@ from ubn_zoo.layers import VARIANTS, UnifiedBatchNorm2d
 from ubn_zoo.models import read_checkpoint
 from ubn_zoo.models.catalog import similar_names
 
-__all__ = ["Subject", "expand_names", "load_subject", "norm_of", "subject_of"]
+__all__ = ["Subject", "expand_names", "load_subject", "norm_of", "subject_of", "weights_hash"]
 
 _CONFIG = "config.json"
 _CHECKPOINTS = "checkpoints"  # a run's folder of snapshots
@@ -161,6 +161,14 @@ def norm_of(model: nn.Module) -> str | None:
         elif isinstance(layer, nn.BatchNorm2d):
             found.add("bn")
     return found.pop() if len(found) == 1 else None
+
+
+def weights_hash(source: str, *, ema: bool = False) -> str | None:
+    """SHA-256 of the weights that a run's folder or a checkpoint's path names now; None for other names."""
+    path = Path(source)
+    if path.is_dir() and not timm.is_model(source):
+        path /= "model_ema.safetensors" if ema else "model.safetensors"
+    return _sha256(path) if path.is_file() else None
 
 
 def _load_pretrained(name: str) -> Subject:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ubn_zoo.evaluation.accuracy import Accuracy, feed_of, measure, open_images
+from ubn_zoo.evaluation.accuracy import Accuracy, measure
 from ubn_zoo.evaluation.subjects import load_subject
+from ubn_zoo.evaluation.test_sets import feed_of, open_images
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.utils.distributed import Ranks
 

@@ -58,6 +58,14 @@ class Ranks:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
+    def gather(self, value: Any) -> list[Any]:
+        """All processes' values in the order of ranks; every one of them must call it."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
     def share(self, total: int) -> range:
         """This process's part of `total` things: all parts together are all of them, and differ by at most one."""
         return range(self.rank * total // self.count, (self.rank + 1) * total // self.count)
