@@ -24,10 +24,10 @@ from ubn_zoo.errors import PublishError
 from ubn_zoo.evaluation.metrics import read_metrics, write_metrics
 from ubn_zoo.recipes.schema import Recipe, apply_settings, dump_recipe, load_recipe
 from ubn_zoo.release.run_record import train_command
-from ubn_zoo.release.sanitize import code, escape, find_secret, hide_secrets
 from ubn_zoo.release.upload import publish
 from ubn_zoo.training.build import complete
 from ubn_zoo.training.run import run as run_recipe
+from ubn_zoo.utils.sanitize import code, escape, find_secret, hide_secrets
 
 BASE = "timm/resnet10t.c3_in1k"
 SETTINGS = ["model=resnet10t", "pretrained=true", "epochs=1", "data_name=Stripes & <b>bars</b>", "license=mit"]

@@ -17,8 +17,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from ubn_zoo.hub.manifest import Metric, Record
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.release.run_record import Base
-from ubn_zoo.release.sanitize import code, escape
 from ubn_zoo.release.source import Source
+from ubn_zoo.utils.sanitize import code, escape
 
 __all__ = ["card_text", "class_names", "dataset_id", "shown_pictures", "validate_command"]
 

@@ -41,7 +41,7 @@ from ubn_zoo.release.run_record import (
     train_command,
     without_folders,
 )
-from ubn_zoo.release.sanitize import hide_secrets
+from ubn_zoo.utils.sanitize import hide_secrets
 
 __all__ = ["CSV", "JSON", "RECIPE", "WEIGHTS", "Options", "Source", "gather"]
 

@@ -36,8 +36,8 @@ from ubn_zoo.recipes.schema import parse_recipe
 from ubn_zoo.release.card import card_text, class_names, validate_command
 from ubn_zoo.release.remeasure import agrees, measure_files
 from ubn_zoo.release.repository import CARD, CONFIG, File, Repository
-from ubn_zoo.release.sanitize import find_secret
 from ubn_zoo.release.source import CSV, JSON, RECIPE, UNKNOWN, WEIGHTS, Options, Source, gather
+from ubn_zoo.utils.sanitize import find_secret
 
 __all__ = ["File", "Publication", "publish"]
 
