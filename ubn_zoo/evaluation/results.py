@@ -19,7 +19,16 @@ from typing import Any
 from ubn_zoo.errors import EvaluationError
 from ubn_zoo.utils.files import locked, write_file
 
-__all__ = ["COLUMNS", "TIMM_COLUMNS", "ResultRow", "add_result", "read_results", "sort_results", "write_results"]
+__all__ = [
+    "COLUMNS",
+    "TIMM_COLUMNS",
+    "ResultRow",
+    "add_result",
+    "csv_text",
+    "read_results",
+    "sort_results",
+    "write_results",
+]
 
 # A spreadsheet runs cells that start with one of these as a formula; an apostrophe before them makes them text.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
@@ -145,7 +154,17 @@ def write_results(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> No
     if _is_json(path):
         write_file(path, json.dumps(tables, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return
-    write_file(path, "".join(_line([_cell(value) for value in line]) for line in (COLUMNS, *map(dict.values, tables))))
+    write_file(path, csv_text(COLUMNS, map(dict.values, tables)))
+
+
+def csv_text(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A CSV table: None is an empty cell, and text that a spreadsheet would run as a formula starts with an apostrophe.
+
+    Args:
+        columns: Header.
+        rows: Values of each line.
+    """
+    return "".join(_line([_cell(value) for value in line]) for line in (columns, *rows))
 
 
 def read_results(path: str | os.PathLike[str]) -> tuple[ResultRow, ...]:
