@@ -1,6 +1,7 @@
 """What the leaderboard shows of the experiments: ``python -m research.experiments.board``.
 
-Writes ``results/leaderboard/experiments.csv``, a results file with the last epoch of every run, from ``results/*.csv``.
+Writes ``results/leaderboard/experiments.csv``, a results file with the last epoch of every run of CIFAR-10 and of the
+photographs of clothes, from ``results/*.csv``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import timm
 
-from research.experiments import EXPERIMENTS, load, plan
+from research.experiments.grid import list_grids, load_grid, plan
+from research.experiments.tables import load
 from ubn_zoo import __version__
 from ubn_zoo.evaluation.leaderboard.board import wilson_interval
 from ubn_zoo.evaluation.metrics import EpochMetrics
@@ -20,7 +22,7 @@ from ubn_zoo.evaluation.results import ResultRow, write_results
 from ubn_zoo.recipes.schema import Recipe
 from ubn_zoo.training.build import build_model, complete, model_name
 
-# Test set and its images, by the first word of an experiment's name.
+# Test set and its images, by the first word of a grid's name.
 _TEST_SETS = {"cifar10": ("cifar-10-jpeg", 10_000), "clothing": ("clothing", 372)}
 
 
@@ -31,20 +33,20 @@ def evaluations(results: str | Path) -> list[ResultRow]:
         results: Folder of the tables.
     """
     rows = []
-    for experiment in EXPERIMENTS:
-        test_set = _TEST_SETS.get(experiment.name.partition("_")[0])
-        if test_set is None or not (Path(results) / f"{experiment.name}.csv").is_file():
+    for name in list_grids():
+        test_set = _TEST_SETS.get(name.partition("_")[0])
+        if test_set is None or not (Path(results) / f"{name}.csv").is_file():
             continue
-        runs = load(experiment, results).runs
-        for planned in plan(experiment, "runs"):
-            for run in runs[planned.variant]:
-                if run[-1].seed == planned.recipe.seed:
-                    source = f"runs/{experiment.name}/{planned.folder}"
-                    rows.append(_row(experiment.name, source, planned.recipe, run[-1], *test_set))
+        grid = load_grid(name)
+        measured = load(grid, results).runs
+        for planned in plan(grid, "runs"):
+            for run in measured[planned.label]:
+                if run[-1].seed == planned.seed:
+                    rows.append(_row(name, f"runs/{name}/{planned.folder}", planned.recipe, run[-1], *test_set))
     return rows
 
 
-def _row(experiment: str, source: str, recipe: Recipe, last: EpochMetrics, test_set: str, images: int) -> ResultRow:
+def _row(grid: str, source: str, recipe: Recipe, last: EpochMetrics, test_set: str, images: int) -> ResultRow:
     built = complete(dataclasses.replace(recipe, checkpoint=None, num_classes=10))
     low, high = (round(end, 4) for end in wilson_interval(last.top1, images))
     low5, high5 = (None, None) if last.top5 is None else (round(end, 4) for end in wilson_interval(last.top5, images))
@@ -78,7 +80,7 @@ def _row(experiment: str, source: str, recipe: Recipe, last: EpochMetrics, test_
         ubn_zoo=__version__,
         hardware=last.device,
         threads=last.threads,
-        command=f"python -m research.experiments run {experiment} --data-dir DIR",
+        command=f"python -m research.experiments run {grid} --data-dir DIR",
         date=_date(last.commit),
         commit=last.commit,
     )
