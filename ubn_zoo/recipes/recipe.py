@@ -80,6 +80,12 @@ class Recipe:
             1.0,
         ),
     ] = None
+    norm_eval: Annotated[
+        bool,
+        Rule(
+            "Whether training uses the running statistics that it starts from and leaves them, and gates, as they are."
+        ),
+    ] = False
     pretrained: Annotated[bool, Rule("Whether to start from pretrained weights.")] = False
     pretrained_tag: Annotated[str | None, Rule("Tag of the pretrained weights; null for the model's default.")] = None
     checkpoint: Annotated[
@@ -391,6 +397,8 @@ class Recipe:
             fail("keep_head", self.keep_head, "false, as there are no weights to start from")
         if self.tune == "head" and not (self.pretrained or self.checkpoint):
             fail("tune", self.tune, "full, as there are no weights to start from: set pretrained or checkpoint")
+        if self.norm_eval and not (self.pretrained or self.checkpoint):
+            fail("norm_eval", self.norm_eval, "false, as there are no statistics to start from")
         if self.betas is not None and len(self.betas) != (3 if "adan" in self.optimizer else 2):
             fail("betas", list(self.betas), "three numbers for Adan, two for other optimizers")
 

@@ -108,6 +108,10 @@ def _freeze_but_head(model: Any) -> None:
 def _set_training(recipe: Recipe, model: Any) -> None:
     if recipe.tune == "full":
         model.train()
+        if recipe.norm_eval:
+            for layer in model.modules():
+                if isinstance(layer, (nn.BatchNorm2d, UnifiedBatchNorm2d)):
+                    layer.eval()
     else:
         # The frozen part computes as in evaluation, running statistics and all.
         model.eval()
