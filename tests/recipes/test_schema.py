@@ -54,7 +54,16 @@ RECIPE = parse_recipe(MINIMAL)
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 TYPES = typing.get_type_hints(Recipe)
 OPENING = ("source", "command", "hardware", "time", "expected")
-OPERATIONAL = ("device", "threads", "workers", "checkpoint_steps", "log_interval", "keep_checkpoints")
+OPERATIONAL = (
+    "device",
+    "threads",
+    "workers",
+    "checkpoint_steps",
+    "log_interval",
+    "keep_checkpoints",
+    "keep_best",
+    "wandb_project",
+)
 PUBLISHED = ("data_name", "data_license", "license")
 
 NEEDED = [
@@ -166,6 +175,8 @@ OTHER: dict[str, list[Any]] = {
     "checkpoint_steps": [100],
     "log_interval": [1],
     "keep_checkpoints": [2],
+    "keep_best": ["top1", "loss"],
+    "wandb_project": ["digits"],
     "probe_images": [0],
 }
 
@@ -244,6 +255,8 @@ WRONG: dict[str, list[Any]] = {
     "checkpoint_steps": [0],
     "log_interval": [0],
     "keep_checkpoints": [0, 1],
+    "keep_best": ["accuracy"],
+    "wandb_project": ["", "two\nlines"],
     "probe_images": [-1, 65_537],
 }
 # Any text or truth value will do.

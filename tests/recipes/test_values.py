@@ -31,6 +31,7 @@ VALUES: list[list[str]] = [
     *([f"amp={name}"] for name in ("bfloat16", "null")),
     ["norm_eps=1e-3", "norm_momentum=0.01", "kernel_init=kaiming", "norm_decay=true", "sync_norm=true"],
     ["grad_checkpointing=true", "channels_last=false", "ema_decay=0.9", "ema_warmup=false", "warmup_prefix=true"],
+    *([f"keep_best={name}", "ema_decay=0.9"] for name in ("top1", "loss", "ema_top1", "ema_calibration_error")),
     ["exif_rotation=false", "repeats=2", "accumulation=2", "mixup=0.2", "layer_decay=0.75", "log_interval=1"],
 ]
 

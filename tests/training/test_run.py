@@ -29,14 +29,19 @@ import torch
 from tests.images import RECIPE, striped_images, write_image_folder
 from ubn_zoo.cli import main
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
-from ubn_zoo.errors import DataError, RunError, TrainingError
+from ubn_zoo.errors import DataError, RecipeError, RunError, TrainingError
 from ubn_zoo.evaluation.evaluate import evaluate
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics, read_similarity
+from ubn_zoo.evaluation.predict import predict
 from ubn_zoo.evaluation.subjects import load_subject
 from ubn_zoo.recipes.schema import Recipe, dump_recipe, load_recipe
 from ubn_zoo.training import checkpoint as snapshots
+from ubn_zoo.training import folder as folders
+from ubn_zoo.training import record
 from ubn_zoo.training import run as runs
-from ubn_zoo.training.checkpoint import newest_snapshot
+from ubn_zoo.training.build import build_model, build_optimizer, build_scheduler
+from ubn_zoo.training.checkpoint import Snapshot, newest_snapshot
+from ubn_zoo.training.folder import keep_best, read_best
 from ubn_zoo.training.run import run
 from ubn_zoo.utils.distributed import Ranks
 
@@ -47,6 +52,44 @@ TIMED = ("seconds", "step_ms", "images_per_second")
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `RECIPE`, never interrupted; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(change(log_interval=3), images, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the plots, a third of the time of a run this small, but where a test names them."""
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr(record, "draw_run", lambda folder: ())
+
+
+ROW = EpochMetrics(
+    model="resnet10t",
+    norm="ubn",
+    seed=0,
+    epoch=1,
+    step=8,
+    lr=0.1,
+    train_loss=1.0,
+    test_loss=1.0,
+    top1=50.0,
+    calibration_error=1.0,
+    seconds=1.0,
+    step_ms=1.0,
+    images_per_second=1.0,
+    gates=0,
+    device="cpu",
+    ranks=1,
+    threads=1,
+    torch="2",
+    commit=None,
+)
 
 
 def change(**settings: Any) -> Recipe:
@@ -83,6 +126,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 # What a run leaves
 
 
+@pytest.mark.drawn
 def test_a_run_leaves_all_that_is_needed_to_use_repeat_and_publish_it(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     recipe = change(num_classes=None, img_size=None, dataset="folder", crop="rrc", ema_decay=0.9, norm="ubn")
@@ -134,12 +178,11 @@ def test_a_run_leaves_all_that_is_needed_to_use_repeat_and_publish_it(images: Pa
     assert model.pretrained_cfg["label_names"] == ["horizontal", "vertical"]
 
 
-def test_events_are_those_of_the_metrics(images: Path, tmp_path: Path) -> None:
+def test_events_are_those_of_the_metrics(whole: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(change(log_interval=3), images, tmp_path / "run")
-    events = accumulator.EventAccumulator(str(tmp_path / "run" / "events"))
+    events = accumulator.EventAccumulator(str(whole / "events"))
     events.Reload()
-    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    rows = read_metrics(whole / "metrics.csv")
     found = [(event.step, event.value) for event in events.Scalars("test/top1")]
     assert found == [(row.step, pytest.approx(row.top1)) for row in rows]
     losses = {event.step: event.value for event in events.Scalars("train/loss")}
@@ -148,15 +191,17 @@ def test_events_are_those_of_the_metrics(images: Path, tmp_path: Path) -> None:
     assert any(tag.startswith("similarity/000 ") for tag in events.Tags()["scalars"])
 
 
-def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(images: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    first = run(RECIPE, images, folder)
+def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(
+    whole: Path, images: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "loss_accuracy.png").touch()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     steps: list[int] = []
     described = change(hardware="another computer", workers=1, checkpoint_steps=5)
     again = run(described, images, folder, on_step=lambda done, total: steps.append(done))
     assert again.finished
-    assert again.metrics == first.metrics
+    assert again.metrics == read_metrics(whole / "metrics.csv")
     assert not steps
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     with pytest.raises(RunError, match=r"holds a run of another recipe \(lr 0\.003 there, 0\.5 here\)"):
@@ -187,6 +232,7 @@ def test_a_failed_start_may_be_corrected(images: Path, tmp_path: Path) -> None:
         run(change(lr=0.5), images, folder)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("norm", ["bn", "rbn", "bnet"])
 def test_siblings_and_ablations_leave_the_same(norm: str, images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -202,6 +248,128 @@ def test_a_run_goes_on_from_weights_of_another(images: Path, tmp_path: Path) -> 
     start = str(tmp_path / "first" / "model.safetensors")
     tuned = run(change(checkpoint=start, epochs=1, lr=1e-4, warmup_epochs=0.0), images, tmp_path / "second")
     assert tuned.metrics[0].test_loss < first.metrics[0].test_loss
+
+
+def test_the_best_weights_are_kept_beside_the_newest(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, averages = tmp_path / "run", {}
+
+    def collect(row: EpochMetrics) -> None:
+        averages[row.epoch] = safetensors.torch.load_file(folder / "model_ema.safetensors")
+
+    values = {1: 2.0, 2: 1.0, 3: 1.5}
+    monkeypatch.setattr(folders, "metric_of", lambda row, metric: values[row.epoch])
+    recipe = change(epochs=3, keep_best="ema_loss", ema_decay=0.5, ema_warmup=False)
+    done = run(recipe, images, folder, on_epoch=collect)
+    assert read_best(folder / "best") == (2, "ema_loss", 1.0)
+    model = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == ["horizontal", "vertical"]
+    assert all(torch.equal(tensor, averages[2][name]) for name, tensor in model.state_dict().items())
+    measured = evaluate(load_subject(run=folder / "best"), images, dataset="memory")
+    assert measured.loss == pytest.approx(done.metrics[1].ema_test_loss)
+    assert predict(folder / "best", [images / "test"], top_k=1)[0].top[0].name in ("horizontal", "vertical")
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "kept"),
+    [
+        ("top1", {1: 50.0, 2: 75.0, 3: 75.0, 4: 60.0}, 2),
+        ("loss", {1: 2.0, 2: 0.5, 3: 0.75}, 2),
+        ("ema_calibration_error", {1: 2.0, 2: 3.0}, 1),
+        ("top5", {1: 2.0, 2: 3.0}, 2),
+    ],
+)
+def test_the_best_epoch_is_the_first_of_the_best(
+    metric: str, values: dict[int, float], kept: int, tmp_path: Path
+) -> None:
+    row = dataclasses.replace(ROW, ema_calibration_error=0.0)
+    for epoch, value in values.items():
+        name = metric.replace("loss", "test_loss")
+        measured = dataclasses.replace(row, epoch=epoch, **{name: value})
+        state = {"w": torch.tensor(float(epoch))}
+        averaged = {"w": torch.tensor(-float(epoch))}
+        keep_best(tmp_path, change(keep_best=metric, ema_decay=0.9), measured, Snapshot(epoch, state, averaged, {}, {}))
+    assert read_best(tmp_path) == (kept, metric, values[kept])
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert state["w"].item() == (-kept if metric.startswith("ema_") else kept)
+
+
+def test_the_best_weights_survive_a_kill_before_they_are_written(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = change(keep_best="loss")
+    run(recipe, images, tmp_path / "whole")
+    real = record.keep_best
+
+    def kill(*arguments: Any) -> bool:
+        if arguments[2].epoch == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(record, "keep_best", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, images, tmp_path / "run")
+    monkeypatch.undo()
+    assert read_best(tmp_path / "whole" / "best")[0] == 2  # type: ignore[index]
+    assert read_best(tmp_path / "run" / "best")[0] == 1  # type: ignore[index]
+    assert run(recipe, images, tmp_path / "run").updates == 16
+    best = Path("best") / "model.safetensors"
+    assert (tmp_path / "run" / best).read_bytes() == (tmp_path / "whole" / best).read_bytes()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_metrics_that_are_not_measured_cannot_choose_the_best(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="keep_best: received top5, which needs six classes; valid: top1 or loss"):
+        run(change(keep_best="top5"), images, tmp_path / "run")
+    with pytest.raises(RecipeError, match="keep_best: received 'ema_loss'; valid: loss, as ema_decay is null"):
+        change(keep_best="ema_loss")
+
+
+def test_a_finished_run_is_trained_for_more_epochs(images: Path, tmp_path: Path) -> None:
+    """With a schedule that does not depend on the number of epochs, it ends as one run of all epochs."""
+    constant = {"scheduler": "constant", "ema_decay": 0.9, "keep_best": "loss"}
+    run(change(**constant), images, tmp_path / "whole")
+    folder = tmp_path / "run"
+    run(change(**constant, epochs=1), images, folder)
+    with pytest.raises(RunError, match="another recipe"):
+        run(change(**constant, lr=0.5), images, folder)
+    extended = run(change(**constant), images, folder)
+    assert (extended.finished, extended.updates, len(extended.metrics)) == (True, 8, 2)
+    assert_same_run(tmp_path / "whole", folder)
+    for name in ("model.safetensors", "best.json"):
+        assert (tmp_path / "whole" / "best" / name).read_bytes() == (folder / "best" / name).read_bytes()
+    assert load_recipe(folder / "recipe.yaml").epochs == 2
+    starts = json.loads((folder / "environment.json").read_text())["starts"]
+    assert [start["epochs"] for start in starts] == [1, 2]
+    with pytest.raises(RunError, match=r"another recipe \(epochs 2 there, 1 here\); choose another folder"):
+        run(change(**constant, epochs=1), images, folder)
+
+
+def test_more_epochs_continue_on_the_longer_schedule(
+    whole: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    long = change(epochs=4)
+    # Stopped in between, it resumes as any run does.
+    stopped = run(long, images, folder, on_epoch=lambda row: os.kill(os.getpid(), signal.SIGTERM))
+    assert "finished after 2 epochs and is trained to 4; the learning rate continues" in caplog.text
+    assert len(stopped.metrics) == 3
+    done = run(long, images, folder)
+    assert done.finished
+    assert done.metrics[:2] == read_metrics(whole / "metrics.csv")
+    optimizer = build_optimizer(long, build_model(long))
+    schedule = build_scheduler(long, optimizer, 8)
+    for row in done.metrics[2:]:
+        schedule.step_update(row.step - 1)
+        assert row.lr == pytest.approx(max(group["lr"] for group in optimizer.param_groups), rel=1e-12)
+    # Not finished, or without checkpoints, it is not extended.
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(RunError, match="without checkpoints/ it cannot be trained for more"):
+        run(change(epochs=5), images, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"epochs 4 there, 5 here\); finish it with epochs=4"):
+        run(change(epochs=5), images, folder)
 
 
 # It survives
@@ -377,8 +545,7 @@ def wait_for(checkpoints: Path, process: subprocess.Popen[str], count: int = 1) 
         time.sleep(0.02)
 
 
-def test_a_stop_and_a_start_in_one_process_end_the_same(images: Path, tmp_path: Path) -> None:
-    whole = run(RECIPE, images, tmp_path / "whole")
+def test_a_stop_and_a_start_in_one_process_end_the_same(whole: Path, images: Path, tmp_path: Path) -> None:
     steps: list[int] = []
 
     def strike(done: int, total: int) -> None:
@@ -397,8 +564,8 @@ def test_a_stop_and_a_start_in_one_process_end_the_same(images: Path, tmp_path: 
     rest = run(RECIPE, images, tmp_path / "run", on_start=lambda recipe, done: updates.append(done))
     assert rest.finished
     assert updates == [rest.updates] == [12]
-    assert len(rest.metrics) == len(whole.metrics)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert len(rest.metrics) == 2
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_an_interrupted_run_is_usable(images: Path, tmp_path: Path) -> None:
@@ -433,8 +600,9 @@ def test_an_interrupted_run_is_usable(images: Path, tmp_path: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-def test_a_full_disk_is_told_and_loses_nothing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(RECIPE, images, tmp_path / "whole")
+def test_a_full_disk_is_told_and_loses_nothing(
+    whole: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
     real, saves = snapshots.write_file, 0
 
@@ -455,7 +623,7 @@ def test_a_full_disk_is_told_and_loses_nothing(images: Path, tmp_path: Path, mon
     monkeypatch.undo()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000000008"]
     assert run(RECIPE, images, folder).updates == 8
-    assert_same_run(tmp_path / "whole", folder)
+    assert_same_run(whole, folder)
 
 
 def test_a_full_disk_before_the_first_checkpoint(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

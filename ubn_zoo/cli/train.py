@@ -25,6 +25,7 @@ from ubn_zoo.utils.progress import Progress
 if TYPE_CHECKING:
     from ubn_zoo.evaluation.metrics import EpochMetrics
     from ubn_zoo.recipes.schema import Recipe
+    from ubn_zoo.training.status import RunProgress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
                 options.output,
                 ranks,
                 on_start=shown.start if shown else None,
-                on_step=shown.step if shown else None,
+                on_progress=shown.step if shown else None,
                 on_epoch=shown.epoch if shown else None,
             )
             if ranks.first:
@@ -72,17 +73,17 @@ _STOPPED = "stopped by {}; the state is saved, and the same command resumes"
 
 
 class _Reporter:
-    """Shows a run on the terminal: a progress bar, and a line per epoch."""
+    """Shows a run: a line per epoch, and its progress as a bar on a terminal or a line a minute in a log."""
 
     def start(self, recipe: Recipe, updates: int) -> None:
         self.label = f"{recipe.model} {recipe.norm} seed {recipe.seed}"
         self.epochs = recipe.epochs
-        self.progress = Progress(self.label)
+        self.progress = Progress(self.label, interval=60.0)
         if updates:
             print(f"{self.label}: resumes after update {updates}", flush=True)
 
-    def step(self, done: int, total: int) -> None:
-        self.progress(done, total)
+    def step(self, run: RunProgress) -> None:
+        self.progress(run.update, run.updates, run.__str__)
 
     def epoch(self, row: EpochMetrics) -> None:
         self.progress.close()
@@ -93,4 +94,3 @@ class _Reporter:
             f"{row.seconds:.0f} s, {row.step_ms:.0f} ms/step, {row.images_per_second:.0f} images/s{gates}",
             flush=True,
         )
-        self.progress = Progress(self.label)

@@ -12,7 +12,17 @@ import timm.optim
 from ubn_zoo.layers.variants import VARIANTS
 from ubn_zoo.recipes.rules import Rule, check, describe_valid, fail, is_optional
 
-__all__ = ["DATASETS", "NAMED_DATASETS", "NORMS", "OPTIMIZERS", "Field", "Recipe", "fields", "keys_with_role"]
+__all__ = [
+    "DATASETS",
+    "NAMED_DATASETS",
+    "NORMS",
+    "OPTIMIZERS",
+    "_BEST_METRICS",
+    "Field",
+    "Recipe",
+    "fields",
+    "keys_with_role",
+]
 
 NORMS = tuple(VARIANTS)
 DATASETS = ("folder", "memory", "wds", "hfds", "hfids")
@@ -24,6 +34,10 @@ OPTIMIZERS = tuple(
     for name in map(str, timm.optim.list_optimizers())
     if name != "adahessian" and not name.startswith(("bnb", "fused"))
 )
+
+
+_MEASURED = ("top1", "top5", "loss", "calibration_error")
+_BEST_METRICS = (*_MEASURED, *(f"ema_{name}" for name in _MEASURED))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,7 +383,24 @@ class Recipe:
             role="operation",
         ),
     ] = 50
+    wandb_project: Annotated[
+        str | None,
+        Rule(
+            "Project of Weights & Biases that the run is logged to, besides TensorBoard events; null for none.",
+            form="line",
+            role="operation",
+        ),
+    ] = None
     keep_checkpoints: Annotated[int, Rule("Number of newest checkpoints to keep.", 2, 10_000, role="operation")] = 3
+    keep_best: Annotated[
+        str | None,
+        Rule(
+            "Held-out metric by which the weights of the best epoch are kept in the run's `best/`, beside the newest; "
+            "with `ema_`, those of the moving average; null for none.",
+            choices=_BEST_METRICS,
+            role="operation",
+        ),
+    ] = None
     probe_images: Annotated[
         int,
         Rule(
@@ -433,6 +464,8 @@ class Recipe:
             fail("decay_milestones", [], "at least one epoch with scheduler multistep")
         if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
             fail("decay_milestones", list(self.decay_milestones), "increasing epochs")
+        if self.keep_best is not None and self.keep_best.startswith("ema_") and self.ema_decay is None:
+            fail("keep_best", self.keep_best, f"{self.keep_best.removeprefix('ema_')}, as ema_decay is null")
         if self.bce_threshold is not None and self.loss != "bce":
             fail("bce_threshold", self.bce_threshold, "null, as loss is not bce")
 

@@ -352,17 +352,17 @@ def _save(job: _Job, hooks: _Hooks) -> None:
     job.ranks.barrier()
 
 
-def _finish_epoch(job: _Job, test: EvalBatches, probe: Tensor | None, commit: str | None) -> None:
+def _finish_epoch(job: _Job, test: EvalBatches, probe: Tensor | None, commit: str | None, hooks: _Hooks) -> None:
     """Evaluate, and add the epoch's rows."""
     recipe, ranks = job.recipe, job.ranks
     mean, _ = _check_loss(job, False)
     ranks.equalize_buffers(job.model)
     amp = _AMP[recipe.amp]
-    accuracy = measure(job.model, test, ranks, amp=amp)
+    accuracy = measure(job.model, test, ranks, amp=amp, on_batch=hooks.on_eval)
     averaged: Accuracy | None = None
     if job.ema is not None:
         ranks.equalize_buffers(job.ema.module)
-        averaged = measure(cast(nn.Module, job.ema.module), test, ranks, amp=amp)
+        averaged = measure(cast(nn.Module, job.ema.module), test, ranks, amp=amp, on_batch=hooks.on_eval)
     gates = gate_state(job.model)
     step_time = statistics.median(job.durations)
     job.rows.append(
@@ -405,6 +405,7 @@ def _finish_epoch(job: _Job, test: EvalBatches, probe: Tensor | None, commit: st
 class _Hooks:
     on_step: Callable[[int, int], None]
     on_loss: Callable[[int, float, float], None]
+    on_eval: Callable[[int], None]
     on_epoch: Callable[[EpochMetrics, tuple[LayerSimilarity, ...]], None]
     on_save: Callable[[Snapshot], None]
     stopping: Callable[[], bool]
@@ -424,6 +425,7 @@ def fit(
     start: Snapshot | None = None,
     on_step: Callable[[int, int], None] = _nothing,
     on_loss: Callable[[int, float, float], None] = _nothing,
+    on_eval: Callable[[int], None] = _nothing,
     on_epoch: Callable[[EpochMetrics, tuple[LayerSimilarity, ...]], None] = _nothing,
     on_save: Callable[[Snapshot], None] = _nothing,
     stopping: Callable[[], bool] = lambda: False,
@@ -440,6 +442,7 @@ def fit(
         on_step: Called after every update with the images done in this epoch and the images of an epoch.
         on_loss: Called every ``log_interval`` updates and at the end of each epoch with the updates made, the epoch's
             mean loss so far and the learning rate.
+        on_eval: Called after every batch of an evaluation with the images that this rank has done.
         on_epoch: Called after every epoch with its row and the similarity of its layers.
         on_save: Called with the state after every epoch and every ``checkpoint_steps`` updates, on the first rank.
         stopping: Called at intervals; once it returns True on any rank, the state is saved and training ends.
@@ -451,7 +454,7 @@ def fit(
         TrainingError: The loss is no longer finite, the data ends early, or the recipe cannot be carried out here.
     """
     place = ranks or Ranks()
-    hooks = _Hooks(on_step, on_loss, on_epoch, on_save, stopping)
+    hooks = _Hooks(on_step, on_loss, on_eval, on_epoch, on_save, stopping)
     job = _prepare(recipe, model, train.steps, place)
     if start is not None:
         _restore(job, start)
@@ -464,7 +467,7 @@ def fit(
         if not _train_epoch(job, train, hooks):
             finished = False
             break
-        _finish_epoch(job, test, probe, commit)
+        _finish_epoch(job, test, probe, commit, hooks)
         layers = tuple(row for row in job.similarity if row.epoch == job.epoch + 1)
         job.epoch, job.step = job.epoch + 1, 0
         job.total.zero_()

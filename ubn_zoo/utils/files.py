@@ -27,30 +27,31 @@ _PART = ".part"
 _ABANDONED_SECONDS = 3600.0  # since the last write to a temporary file; by then its writer is gone
 
 
-def write_file(path: str | os.PathLike[str], content: bytes | str) -> None:
+def write_file(path: str | os.PathLike[str], content: bytes | str, *, durable: bool = True) -> None:
     """Write a file atomically: readers see the old file or the new one, never a part of it.
 
     Args:
         path: The file; its folder must exist. If it is a symbolic link, the file it points to is replaced.
         content: The new content; a string is encoded as UTF-8, its line endings unchanged.
+        durable: Whether to wait until the content is on the disk.
 
     Raises:
         OSError: The file cannot be written, for example because the disk is full. The error names `path`, and an
             existing file is unchanged.
     """
-    with atomic_write(path) as file:
+    with atomic_write(path, durable=durable) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the ``with`` block ends without an exception.
 
-    The new content is on the disk (``fsync``) before it replaces the old. A new file gets the permissions of any new
-    file (666 less the umask); a replaced file keeps its own.
+    A new file gets the permissions of any new file (666 less the umask); a replaced file keeps its own.
 
     Args:
         path: The file; its folder must exist. If it is a symbolic link, the file it points to is replaced.
+        durable: Whether the new content must be on the disk (``fsync``) before it replaces the old.
 
     Yields:
         The temporary file, open for writing bytes.
@@ -67,7 +68,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             with contextlib.suppress(FileNotFoundError):
                 temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             temporary.replace(target)
@@ -75,7 +77,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        sync_folder(target.parent)
+        if durable:
+            sync_folder(target.parent)
     except OSError as error:
         if error.filename not in (None, str(temporary)):
             raise

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "duration"]
 
 WIDTH = 24
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as ``minutes:seconds`` or ``hours:minutes:seconds``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -42,21 +44,30 @@ class Progress:
         self._shown = time.monotonic()
         self._first: tuple[int, float] | None = None
 
-    def __call__(self, done: int, total: int) -> None:
-        """Report that `done` of `total` are done."""
+    def __call__(self, done: int, total: int, text: Callable[[], str] | None = None) -> None:
+        """Report that `done` of `total` are done.
+
+        Args:
+            done: Units done.
+            total: Units in all.
+            text: Returns what to show in place of count, rate and time left; called only when a line is due.
+        """
         now = time.monotonic()
         before, start = self._first = self._first or (done, now)
         if now - self._shown < self._interval and not (self._terminal and done == total):
             return
         self._shown = now
-        rate = (done - before) / max(now - start, 1e-9)
-        left = f"{_duration((total - done) / rate)} left" if rate else "starting"
-        text = f"{self._label}: {done}/{total}, {rate:.0f} {self._unit}/s, {left}"
+        if text is None:
+            rate = (done - before) / max(now - start, 1e-9)
+            left = f"{duration((total - done) / rate)} left" if rate else "starting"
+            shown = f"{done}/{total}, {rate:.0f} {self._unit}/s, {left}"
+        else:
+            shown = text()
         if self._terminal:
             filled = WIDTH * done // max(total, 1)
-            self._stream.write(f"\r\x1b[K[{'#' * filled}{'.' * (WIDTH - filled)}] {text}")
+            self._stream.write(f"\r\x1b[K[{'#' * filled}{'.' * (WIDTH - filled)}] {self._label}: {shown}")
         else:
-            self._stream.write(f"{text}\n")
+            self._stream.write(f"{self._label}: {shown}\n")
         self._stream.flush()
 
     def close(self) -> None:
