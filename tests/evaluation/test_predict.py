@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import os
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,15 @@ from sklearn.datasets import load_sample_images
 from timm.models._hub import save_config_for_hf
 
 import ubn_zoo
+from tests.hub_server import HubServer
+from tests.images import RECIPE, write_image_folder
 from ubn_zoo import cli
 from ubn_zoo.errors import DataError, EvaluationError, MissingPackageError
 from ubn_zoo.evaluation import predict as module
 from ubn_zoo.evaluation.predict import class_names, predict, predict_stream
 from ubn_zoo.evaluation.prediction_files import ClassProbability, Prediction, open_prediction_files
 from ubn_zoo.evaluation.subjects import subject_of
+from ubn_zoo.training.run import run as train
 
 MODEL = "regnetx_002_ubn.cifar10"
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared" / "data" / "clothing160.tar.xz"
@@ -46,15 +52,16 @@ def photos(tmp_path: Path) -> Path:
 
 @torch.inference_mode()
 def reference(model: torch.nn.Module, files: list[str]) -> torch.Tensor:
-    """timm's documented loop, one image at a time."""
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    """timm's documented loop."""
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model, use_test_size=True))
     model.eval()
-    return torch.cat([model(transform(Image.open(file).convert("RGB"))[None]).softmax(1) for file in files])
+    inputs = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    return torch.cat([model(part).softmax(1) for part in inputs.split(25)])
 
 
-def check_against_timm(model: torch.nn.Module, folder: Path, count: int) -> None:
+def check_against_timm(model: torch.nn.Module, folder: Path, count: int, batch_size: int) -> None:
     files = sorted(str(path) for path in folder.rglob("*.jpg"))
-    found = {one.file: one.top for one in predict(model, folder, top_k=10, batch_size=3, device="cpu")}
+    found = {one.file: one.top for one in predict(model, folder, top_k=10, batch_size=batch_size, device="cpu")}
     assert sorted(found) == files and len(files) == count
     for file, expected in zip(files, reference(model, files), strict=True):
         probabilities = torch.empty(10)
@@ -65,21 +72,19 @@ def check_against_timm(model: torch.nn.Module, folder: Path, count: int) -> None
 
 
 def test_equals_a_plain_timm_loop(model: torch.nn.Module, photos: Path) -> None:
-    check_against_timm(model, photos, 2)
+    check_against_timm(model, photos, 2, batch_size=3)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not ARCHIVE.is_file(), reason="the archive of 200 photographs is not here")
 def test_equals_a_plain_timm_loop_on_200_photographs(model: torch.nn.Module, tmp_path: Path) -> None:
-    kept = 0
     with tarfile.open(ARCHIVE) as archive:
-        for member in archive:
-            if member.isfile() and kept < 200:
-                stream = archive.extractfile(member)
-                assert stream is not None
-                (tmp_path / f"{kept}.jpg").write_bytes(stream.read())
-                kept += 1
-    check_against_timm(model, tmp_path, 200)
+        members = (member for member in archive if member.isfile())
+        for number, member in enumerate(itertools.islice(members, 200)):
+            stream = archive.extractfile(member)
+            assert stream is not None
+            (tmp_path / f"{number}.jpg").write_bytes(stream.read())
+    check_against_timm(model, tmp_path, 200, batch_size=32)
 
 
 def test_odd_files_are_what_they_look_like(model: torch.nn.Module, tmp_path: Path) -> None:
@@ -190,7 +195,7 @@ def test_parquet_without_pyarrow_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
-def test_names_are_those_of_the_run(photos: Path, tmp_path: Path) -> None:
+def test_names_are_those_of_the_run(photos: Path, tmp_path: Path, hub: HubServer) -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t_ubn", num_classes=2)
     run = tmp_path / "run"
@@ -200,9 +205,54 @@ def test_names_are_those_of_the_run(photos: Path, tmp_path: Path) -> None:
     save_config_for_hf(model, run / "config.json", {"pretrained_cfg": config, "label_names": ["wolf", "bear"]})
     found = predict(run, photos, device="cpu")
     assert {one.name for one in found[0].top} == {"wolf", "bear"}
-    for other in (f"local-dir:{run}", run / "model.safetensors"):
+    hub.create("someone/animals", {path.name: path.read_bytes() for path in run.iterdir()})
+    for other in (f"local-dir:{run}", run / "model.safetensors", "hf-hub:someone/animals"):
         same = predict(other, photos, device="cpu")
         assert [one.top for one in same] == [one.top for one in found]
+
+
+def test_a_checkpoint_of_timms_training_is_used_with_its_architecture(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    sibling = timm.create_model("resnet10t", num_classes=3)
+    torch.save({"arch": "resnet10t", "state_dict": sibling.state_dict()}, tmp_path / "last.pth.tar")
+    arguments = ["--checkpoint", str(tmp_path / "last.pth.tar"), "--output", str(tmp_path / "out.json")]
+    assert cli.main(["predict", "resnet10t_ubn", str(photos), *arguments, "--device", "cpu"]) == 0
+    assert "class names: unknown" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "out.json").read_text())
+    for row, expected in zip(rows, reference(sibling, [row["file"] for row in rows]), strict=True):
+        found = {one["index"]: one["probability"] for one in row["classes"]}
+        assert found == pytest.approx(dict(enumerate(expected.tolist())), abs=1e-5)
+        assert {one["name"] for one in row["classes"]} == {"class 0", "class 1", "class 2"}
+
+
+def test_an_unfinished_run_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, folder = write_image_folder(tmp_path / "data", 16, 2), tmp_path / "run"
+    stopped = train(RECIPE, data, folder, on_epoch=lambda row: os.kill(os.getpid(), signal.SIGTERM))
+    assert not stopped.finished
+    first, second = ubn_zoo.predict(folder, data / "test", device="cpu")
+    assert {one.name for one in first.top} == {one.name for one in second.top} == {"horizontal", "vertical"}
+    (folder / "model.safetensors").unlink()
+    assert cli.main(["predict", str(folder), str(data)]) == 1
+    assert "run has no model.safetensors; the run has not finished an epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet10", "resnet10: Unknown model, and no folder or file has this name; similar: resnet10t_ubn"),
+        ("runs/photos", "runs/photos: no such folder or file; valid: the folder of a run, a checkpoint, or a model's"),
+        ("model.pth", "model.pth: no such folder or file"),
+        ("https://host/model", "https://host/model: no such folder or file"),
+    ],
+)
+def test_a_model_that_does_not_exist_is_named(
+    name: str, message: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ([], ["--checkpoint", "weights.pth"]):
+        assert cli.main(["predict", name, str(photos), *more]) == 1
+        assert f"ubn-zoo: {message}" in capsys.readouterr().err
 
 
 def test_names_without_a_run_are_imagenets_or_numbers(model: torch.nn.Module) -> None:

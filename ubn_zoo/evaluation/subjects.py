@@ -19,11 +19,13 @@ from ubn_zoo.hub.manifest import load_manifest
 from ubn_zoo.layers import VARIANTS, UnifiedBatchNorm2d
 from ubn_zoo.models import read_checkpoint
 from ubn_zoo.models.catalog import similar_names
+from ubn_zoo.models.weights import PICKLE_ENDINGS
 
 __all__ = ["Subject", "expand_names", "load_subject", "norm_of", "subject_of", "weights_hash"]
 
 _CONFIG = "config.json"
 _CHECKPOINTS = "checkpoints"  # a run's folder of snapshots
+_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 _LISTS = (".txt", ".lst")
 
 
@@ -85,11 +87,13 @@ def load_subject(
         raise EvaluationError("received neither a model nor a run, or both; valid: one of them")
     if checkpoint is not None and run is not None:
         raise EvaluationError("received a checkpoint and a run; valid: one of them")
-    if name is not None and checkpoint is None and not timm.is_model(os.fspath(name)):
-        if Path(name).is_dir():
+    if name is not None and not timm.is_model(os.fspath(name)):
+        if checkpoint is None and Path(name).is_dir():
             name, run = None, name
-        elif Path(name).is_file():
+        elif checkpoint is None and Path(name).is_file():
             name, checkpoint = None, name
+        elif not os.fspath(name).startswith(_SCHEMES):
+            raise EvaluationError(_unknown(os.fspath(name)))
     if checkpoint is None and num_classes is not None:
         raise EvaluationError(f"num_classes: received {num_classes}; valid: none without a checkpoint")
     if run is None and ema:
@@ -102,6 +106,17 @@ def load_subject(
         return _load_pretrained(os.fspath(cast(str, name)))
     except (OSError, RuntimeError) as error:
         raise EvaluationError(f"{run or name or checkpoint}: {error}") from error
+
+
+def _unknown(name: str) -> str:
+    """Say what is wrong with a name that is neither a model nor an existing path."""
+    path = Path(name)
+    if "/" in name or os.sep in name or path.suffix in (".safetensors", *PICKLE_ENDINGS):
+        return (
+            f"{name}: no such folder or file; valid: the folder of a run, a checkpoint, or a model's name "
+            "(hf-hub:OWNER/NAME on the Hub)"
+        )
+    return f"{name}: Unknown model, and no folder or file has this name; {similar_names(name)}"
 
 
 def subject_of(model: nn.Module) -> Subject:

@@ -26,6 +26,7 @@ from ubn_zoo.layers.parameters import CALIBRATIONS
 from ubn_zoo.models.foreign import rename_keys
 
 __all__ = [
+    "PICKLE_ENDINGS",
     "CheckedState",
     "CheckpointError",
     "bundled_file",
@@ -40,7 +41,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _SAFE_NAME = "model.safetensors"
-_PICKLE_ENDINGS = (".pth", ".pt", ".bin", ".tar")
+PICKLE_ENDINGS = (".pth", ".pt", ".bin", ".tar")
 _SOURCE_FIELDS = ("source", "url", "file", "hf_hub_id", "hf_hub_filename", "state_dict")
 _SHOWN = 5  # keys of one kind of problem that an error lists
 
@@ -87,8 +88,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix not in _PICKLE_ENDINGS:
-        valid = ", ".join((".safetensors", *_PICKLE_ENDINGS))
+    if path.suffix not in PICKLE_ENDINGS:
+        valid = ", ".join((".safetensors", *PICKLE_ENDINGS))
         raise CheckpointError(f"{path}: a checkpoint ending in {path.suffix!r}; valid endings are {valid}")
     try:
         state_dict = timm.models.load_state_dict(str(path), weights_only=True)
@@ -121,7 +122,7 @@ def file_in_folder(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: there is no such folder")
     if (folder / _SAFE_NAME).is_file():
         return folder / _SAFE_NAME
-    for endings in ((".safetensors",), _PICKLE_ENDINGS):
+    for endings in ((".safetensors",), PICKLE_ENDINGS):
         found = sorted(path for path in folder.iterdir() if path.suffix in endings)
         if len(found) == 1:
             return found[0]
