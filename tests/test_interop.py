@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import timm.layers
+import timm.optim
 import timm.utils
 import torch
 import torch.distributed as dist
@@ -25,7 +25,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import ubn_zoo
 from ubn_zoo import interop
-from ubn_zoo.layers import functional
+from ubn_zoo.layers import functional, overlooked
+from ubn_zoo.layers.split import convert_split_ubn
+from ubn_zoo.models.hub_config import describe_model
 
 
 def small() -> nn.Sequential:
@@ -170,6 +172,45 @@ def test_weight_decay_groups_ask_the_modules() -> None:
     assert (len(without["params"]), len(decayed["params"])) == (2, 1)
 
 
+def decayed_by_timm(model: nn.Module) -> int:
+    """Parameters of UBN layers that timm's optimizers would decay."""
+    groups = timm.optim.create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.05).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed
+    layers = [m for m in model.modules() if isinstance(m, ubn_zoo.UnifiedBatchNorm2d)]
+    assert layers
+    return len({id(p) for layer in layers for p in layer.parameters(recurse=False)} & decayed)
+
+
+@pytest.mark.parametrize("name", ["resnet10t_ubn", "regnetx_002_ubn"])
+def test_timms_optimizers_spare_feature_extractors(name: str) -> None:
+    model = timm.create_model(name, features_only=True)
+    assert decayed_by_timm(model) == 0 and decayed_by_timm(copy.deepcopy(model)) == 0
+
+
+def test_timms_optimizers_spare_converted_models(tmp_path: Path) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(torch.zeros(2, 2))
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        def no_weight_decay(self) -> set[str]:
+            return {"tokens"}
+
+    model = ubn_zoo.convert_batchnorm(resnet18(weights=None))
+    assert decayed_by_timm(model) == 0
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(model), loaded):
+        assert decayed_by_timm(other) == 0
+        # It names the parameters of the copy, not of the original.
+        del other.layer1
+        assert not any(name.startswith("layer1") for name in other.no_weight_decay())
+    names = ubn_zoo.convert_batchnorm(Tokens()).no_weight_decay()
+    assert {"tokens", "body.1.weight"} < names and "body.0.weight" not in names
+
+
 def test_install_is_reversible() -> None:
     import timm.layers.norm_act
     import timm.utils.model
@@ -184,6 +225,7 @@ def test_install_is_reversible() -> None:
             timm.utils.unfreeze,
             timm.utils.distribute_bn,
             timm.layers.convert_sync_batchnorm,
+            timm.layers.convert_splitbn_model,
             swa_utils.update_bn,
             nn.SyncBatchNorm.__dict__["convert_sync_batchnorm"],
         ]
@@ -239,6 +281,101 @@ def test_sync_batchnorm_reaches_ubn(installed: None, convert: str) -> None:
     assert type(model[5]) is nn.SyncBatchNorm
 
 
+def test_split_batchnorm_has_a_layer_for_each_part(installed: None) -> None:
+    model = small()
+    layer, expected = model[1], copy.deepcopy(model[1])
+    assert timm.layers.convert_splitbn_model(model, 2) is model
+    assert type(model[5]) is timm.layers.SplitBatchNorm2d and model[1] is layer
+    assert [name for name in model.state_dict() if name.startswith(("1.aux_bn.0.", "3.aux_bn.1."))] == [
+        f"1.aux_bn.0.{name}" for name in expected.state_dict()
+    ]
+    x = torch.cat([batches(1)[0], 3 * batches(1, seed=5)[0]])
+    y = model[0](x).detach()
+    other = copy.deepcopy(expected)
+    torch.testing.assert_close(layer(y), torch.cat([expected(y[:6]), other(y[6:])]))
+    assert torch.equal(layer.running_var, expected.running_var)
+    assert torch.equal(layer.aux_bn[0].running_var, other.running_var)
+    torch.testing.assert_close(model.eval()[1](y), expected.eval()(y))
+    with pytest.raises(ValueError, match="has 5 samples"):
+        layer.train()(y[:5])
+    copy.deepcopy(model).train()(x).sum().backward()
+    timm.layers.convert_splitbn_model(model, 2)
+    assert len(layer.aux_bn) == 1 and layer.aux_bn[0].aux_bn is None
+
+
+@pytest.fixture
+def warned_of_nothing() -> Iterator[None]:
+    overlooked._warned.clear()
+    yield
+    overlooked._warned.clear()
+
+
+@pytest.mark.parametrize(
+    ("walk", "cure", "before"),
+    [
+        (nn.SyncBatchNorm.convert_sync_batchnorm, "convert_sync_ubn", ubn_zoo.convert_sync_ubn),
+        (timm.layers.convert_sync_batchnorm, "convert_sync_ubn", ubn_zoo.convert_sync_ubn),
+        (timm.layers.freeze_batch_norm_2d, "freeze_ubn", ubn_zoo.freeze_ubn),
+        (timm.utils.freeze, "freeze_ubn", ubn_zoo.freeze_ubn),
+        (timm.layers.convert_splitbn_model, "convert_split_ubn", convert_split_ubn),
+    ],
+)
+def test_functions_that_overlook_ubn_are_reported_once(
+    walk: Callable[[nn.Module], object],
+    cure: str,
+    before: Callable[[nn.Module], nn.Module],
+    warned_of_nothing: None,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    walk(before(small()))
+    list(small().named_modules())
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=rf"ubn_zoo\S*\.{cure}\(model\).*interop.install"):
+        walk(small())
+    walk(small())
+    assert not recwarn.list
+
+
+def test_unfreezing_that_overlooks_ubn_is_reported(warned_of_nothing: None) -> None:
+    with pytest.warns(UserWarning, match="leaves UBN layers frozen"):
+        timm.layers.unfreeze_batch_norm_2d(ubn_zoo.freeze_ubn(small()))
+
+
+def test_frozen_parameters_with_moving_statistics_are_reported(
+    warned_of_nothing: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, x = small().requires_grad_(False), batches(1)[0]
+    ubn_zoo.freeze_ubn(small())(x)
+    model.eval()(x)
+    interop.update_statistics([x], model)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="running statistics and gate still move"):
+        model.train()(x)
+    model(x)
+    assert not recwarn.list
+
+
+def test_install_leaves_nothing_to_report(
+    installed: None, warned_of_nothing: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = small()
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    timm.utils.freeze(model)
+    timm.utils.unfreeze(model)
+    assert not recwarn.list
+
+
+def _mixed(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = small()
+    model[5] = nn.Identity()
+    replicas = nn.parallel.DistributedDataParallel(model)
+    replicas.sync = nn.SyncBatchNorm(4)  # never called: a CPU cannot run it
+    with pytest.warns(UserWarning, match="UBN layers are not"):
+        replicas(batches(1)[0])
+    dist.destroy_process_group()
+
+
 def _distribute(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     with interop.install():
@@ -256,25 +393,31 @@ def test_distribute_bn_shares_gates(tmp_path: Path) -> None:
     mp.start_processes(_distribute, (str(tmp_path),), nprocs=2, start_method="fork")
 
 
+def test_layers_left_out_of_synchronization_are_reported(tmp_path: Path, warned_of_nothing: None) -> None:
+    mp.start_processes(_mixed, (str(tmp_path),), nprocs=2, start_method="fork")
+
+
 SCRIPT = """
 import subprocess, sys, timm, torch
 from timm.utils import freeze
 names = timm.list_models("resnet18_ubn")
-print(__name__, sys.argv[1:], names, freeze.__module__, flush=True)
+with open("seen", "a") as file:
+    print(__name__, sys.argv[1:], names, freeze.__module__, file=file)
 if sys.argv[1] == "parent":
     subprocess.run([sys.executable, __file__, "child"], check=False)
 sys.exit(3)
 """
 
 
-def test_exec_runs_scripts_and_their_children(tmp_path: Path) -> None:
+def test_exec_runs_scripts_and_their_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "ubn_zoo", "exec", "script.py", "parent", "--model", "x"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.splitlines() == [
-        "__main__ ['parent', '--model', 'x'] ['resnet18_ubn'] ubn_zoo.interop",
-        "__main__ ['child'] ['resnet18_ubn'] ubn_zoo.interop",
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        ubn_zoo.cli.main(["exec", "script.py", "parent", "--model", "x"])
+    assert exit.value.code == 3
+    assert (tmp_path / "seen").read_text().splitlines() == [
+        "__main__ ['parent', '--model', 'x'] ['resnet18_ubn'] ubn_zoo.interop.norms",
+        "__main__ ['child'] ['resnet18_ubn'] ubn_zoo.interop.norms",
     ]
 
 
@@ -369,3 +512,11 @@ def test_torchvision_extracts_features_of_a_twin() -> None:
 def test_symbolic_trace_of_the_layer_itself_says_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"trace torch.nn.Sequential\(layer\)"):
         torch.fx.symbolic_trace(ubn_zoo.UnifiedBatchNorm2d(3))
+
+
+def test_written_configurations_repeat_no_argument_of_transformers() -> None:
+    config = describe_model(
+        timm.create_model("resnet10t_ubn", num_classes=3), model_config={"label_names": list("abc")}
+    )
+    assert (config["num_classes"], config["label_names"]) == (3, ["a", "b", "c"])
+    assert "num_classes" not in config["model_args"]

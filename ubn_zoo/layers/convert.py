@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,15 @@ from .ubn import UnifiedBatchNorm2d, UnifiedBatchNormAct2d
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["convert_batchnorm", "convert_state_dict", "convert_sync_ubn", "freeze_ubn", "unfreeze_ubn"]
+__all__ = [
+    "convert_batchnorm",
+    "convert_state_dict",
+    "convert_sync_ubn",
+    "freeze_ubn",
+    "mark_no_weight_decay",
+    "no_weight_decay",
+    "unfreeze_ubn",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +59,30 @@ def ubn_layers(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[t
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, UnifiedBatchNorm2d):
             yield name, module
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that optimizers should not decay: all of UBN layers, and what modules name themselves.
+
+    A rule by number of dimensions alone would decay the depthwise kernels, which stand where BatchNorm has its weight.
+    """
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        names: Any = ()
+        if isinstance(module, UnifiedBatchNorm2d):
+            names = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        elif module is model:
+            theirs = getattr(type(model), "no_weight_decay", None)
+            names = theirs(model) if callable(theirs) else ()
+        elif callable(getattr(module, "no_weight_decay", None)):
+            names = module.no_weight_decay()
+        found |= {f"{name}.{parameter}" if name else parameter for parameter in names}
+    return found
+
+
+def mark_no_weight_decay(model: nn.Module) -> None:
+    """Lets ``model.no_weight_decay()``, which timm's optimizers call, return :func:`no_weight_decay`."""
+    setattr(model, "no_weight_decay", functools.partial(no_weight_decay, model))  # noqa: B010 - no submodule
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -240,6 +273,9 @@ def convert_batchnorm(
     torchvision's ``FrozenBatchNorm2d`` and timm's ``FrozenBatchNormAct2d`` become frozen UBN layers, as after
     :func:`freeze_ubn`; :func:`unfreeze_ubn` makes them trainable.
 
+    The model gets a ``no_weight_decay()`` that names UBN's parameters, for timm's optimizers. If it becomes part of
+    another model, use :func:`ubn_zoo.interop.weight_decay_groups`.
+
     What was converted, what was left and why is counted in one line of the log, at level INFO.
 
     A BatchNorm without an affine gets no scaling calibration, which would change its function. Where a fresh BatchNorm
@@ -288,6 +324,7 @@ def convert_batchnorm(
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
+    mark_no_weight_decay(model)
     return model
 
 

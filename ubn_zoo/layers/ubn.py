@@ -2,13 +2,13 @@
 
 import math
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import torch
 from timm.layers import create_act_layer, register_notrace_module
 from torch import Tensor, nn
 
-from . import autograd, distributed, functional, internals, recompute
+from . import autograd, distributed, functional, internals, overlooked, recompute
 from .kernels import operators
 from .parameters import CALIBRATIONS, Parameters, State
 from .state import affine_gain, identity_kernel, upgrade_layer_state
@@ -251,6 +251,7 @@ class UnifiedBatchNorm2d(nn.Module):
         recomputing = training and internals.is_in_backward()
         if training and (path is distributed or not torch.compiler.is_compiling()):
             distributed.equalize_ddp_buffers()
+            overlooked.check_training(self)
         if path is not distributed and input.numel() == 0:
             if training and state is not None and not recomputing:
                 state.batches.add_(1)
@@ -332,6 +333,10 @@ class UnifiedBatchNorm2d(nn.Module):
             self.similarity_momentum,
             self.similarity_samples,
         )
+
+    def named_children(self) -> Iterator[Tuple[str, nn.Module]]:
+        overlooked.check_walk(self)
+        return super().named_children()
 
     def extra_repr(self) -> str:
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"

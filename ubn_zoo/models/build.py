@@ -29,6 +29,7 @@ from timm.models._prune import adapt_model_from_file
 from torch import nn
 
 from ubn_zoo.layers import UnifiedBatchNorm2d, convert_batchnorm
+from ubn_zoo.layers.convert import mark_no_weight_decay
 from ubn_zoo.models.limits import STRANGERS, check_configuration
 from ubn_zoo.models.reparameterize import adopt_blocks
 from ubn_zoo.models.weights import CheckedState, check_state_dict, load_weights, to_ubn_format
@@ -244,6 +245,7 @@ def build_ubn_model(
             model = convert_batchnorm(model, **settings)
             adopt_blocks(model)
             model.__class__ = derive(UbnModel, model_class)
+            del model.no_weight_decay  # the class has it
             if pretrained:
                 load_weights(
                     model,
@@ -260,4 +262,7 @@ def build_ubn_model(
         # What timm does here: sizes by default, features_only, the model's traits. Weights are in before that.
         return build_model_with_cfg(construct, architecture, False, pretrained_cfg=described, **arguments)
 
-    return _run_entry_point(timm.model_entrypoint(upstream), build, pretrained=pretrained, **kwargs)
+    model: nn.Module = _run_entry_point(timm.model_entrypoint(upstream), build, pretrained=pretrained, **kwargs)
+    if not isinstance(model, UbnModel):
+        mark_no_weight_decay(model)  # a feature extractor
+    return model

@@ -1,5 +1,7 @@
 """Read ``config.json`` of ``hf-hub:`` and ``local-dir:`` names: checked, and from the Hub as patiently as weights.
 
+:func:`describe_model` makes the content of such a file, for timm and for transformers.
+
 timm reads the file before it knows the architecture, with a single request and without a look at its values. Its reader
 and parser stay in use; if the request fails, the file is fetched by `ubn_zoo.hub.fetch`. What describes a model of this
 zoo is checked first, so that whatever is wrong in it becomes one error that names the repository or folder, the entry
@@ -14,7 +16,8 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from timm.models import PretrainedCfg, _factory, _hub
+from torch import nn
 
 from ubn_zoo.errors import CheckpointError
 from ubn_zoo.hub.fetch import fetch
 from ubn_zoo.hub.retry import HTTPError, describe_failure
 
-__all__ = ["install"]
+__all__ = ["describe_model", "install"]
 
 # What timm's users catch; repeating the request would not help. LocalEntryNotFoundError also derives from one of these.
 _PERMANENT = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
@@ -284,6 +288,31 @@ def _from_folder(read: Callable[..., Any]) -> Callable[..., Any]:
         return _parse(path, f"local-dir:{model_path}", {"file": str(Path(model_path)), "source": "local-dir"})
 
     return load_model_config_from_path
+
+
+def describe_model(
+    model: nn.Module, *, model_config: Mapping[str, Any], data_config: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of ``config.json`` for a model, which timm and transformers can read.
+
+    timm repeats ``num_classes`` in ``model_args``; transformers passes both on and fails. It is left out there: timm
+    reads it at the top level as well.
+
+    Args:
+        model: A model that timm built.
+        model_config: As for timm's ``save_config_for_hf``: ``label_names``, entries of ``pretrained_cfg``.
+        data_config: The preprocessing; by default that of the model's ``pretrained_cfg``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / _CONFIG
+        _hub.save_config_for_hf(model, str(path), model_config=dict(model_config), data_config=data_config)
+        config: dict[str, Any] = json.loads(path.read_bytes())
+    arguments = config.get("model_args", {})
+    if arguments.get("num_classes") == config["num_classes"]:
+        del arguments["num_classes"]
+        if not arguments:
+            del config["model_args"]
+    return config
 
 
 def install() -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ubn_zoo.errors import CheckpointError, ManifestError, NotRecordedError, PublishError, RecipeError
@@ -31,6 +30,7 @@ from ubn_zoo.hub.manifest import (
     record_from_dict,
     record_to_dict,
 )
+from ubn_zoo.models.hub_config import describe_model
 from ubn_zoo.models.weights import check_state_dict
 from ubn_zoo.recipes.schema import parse_recipe
 from ubn_zoo.release.card import card_text, class_names, validate_command
@@ -332,12 +332,8 @@ def _remeasured(
 def _config(found: Source, model: nn.Module) -> dict[str, Any]:
     """What timm needs to build the model from the repository."""
     described = {"tag": found.tag, "license": found.license, "description": _description(found), "origin_url": None}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / CONFIG
-        save_config_for_hf(
-            model, str(path), model_config={**found.labels, "pretrained_cfg": described}, data_config=found.data_config
-        )
-        return dict(json.loads(path.read_bytes()))
+    model_config = {**found.labels, "pretrained_cfg": described}
+    return describe_model(model, model_config=model_config, data_config=found.data_config)
 
 
 def _description(found: Source) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ubn_zoo.errors import RunError
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics
+from ubn_zoo.models.hub_config import describe_model
 from ubn_zoo.recipes.schema import Recipe, decisive_settings, load_recipe
 from ubn_zoo.training.checkpoint import Snapshot, tensor_bytes
 from ubn_zoo.utils.files import write_file
@@ -113,25 +112,22 @@ def check_folder(folder: Path, recipe: Recipe) -> int | None:
 def write_config(folder: Path, recipe: Recipe, classes: tuple[str, ...], model: nn.Module) -> None:
     """Write the configuration that timm reads beside the weights."""
     size = recipe.test_img_size or recipe.img_size
-    with tempfile.TemporaryDirectory() as temporary:
-        written = Path(temporary) / CONFIG
-        save_config_for_hf(
-            model,
-            str(written),
-            model_config={
-                "label_names": list(classes),
-                # The facts of the weights that training started from do not hold for these.
-                "pretrained_cfg": dict.fromkeys(("tag", "license", "origin_url", "description")),
-            },
-            data_config={
-                "input_size": (3, size, size),
-                "interpolation": recipe.interpolation,
-                "crop_pct": recipe.crop_pct,
-                "mean": recipe.mean,
-                "std": recipe.std,
-            },
-        )
-        write_file(folder / CONFIG, written.read_bytes())
+    config = describe_model(
+        model,
+        model_config={
+            "label_names": list(classes),
+            # The facts of the weights that training started from do not hold for these.
+            "pretrained_cfg": dict.fromkeys(("tag", "license", "origin_url", "description")),
+        },
+        data_config={
+            "input_size": (3, size, size),
+            "interpolation": recipe.interpolation,
+            "crop_pct": recipe.crop_pct,
+            "mean": recipe.mean,
+            "std": recipe.std,
+        },
+    )
+    write_file(folder / CONFIG, json.dumps(config, indent=2))
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor], averaged: Mapping[str, Tensor] | None) -> None:

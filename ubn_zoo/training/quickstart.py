@@ -19,7 +19,6 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 from ubn_zoo import __version__
@@ -30,10 +29,13 @@ from ubn_zoo.errors import QuickstartError
 from ubn_zoo.evaluation.accuracy import logits_as_configured, logits_of
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.hub.manifest import load_manifest
+from ubn_zoo.models.hub_config import describe_model
 from ubn_zoo.recipes.schema import Recipe, apply_settings, decisive_settings, load_recipe
 from ubn_zoo.training.build import build_model, complete
+from ubn_zoo.training.checkpoint import tensor_bytes
 from ubn_zoo.training.engine import fit
 from ubn_zoo.utils.distributed import Ranks
+from ubn_zoo.utils.files import write_file
 from ubn_zoo.utils.progress import Progress
 
 __all__ = ["check_saved_model", "load_digits", "run_quickstart"]
@@ -110,9 +112,8 @@ def _train(
 def _save(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Path) -> None:
     """Write a model as timm's Hub layout, config.json and model.safetensors, no pickle."""
     side = recipe.img_size
-    save_for_hf(
-        model.to(memory_format=torch.contiguous_format),  # the only one that safetensors stores
-        str(folder),
+    config = describe_model(
+        model,
         model_config={
             "label_names": list(classes),
             "pretrained_cfg": {
@@ -128,8 +129,10 @@ def _save(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Path
             "interpolation": recipe.interpolation,
             "crop_pct": 1.0,
         },
-        safe_serialization=True,
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "config.json", json.dumps(config, indent=2))
+    write_file(folder / "model.safetensors", tensor_bytes(model.state_dict()))
 
 
 def check_saved_model(output: str | os.PathLike[str]) -> int:
