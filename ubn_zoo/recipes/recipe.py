@@ -298,7 +298,10 @@ class Recipe:
     ] = None
     optimizer_eps: Annotated[float | None, Rule("Epsilon of the optimizer; null for its default.", 1e-30, 1.0)] = None
     weight_decay: Annotated[float, Rule("Weight decay of convolution and linear weights.", 0.0, 10.0)] = 5e-4
-    norm_decay: Annotated[bool, Rule("Whether biases and norm parameters decay too.")] = False
+    norm_decay: Annotated[
+        bool,
+        Rule("Whether biases and norm parameters decay too; with layer_decay, the depthwise kernels of UBN never do."),
+    ] = False
     layer_decay: Annotated[
         float | None,
         Rule(
