@@ -30,6 +30,7 @@ from ubn_zoo.evaluation.accuracy import (
     logits_of,
     measure,
 )
+from ubn_zoo.evaluation.details import read_predictions
 from ubn_zoo.evaluation.evaluate import evaluate
 from ubn_zoo.evaluation.subjects import Subject, load_subject, subject_of
 from ubn_zoo.evaluation.test_sets import feed_of, open_images
@@ -158,6 +159,15 @@ from ubn_zoo.utils.distributed import joined
 torch.set_num_threads(1)
 logits, labels = torch.load(f"{folder}/data", weights_only=True)
 with joined("cpu", timeout=60) as ranks:
+    def failing():
+        yield from batches_of(labels[:2], 2)
+        if ranks.rank == 1:
+            raise OSError("this disk is gone")
+    try:
+        measure(Table(logits), failing(), ranks)
+    except Exception as error:
+        with open(f"{folder}/error.{ranks.rank}", "w") as file:
+            file.write(f"{type(error).__name__}: {error}")
     for total in (37, 1):
         share = ranks.share(total)
         batches = batches_of(labels[share.start:share.stop], 5, share.start)
@@ -169,7 +179,10 @@ with joined("cpu", timeout=60) as ranks:
 
 @pytest.mark.slow
 def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> None:
-    """Also when one of them has none, and so does not know how many classes there are."""
+    """Also if one of them has none, and so does not know how many classes there are.
+
+    If one of them fails, neither waits for the other.
+    """
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn((37, 8), generator=generator), torch.randint(0, 8, (37,), generator=generator)
     torch.save((logits, labels), tmp_path / "data")
@@ -177,7 +190,7 @@ def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> N
     images = write_image_folder(tmp_path / "images", 2, 11)
     arguments = ["--model", "resnet10t_ubn", "--checkpoint", str(checkpoint), "--data-dir", str(images)]
     arguments += ["--img-size", "32", "--batch-size", "4", "--workers", "0", "--results", str(tmp_path / "results.csv")]
-    arguments.append("--allow-class-mismatch")
+    arguments += ["--allow-class-mismatch", "--details", str(tmp_path / "details")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_LOG_LEVEL": "ERROR"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -188,6 +201,8 @@ def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> N
             [*launch, *program], capture_output=True, text=True, timeout=180, env=environment, check=False
         )
         assert done.returncode == 0, done.stderr
+    errors = [(tmp_path / f"error.{rank}").read_text(encoding="utf-8") for rank in range(2)]
+    assert errors == ["EvaluationError: another rank failed; its message says why", "OSError: this disk is gone"]
     for total in (37, 1):
         found = [json.loads((tmp_path / f"{total}.{rank}").read_text(encoding="utf-8")) for rank in range(2)]
         assert found[0] == found[1]
@@ -200,6 +215,11 @@ def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> N
     alone = measure(subject.model, batches, Ranks())
     assert (row["images"], float(row["top1"])) == ("11", pytest.approx(alone.top1, abs=1e-4))
     assert float(row["loss"]) == pytest.approx(alone.loss, rel=1e-5)
+    (together,) = (tmp_path / "details").glob("*.predictions.csv")
+    evaluate(subject, images, img_size=32, allow_class_mismatch=True, details=tmp_path / "alone")
+    (single,) = (tmp_path / "alone").glob("*.predictions.csv")
+    pairs = zip(read_predictions(together), read_predictions(single), strict=True)
+    assert all((a.file, a.label, a.prediction) == (b.file, b.label, b.prediction) for a, b in pairs)
 
 
 def test_predictions_are_the_models_own() -> None:

@@ -214,7 +214,10 @@ def measure(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    agree_on(failure, ranks)
+    try:
+        agree_on(failure, ranks)
+    finally:
+        del failure
     ranks.sum(counts.sums)
     # A rank without images does not know how many classes there are.
     counts.classes = int(ranks.max(counts.classes))
@@ -234,12 +237,16 @@ def agree_on(failure: Exception | None, ranks: Ranks) -> None:
         torch.OutOfMemoryError: Another rank ran out of memory.
     """
     worst = ranks.max(0 if failure is None else 1 if is_out_of_memory(failure) else 2)
-    if failure is not None and (worst == 2) != is_out_of_memory(failure):
-        raise failure
-    if worst == 1:
-        raise torch.OutOfMemoryError("out of memory on another rank")
-    if worst:
-        raise EvaluationError("another rank failed; its message says why") from failure
+    try:
+        if failure is not None and (worst == 2) != is_out_of_memory(failure):
+            raise failure
+        if worst == 1:
+            raise torch.OutOfMemoryError("out of memory on another rank")
+        if worst:
+            raise EvaluationError("another rank failed; its message says why") from failure
+    finally:
+        # The error holds this frame: without this, they would hold each other, and the tensors of the failed batch.
+        del failure
 
 
 @torch.inference_mode()

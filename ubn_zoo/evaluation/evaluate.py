@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers.test_time_pool import apply_test_time_pool
+from timm.layers.test_time_pool import TestTimePoolHead
 from torch import nn
 
 from ubn_zoo import __version__
@@ -361,12 +361,24 @@ def _feed(subject: Subject, options: EvalOptions) -> Feed:
 def _prepare(subject: Subject, feed: Feed, options: EvalOptions, ranks: Ranks) -> nn.Module:
     network = subject.model
     if options.test_pool:
-        size = (3, feed.img_size, feed.img_size)
-        network, _ = apply_test_time_pool(network, {"input_size": size})
+        network = _with_test_pool(network, feed.img_size)
     network = network.to(ranks.device).to(memory_format=torch.channels_last)
     if options.fuse:
         network = fuse(network.eval())
     return cast(nn.Module, torch.compile(network)) if options.compile else network
+
+
+@torch.inference_mode()
+def _with_test_pool(model: Any, img_size: int) -> nn.Module:
+    """Timm's test-time pooling for images larger than in training: classify each window of the training's size."""
+    config = model.pretrained_cfg
+    channels, height, width = config["input_size"]
+    if img_size <= height or img_size <= width:
+        return cast(nn.Module, model)
+    pool = config.get("pool_size")
+    if pool is None:
+        pool = tuple(model.eval().forward_features(torch.zeros(1, channels, height, width)).shape[2:])
+    return TestTimePoolHead(model, original_pool=pool)
 
 
 def _open(

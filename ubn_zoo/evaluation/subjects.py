@@ -237,7 +237,8 @@ def _load_checkpoint(name: str | None, path: Path, num_classes: int | None) -> S
         # The preprocessing is the training's, also where another architecture, such as the sibling, gets the weights.
         described = settings.get("pretrained_cfg") or {}
         keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
-        arguments["pretrained_cfg_overlay"] = {key: described[key] for key in keys if described.get(key) is not None}
+        overlay = {**described, "label_names": settings.get("label_names") or described.get("label_names")}
+        arguments["pretrained_cfg_overlay"] = {key: overlay[key] for key in keys if overlay.get(key) is not None}
     model = timm.create_model(name, pretrained=False, **arguments)
     model.load_state_dict(state)
     where = "the architecture's configuration" if folder is None else str(folder / _CONFIG)
