@@ -158,12 +158,12 @@ def test_runs_are_joined_over_seeds_and_paired_with_their_sibling(tmp_path: Path
     lone = result("resnet18_ubn", 60, source="runs/b/ubn_seed0")
     failed = dataclasses.replace(lone, source="runs/c", top1=None, error="out of memory")
     best, ubn, bn = board_of(tmp_path, *rows, lone, failed).tables["mine"]
-    assert (ubn.run, ubn.seeds, ubn.rank, ubn.sibling) == ("runs/a/ubn", "0 1 2", 2, "runs/a/bn")
+    assert (ubn.run, ubn.seeds, ubn.rank, ubn.sibling) == ("runs/a/ubn_seed*", "0 1 2", 2, "runs/a/bn_seed*")
     assert ubn.top1 == statistics.fmean(reached["ubn"]) and bn.top1_diff is None
     assert ubn.top1_std == pytest.approx(statistics.stdev(reached["ubn"]), abs=1e-4) and ubn.top1_low is None
     assert ubn.top1_diff == pytest.approx(statistics.fmean((10, 3, 11)), abs=1e-3)
     assert (best.run, best.sibling, best.top1_diff, best.origin, bn.origin) == (
-        "runs/b/ubn",
+        "runs/b/ubn_seed*",
         None,
         None,
         "native",

@@ -26,7 +26,7 @@ __all__ = ["INHERITED", "Board", "Row", "build_board", "inherited_accuracy", "wi
 
 INHERITED = "inherited, measured by timm"
 _IMAGES = {test_set.name: test_set.images for test_set in TEST_SETS}
-_SEED = re.compile(r"[-_]?seed[-_]?(\d+)$")
+_SEED = re.compile(r"(seed[-_]?)(\d+)$")
 _RESEARCH_SPEED = {"infer_samples_per_sec", "train_samples_per_sec", "kind", "environment"}
 _SPEED = {"mode", "model", "images_per_second", "peak_memory", "threads"}
 
@@ -72,7 +72,7 @@ class Row:
         measured: ``inherited, measured by timm``, or the hardware of the evaluation.
         table: File with the figures.
         date: Day of the measurement, or month of timm's table.
-        run: Folder or file of the evaluated run or checkpoint, without its seed; None for a named model.
+        run: Folder or file of the evaluated run or checkpoint, ``*`` for its seed; None for a named model.
         settings: What differs from the model's own preprocessing and precision.
         command: Command that measured it; None if not recorded.
     """
@@ -371,7 +371,7 @@ def _measured(rows: Iterable[tuple[ResultRow, str]]) -> Iterable[tuple[str, Row]
     groups: dict[tuple[Any, ...], dict[str, tuple[ResultRow, str]]] = {}
     for row, table in rows:
         run = None if row.source == row.model else row.source.rstrip("/\\")
-        group = None if run is None else _SEED.sub("", run)
+        group = None if run is None else _SEED.sub(r"\1*", run)
         given = {row.settings or "": True, f"amp={row.amp}": row.amp, "fuse": row.fuse, "ema": row.ema}
         settings = " ".join(name for name, used in given.items() if name and used)
         key = (row.model, row.test_set, row.split, row.img_size, group, settings or None)
@@ -385,7 +385,7 @@ def _joined(
 ) -> Row:
     rows = [row for row, _ in members.values()]
     first, table = next(iter(members.values()))
-    seeds = [found[1] for found in map(_SEED.search, members) if found]
+    seeds = [found[2] for found in map(_SEED.search, members) if found]
     entry = _entries().get(model)
     converted = entry is not None and entry.converted_from is not None
     top1 = [row.top1 for row in rows if row.top1 is not None]
@@ -436,7 +436,7 @@ def _operations(architecture: str, img_size: int) -> tuple[float | None, float |
         gmacs, macts = count_operations(architecture, img_size)
     except (RuntimeError, AssertionError, ValueError):  # the architecture does not take images of this size
         return None, None
-    return round(gmacs, 3), round(macts, 2)
+    return float(f"{gmacs:.4g}"), float(f"{macts:.4g}")
 
 
 def _with_cost(row: Row, speeds: Mapping[tuple[str, int], Mapping[str, Any]]) -> Row:

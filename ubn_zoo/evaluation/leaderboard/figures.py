@@ -47,13 +47,14 @@ class TestSet:
     table: str
 
 
+_V2 = "imagenetv2-matched-frequency"
 _CLASSES = "ImageNet-1k validation, the 200 classes of ImageNet-"
 TEST_SETS = (
     TestSet("imagenet", "ImageNet-1k validation", 50_000, "results-imagenet.csv"),
     # ReaL has no label for 3,163 of the validation images.
     TestSet("imagenet-real", "ImageNet ReaL", 46_837, "results-imagenet-real.csv"),
-    TestSet("imagenetv2", "ImageNet-V2 matched frequency", 10_000, "results-imagenetv2-matched-frequency.csv"),
-    TestSet("imagenet-sketch", "ImageNet-Sketch", 50_889, "results-sketch.csv"),
+    TestSet(_V2, "ImageNet-V2 matched frequency", 10_000, f"results-{_V2}.csv"),
+    TestSet("sketch", "ImageNet-Sketch", 50_889, "results-sketch.csv"),
     TestSet("imagenet-a", "ImageNet-A", 7_500, "results-imagenet-a.csv"),
     TestSet("imagenet-r", "ImageNet-R", 30_000, "results-imagenet-r.csv"),
     TestSet("imagenet-a-clean", f"{_CLASSES}A", 10_000, "results-imagenet-a-clean.csv"),

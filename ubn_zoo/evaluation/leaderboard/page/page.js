@@ -40,7 +40,9 @@ for (const set of data.sets) {
     const row = Object.create(data.models[values[0]]);
     set.columns.forEach((name, place) => place && (row[name] = values[place]));
     row.set = set;
-    return Object.assign(row, { source: data.sources[row.source] });
+    const source = data.sources[row.source];
+    data.models[values[0]].seed = source.seeds?.split(" ")[0] ?? "0";
+    return Object.assign(row, { source });
   });
 }
 const results = (model) =>
@@ -74,22 +76,25 @@ const COLUMNS = [
   { name: "rank", title: "#", help: "Place among all models of this test set", first: 1, text: (row) => row.rank ?? "–" },
   { name: "label", title: "Model", help: "Name for timm.create_model, or run", first: 1, left: true, cell: modelCell },
   { name: "top1", title: "Top-1", help: "Accuracy in percent; bars compare the models shown", first: -1, cell: accuracyCell },
-  { name: "top5", title: "Top-5", help: "Right class among the five most probable, in percent", first: -1, text: (row) => number(row.top5, 2) },
-  { name: "interval", title: "95 % interval", help: "Wilson interval of top-1; over several seeds, ± their standard deviation", by: "top1_low", first: -1, text: spread, off: true },
-  { name: "top1_diff", title: "Δ BN", help: "Top-1 minus that of the BatchNorm sibling; = means the same function", first: -1, cell: differenceCell },
+  { name: "top5", optional: true, title: "Top-5", help: "Right class among the five most probable, in percent", first: -1, text: (row) => number(row.top5, 2) },
+  { name: "interval", optional: true, title: "95 % interval", help: "Wilson interval of top-1; over several seeds, ± their standard deviation", by: "top1_low", first: -1, text: spread, off: true },
+  { name: "top1_diff", optional: true, title: "Δ BN", help: "Top-1 minus that of the BatchNorm sibling; = means the same function", first: -1, cell: differenceCell },
   { name: "params", title: "Params, M", help: "Parameters in millions", first: 1, text: (row) => short(row.params) },
-  { name: "gmacs", title: "GMACs", help: "Billions of multiply-adds per image, those of UBN's convolutions included", first: 1, text: (row) => short(row.gmacs) },
-  { name: "macts", title: "M acts", help: "Millions of outputs of convolutions and matrix products", first: 1, text: (row) => short(row.macts), off: true },
+  { name: "gmacs", optional: true, title: "GMACs", help: "Billions of multiply-adds per image, those of UBN's convolutions included", first: 1, text: (row) => short(row.gmacs) },
+  { name: "macts", optional: true, title: "M acts", help: "Millions of outputs of convolutions and matrix products", first: 1, text: (row) => short(row.macts), off: true },
   { name: "img_size", title: "Pixels", help: "Image side", first: 1, text: (row) => row.img_size ?? "" },
-  { name: "ms", title: "ms/image", help: "Inference time of the UBN model, measured by this project; see the model's page for the machine", first: 1, text: (row) => short(row.ms), off: true },
+  { name: "ms", optional: true, title: "ms/image", help: "Inference time of the UBN model, measured by this project; see the model's page for the machine", first: 1, text: (row) => short(row.ms), off: true },
   ...Object.entries(data.speed).map(([card, title], place) => ({
-    name: `${card}_bn`, title: `BN images/s, ${title.split(",")[0]}`, help: `BatchNorm sibling, measured by timm: ${title}`, first: -1,
+    name: `${card}_bn`, optional: true, title: `BN images/s, ${title.split(",")[0]}`, help: `BatchNorm sibling, measured by timm: ${title}`, first: -1,
     text: (row) => short(row[`${card}_bn`]), off: place > 0,
   })),
-  { name: "license", title: "License", help: "License of the weights", first: 1, left: true, cell: (row) => named(row.license ?? "") },
+  { name: "license", optional: true, title: "License", help: "License of the weights", first: 1, left: true, cell: (row) => named(row.license ?? "") },
   { name: "measured", title: "Measured", help: "Who measured it", by: "measured", first: 1, left: true, cell: (row) => named(`${row.source.measured}, ${row.source.date ?? row.source.table}`), off: true },
   { name: "compare", title: "Compare", help: "Choose two models", cell: compareCell, unsorted: true },
 ];
+// Columns without a value in this test set are left out.
+const columnsOf = (set) => COLUMNS.filter((column) => shown.has(column.name) &&
+  (!column.optional || set.rows.some((row) => (row[column.by ?? column.name] ?? null) !== null)));
 const shown = new Set(COLUMNS.filter((column) => !column.off).map((column) => column.name));
 
 function modelCell(row) {
@@ -128,8 +133,9 @@ let visible = [];
 let painted = 0;
 let shownVersion = 0;
 
+const current = () => data.sets.find((each) => each.name === state.set);
 function filtered() {
-  const set = data.sets.find((each) => each.name === state.set);
+  const set = current();
   const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
   const most = ["params", "gmacs", "pixels"].map((name) => [name === "pixels" ? "img_size" : name, parseFloat(state[name])]);
   return (set?.rows ?? []).filter((row) =>
@@ -160,7 +166,7 @@ function counted(rows, name) {
 
 let optionsOf;
 function showList() {
-  const set = data.sets.find((each) => each.name === state.set);
+  const set = current();
   if (!set) return;
   listAddress = location.hash || "#";
   const form = $("#filters");
@@ -190,7 +196,7 @@ function showList() {
   showChart();
 }
 function showHead() {
-  const columns = COLUMNS.filter((column) => shown.has(column.name));
+  const columns = columnsOf(current());
   const row = $("#table thead tr");
   const focused = document.activeElement?.dataset?.sort;
   row.replaceChildren(...columns.map((column) => {
@@ -207,7 +213,7 @@ function showHead() {
 function line(row) {
   if (row.lineOf !== shownVersion) {
     row.lineOf = shownVersion;
-    row.line = h("tr", null, ...COLUMNS.filter((column) => shown.has(column.name)).map((column) =>
+    row.line = h("tr", null, ...columnsOf(row.set).map((column) =>
       h(column.name === "label" ? "th" : "td", { class: `${column.name} ${column.left ? "left" : ""}`, scope: column.name === "label" ? "row" : null },
         column.cell ? column.cell(row) : String(column.text(row)))));
     row.bar = $(".accuracy", row.line);
@@ -279,7 +285,7 @@ function showChart() {
     Plot.text(titled, { x, y, text: brief, textAnchor: "end", dx: -6, dy: -8, fontSize: 11, fill: "var(--text)", stroke: "var(--page)", strokeWidth: 4 }),
   ] : [];
   const plot = Plot.plot({
-    width, height: Math.max(260, Math.min(400, width * 0.5)), marginLeft: 50, marginRight: 20, marginBottom: 42, marginTop: 24,
+    width, height: Math.max(260, Math.min(400, width * 0.5)), marginLeft: 50, marginRight: 20, marginBottom: 48, marginTop: 24,
     style: { background: "transparent", fontSize: "12px", color: "var(--text)" },
     x: { type: log ? "log" : "linear", label: `${unit} →`, grid: true, nice: !log, ticks: width < 600 ? 4 : 8, tickSize: 0, tickFormat: (value) => short(value), ...(extent[0] === extent[1] && { domain: [extent[0] * 0.9, extent[1] * 1.1] }) },
     y: { label: `↑ ${y === "top1" ? "top-1" : "top-5"} (%)`, grid: true, nice: true },
@@ -328,7 +334,7 @@ function sourceText(row) {
   return [measured, date, `table ${table}`, seeds && `seeds ${seeds}`].filter(Boolean).join(", ");
 }
 function snippet(model) {
-  const name = JSON.stringify(model.run ? `local-dir:${model.run}` : model.name);
+  const name = JSON.stringify(model.run ? `local-dir:${model.run.replace(/\*$/, model.seed)}` : model.name);
   return `import timm\nimport ubn_zoo\n\nmodel = timm.create_model(${name}, pretrained=True).eval()\n` +
     "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))";
 }
