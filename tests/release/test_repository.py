@@ -67,7 +67,7 @@ def test_another_model_is_refused_and_replaced_as_a_whole(
 ) -> None:
     first = publish(run, REPO, manifest=book, **FACTS).record
     before, written = files_of(hub), book.read_bytes()
-    with pytest.raises(PublishConflictError, match=rf"main holds another model, {ID}.*`replace=True`"):
+    with pytest.raises(PublishConflictError, match=rf"main holds other weights, {ID}.*`replace=True`"):
         publish(other_run, REPO, manifest=book, **FACTS)
     assert cli.main(["publish", str(other_run), "--repo", REPO, "--manifest", str(book), *OPTIONS]) == 1
     message = capsys.readouterr().err

@@ -199,8 +199,12 @@ def test_retrained_model_is_a_new_commit_and_keeps_the_old_revision(
     save_weights(timm.create_model(NAME, num_classes=10), run / "model.safetensors")
     with pytest.raises(manifest.ManifestError, match="other weights of this id"):
         publish(run, REPO, manifest=book, **FACTS)
+    # Another tag does not let them take the place on main either.
+    again = {"manifest": book, **FACTS, "tag": "again"}
+    with pytest.raises(PublishConflictError, match=f"main holds other weights, {ID}.*recorded revision stays"):
+        publish(run, REPO, **again)
     assert commits(hub) == 1
-    publish(run, REPO, manifest=book, **{**FACTS, "tag": "again"})
+    publish(run, REPO, replace=True, **again)
     assert commits(hub) == 2
     assert {record.id for record in records(book)} == {ID, f"{NAME}.again"}
     for record in records(book):

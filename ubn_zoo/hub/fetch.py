@@ -353,7 +353,7 @@ def _download(request: _Request, answer: _Answer) -> Path:
             return cached  # of a branch, whose new commit cannot be noted there
         advice = "Free some space there" if number == errno.ENOSPC else "Make it writable"
         reason = f"{request}: cannot be written to the cache: {os.strerror(number)}. {advice}, or set HF_HUB_CACHE or "
-        raise OSError(number, f"{reason}cache_dir to another folder. Cache", str(request.cache_dir)) from error
+        raise OSError(number, f"{reason}`cache_dir` to another folder. Cache", str(request.cache_dir)) from error
 
 
 def _ask(request: _Request) -> _Answer:
@@ -421,7 +421,7 @@ def _verify(path: Path, request: _Request, etag: str | None) -> None:
         kind = _HASH_NAMES[len(expected)]
         raise ChecksumError(
             f"{request}: expected {kind} {expected}, found {found} in the cache, and the file cannot be deleted: "
-            f"{error}. Delete {path}, or set HF_HUB_CACHE or cache_dir to another folder"
+            f"{error}. Delete {path}, or set HF_HUB_CACHE or `cache_dir` to another folder"
         ) from error
     raise _MismatchError(expected, found)
 

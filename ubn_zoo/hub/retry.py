@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
     FileMetadataError,
@@ -97,8 +97,9 @@ class Advice:
 
 
 def redact(text: str) -> str:
-    """Remove credentials from the addresses in a text: user and password, and queries, which hold signatures."""
-    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
+    """Remove credentials from a text: the token, and the user, password and query (a signature) of addresses."""
+    text, token = _QUERY.sub(r"\1", _USER.sub(r"\1", text)), get_token()
+    return text.replace(token, "***") if token else text
 
 
 def endpoint() -> str:

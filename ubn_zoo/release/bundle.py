@@ -104,7 +104,7 @@ def bundle(
     if len(content) > MAX_BYTES or total > MAX_BYTES_IN_ALL:
         raise BundleError(
             f"{file} has {len(content):,} bytes, all files together {total:,}; valid: at most {MAX_BYTES:,} and "
-            f"{MAX_BYTES_IN_ALL:,}; half=True stores float16"
+            f"{MAX_BYTES_IN_ALL:,}; `half=True` stores float16"
         )
     ranks = Ranks()
     test = open_eval(recipe, data_dir, ranks)

@@ -85,8 +85,8 @@ class Repository:
             title: First line of the commit's message.
             private: Whether the repository must be private.
             recorded: Revisions of earlier publications; their files may be overwritten and removed.
-            others: Weights of other models that were published here: SHA-256 by name.
-            replace: Whether to replace other models and files of other origin, and to remove pickles.
+            others: Other weights that were published here: SHA-256 by id.
+            replace: Whether to replace other weights and files of other origin, and to remove pickles.
 
         Returns:
             The commit, and whether it is a new one.
@@ -198,8 +198,8 @@ class Repository:
         other = next((name for name, sha256 in others.items() if main.get(WEIGHTS) == sha256), None)
         if other is not None and changed:
             raise PublishConflictError(
-                f"{self._subject}: main holds another model, {other}; choose another repository, or pass "
-                "`replace=True` to replace that model"
+                f"{self._subject}: main holds other weights, {other}; choose another repository, or pass "
+                "`replace=True` to replace them on main (their recorded revision stays)"
             )
         foreign = [name for name in changed if name in main and all(mine.get(name) != main[name] for mine in owned)]
         if foreign:

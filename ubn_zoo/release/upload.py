@@ -109,8 +109,8 @@ def publish(
         base_model: Hub id of the model that training started from, with ``@revision`` if known; by default what the
             run recorded.
         manifest: The manifest's file; by default the one in this package.
-        replace: Whether to replace other weights of the same id in the manifest, and in the repository another model,
-            files that do not stem from a recorded publication, and pickles.
+        replace: Whether to replace other weights: of the same id in the manifest, and of any id in the repository,
+            where files that do not stem from a recorded publication and pickles are replaced too.
         remeasure: Folder of the run's data: the files are measured on its held-out images before they are sent.
         cache_dir: Cache folder for a record's weights; by default huggingface_hub's.
 
@@ -152,7 +152,7 @@ def publish(
         record.id,
         private=private,
         recorded={str(known.revision) for known in here},
-        others={known.id: known.sha256 for known in here if known.architecture != record.architecture},
+        others={known.id: known.sha256 for known in here if known.sha256 != record.sha256},
         replace=replace,
     )
     record = dataclasses.replace(record, revision=revision)
