@@ -717,7 +717,7 @@ def test_two_ranks_give_the_numbers_of_one(images: Path, tmp_path: Path) -> None
     settings = {"sync_norm": True, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "ema_decay": 0.9}
     recipe = write_recipe(tmp_path, change(**settings))
     alone, both = tmp_path / "alone", tmp_path / "both"
-    subprocess.run(command(recipe, images, alone), check=True, capture_output=True, timeout=300)
+    run(change(**settings), images, alone)
     done = subprocess.run(torchrun(command(recipe, images, both), 2), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished, top-1") == 1
@@ -736,9 +736,9 @@ def test_two_ranks_give_the_numbers_of_one(images: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_told_and_torchrun_starts_again(images: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, change(epochs=6, checkpoint_steps=2))
+    recipe = write_recipe(tmp_path, change(epochs=2, checkpoint_steps=2))
     folder, script = tmp_path / "run", tmp_path / "dying.py"
-    # The second rank dies once, in the middle of the third epoch.
+    # The second rank dies once, in the middle of the second epoch.
     script.write_text(
         f"""
 import os, signal, sys
@@ -748,7 +748,7 @@ if os.environ["RANK"] == "1" and not os.path.exists(mark):
     real, calls = train._update, []
     def update(job, parts):
         calls.append(1)
-        if len(calls) == 20:
+        if len(calls) == 12:
             open(mark, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         real(job, parts)
@@ -764,8 +764,8 @@ sys.exit(main())
     assert (tmp_path / "died").exists()
     starts = json.loads((folder / "environment.json").read_text())["starts"]
     assert [start["ranks"] for start in starts] == [2, 2]
-    assert starts[1]["updates"] >= 16
-    assert [row.epoch for row in read_metrics(folder / "metrics.csv")] == list(range(1, 7))
+    assert starts[1]["updates"] >= 8
+    assert [row.epoch for row in read_metrics(folder / "metrics.csv")] == [1, 2]
     assert "lost another rank" in done.stderr or "exitcode  : -9" in done.stderr
 
 

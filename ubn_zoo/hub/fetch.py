@@ -313,7 +313,7 @@ def _obtain(request: _Request) -> Path:
     try:
         answer = _ask(request)
     except (HTTPError, OSError) as error:
-        # A server that is no Hub, such as the login page of a network, is as good as none.
+        # A server that is not a Hub, such as a network's login page, counts as unreachable.
         gone = isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) and error.response.status_code == 404
         cached = request.cached()
         if cached is None or gone:

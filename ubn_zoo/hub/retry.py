@@ -69,7 +69,7 @@ _Response: type[Any] = vars(errors)["Response"]
 
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"]*@")
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^?\s'\"]*)\?[^\s'\"]*")
-# hf_xet reports the status of an answer only as text.
+# hf_xet reports an HTTP status only in the text of its errors.
 _XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
 _XET_TOKEN = re.compile(r"/xet-(read|write)-token/")
 _WITHOUT_XET = "Set HF_HUB_DISABLE_XET=1 to transfer files without Xet, which a server or mirror may not have"
@@ -207,7 +207,7 @@ def raise_if_permanent(error: Exception, subject: str, advice: Advice) -> None:
 
     Raises:
         HubError: The error is permanent.
-        Exception: `error` itself, if it did not come from the Hub: the file system, an argument, a mistake here.
+        Exception: `error` itself, if the Hub is not the cause: the file system, an argument, a bug in this package.
     """
     if isinstance(error, HubError):
         raise error
@@ -281,7 +281,7 @@ def _raise_unsupported(error: Exception, subject: str) -> NoReturn:
 
 
 def _raise_unexpected(error: Exception, subject: str) -> NoReturn:
-    """Raise what it means that huggingface_hub could not use an answer; other errors are raised as they are."""
+    """Raise a `HubError` if huggingface_hub could not use an answer; raise other errors unchanged."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     answer = _answer(error)
     if answer is not None:

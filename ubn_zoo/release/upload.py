@@ -1,7 +1,7 @@
 """Publish a checkpoint on the Hub in one commit, and record it in the manifest.
 
-Everything is checked and prepared before anything is sent, and the manifest is written last, once the Hub has been
-seen to hold the files. A publication that was interrupted can therefore simply be repeated.
+Everything is checked and prepared before anything is sent. The manifest is written last, after the files were found on
+the Hub. A publication that was interrupted can therefore simply be repeated.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def publish(
         replace=replace,
     )
     record = dataclasses.replace(record, revision=revision)
-    # A new commit is recorded, or the next publication would take its files for those of others.
+    # Record every new commit, or the next publication would treat its files as somebody else's.
     if (
         earlier is not None
         and (earlier.source == "bundled" or not committed)
@@ -341,7 +341,7 @@ def _description(found: Source) -> str:
 
 
 def _draft(found: Source, model: nn.Module, cfg: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
-    """The record as the manifest's own checks take it; placeholders stand for what has been reported as missing."""
+    """Draft the record for `record_from_dict`, with placeholders for values already reported as missing."""
     recipe = None
     if found.recipe is not None:
         recipe = {"name": found.recipe_name, "sha256": hashlib.sha256(found.recipe).hexdigest()}
