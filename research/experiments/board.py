@@ -16,7 +16,7 @@ import timm
 from research.experiments.grid import list_grids, load_grid, plan
 from research.experiments.tables import load
 from ubn_zoo import __version__
-from ubn_zoo.evaluation.leaderboard.board import wilson_interval
+from ubn_zoo.evaluation.accuracy import wilson
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.evaluation.results import ResultRow, write_results
 from ubn_zoo.recipes.schema import Recipe
@@ -48,8 +48,8 @@ def evaluations(results: str | Path) -> list[ResultRow]:
 
 def _row(grid: str, source: str, recipe: Recipe, last: EpochMetrics, test_set: str, images: int) -> ResultRow:
     built = complete(dataclasses.replace(recipe, checkpoint=None, num_classes=10))
-    low, high = (round(end, 4) for end in wilson_interval(last.top1, images))
-    low5, high5 = (None, None) if last.top5 is None else (round(end, 4) for end in wilson_interval(last.top5, images))
+    low, high = (round(end, 4) for end in wilson(last.top1, images))
+    low5, high5 = (None, None) if last.top5 is None else (round(end, 4) for end in wilson(last.top5, images))
     return ResultRow(
         model=model_name(recipe),
         img_size=built.img_size,

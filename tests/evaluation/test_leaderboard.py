@@ -20,7 +20,8 @@ from torch import nn
 
 from ubn_zoo.cli import main
 from ubn_zoo.errors import EvaluationError
-from ubn_zoo.evaluation.leaderboard.board import INHERITED, Board, Row, build_board, wilson_interval
+from ubn_zoo.evaluation.accuracy import wilson
+from ubn_zoo.evaluation.leaderboard.board import INHERITED, Board, Row, build_board
 from ubn_zoo.evaluation.leaderboard.check import check_results, refusals
 from ubn_zoo.evaluation.leaderboard.figures import FIGURES, TEST_SETS, count_operations, load_figures, upstream_name
 from ubn_zoo.evaluation.leaderboard.render import board_csv, board_markdown, board_model_index, write_tables
@@ -43,7 +44,7 @@ HOSTILE = [
 
 def result(model: str = "resnet18_ubn.bn_a1_in1k", right: int = 40, images: int = 100, **changes: Any) -> ResultRow:
     top1, top5 = 100 * right / images, 100 * ((right + images) // 2) / images
-    ends = [*wilson_interval(top1, images), *wilson_interval(top5, images)]
+    ends = [*wilson(top1, images), *wilson(top5, images)]
     low, high, low5, high5 = (round(end, 4) for end in ends)
     fields: dict[str, Any] = {
         "model": model, "source": model, "test_set": "mine", "img_size": 288, "top1": top1, "top1_err": 100 - top1,
@@ -70,7 +71,7 @@ def board() -> Board:
 
 def test_wilson_interval_solves_its_equation() -> None:
     for percent, images in ((0.0, 10), (37.5, 40), (81.24, 50_000), (100.0, 7)):
-        low, high = (end / 100 for end in wilson_interval(percent, images))
+        low, high = (end / 100 for end in wilson(percent, images))
         for end in (low, high):
             # The ends are the shares that the observed one is 1.96 of their own standard deviations away from.
             assert abs(percent / 100 - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / images), abs=1e-6)

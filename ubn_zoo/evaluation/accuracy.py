@@ -76,17 +76,18 @@ class ImageResults:
     right_in_five: Tensor
 
 
-def wilson(percent: float, images: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson, JASA 1927), for images drawn independently.
+def wilson(percent: float, images: int, deviations: float = _Z) -> tuple[float, float]:
+    """Wilson's interval of a proportion (Wilson, JASA 1927), for images drawn independently.
 
     Args:
         percent: The proportion, in percent.
         images: Number of images, at least 1.
+        deviations: Standard deviations to either side; by default those of 95 %.
 
     Returns:
         Lower and upper end, in percent.
     """
-    share, square = percent / 100, _Z * _Z / images
+    share, square = percent / 100, deviations * deviations / images
     middle = (share + square / 2) / (1 + square)
     half = math.sqrt(share * (1 - share) * square + square * square / 4) / (1 + square)
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)

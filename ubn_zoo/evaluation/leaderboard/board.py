@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import math
 import os
 import re
 import statistics
@@ -16,13 +15,14 @@ from typing import Any
 import timm
 
 from ubn_zoo.errors import EvaluationError
+from ubn_zoo.evaluation.accuracy import wilson
 from ubn_zoo.evaluation.leaderboard.figures import TEST_SETS, count_operations, load_figures, upstream_name
 from ubn_zoo.evaluation.results import COLUMNS, ResultRow, read_results
 from ubn_zoo.hub.manifest import Metric, Record, load_manifest
 from ubn_zoo.models import catalog
 from ubn_zoo.models.registry import SUFFIX
 
-__all__ = ["INHERITED", "Board", "Row", "build_board", "inherited_accuracy", "wilson_interval"]
+__all__ = ["INHERITED", "Board", "Row", "build_board", "inherited_accuracy"]
 
 INHERITED = "inherited, measured by timm"
 _IMAGES = {test_set.name: test_set.images for test_set in TEST_SETS}
@@ -128,23 +128,6 @@ class Board:
 
     tables: Mapping[str, Sequence[Row]]
     titles: Mapping[str, str]
-
-
-def wilson_interval(percent: float, images: int, *, deviations: float = 1.959963984540054) -> tuple[float, float]:
-    """Confidence interval of an accuracy, after Wilson (1927).
-
-    Args:
-        percent: Accuracy in percent.
-        images: Images that it was measured on.
-        deviations: Standard deviations to either side; by default for 95 %.
-
-    Returns:
-        Its ends, in percent.
-    """
-    z, share = deviations, percent / 100
-    center = (share + z * z / (2 * images)) / (1 + z * z / images)
-    half = z / (1 + z * z / images) * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
-    return 100 * (center - half), 100 * (center + half)
 
 
 def build_board(results: Iterable[str | os.PathLike[str]] = ()) -> Board:
@@ -271,7 +254,7 @@ def _family(model: str) -> str | None:
 
 
 def _accuracy(top1: float, top5: float | None, images: int | None) -> dict[str, Any]:
-    low, high = wilson_interval(top1, images) if images else (None, None)
+    low, high = wilson(top1, images) if images else (None, None)
     return {
         "top1": top1,
         "top1_err": round(100 - top1, 4),

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ubn_zoo.errors import EvaluationError, InvalidArgumentError, UbnZooError
-from ubn_zoo.evaluation.leaderboard.board import inherited_accuracy, wilson_interval
+from ubn_zoo.evaluation.accuracy import wilson
+from ubn_zoo.evaluation.leaderboard.board import inherited_accuracy
 from ubn_zoo.evaluation.leaderboard.figures import TEST_SETS
 from ubn_zoo.evaluation.results import ResultRow, read_results
 from ubn_zoo.hub.manifest import INTERPOLATIONS, load_manifest
@@ -122,7 +123,7 @@ def _implausible(row: ResultRow) -> Iterator[str]:
         if abs(right - round(right)) > images * _ROUNDING / 100 + 1e-9:
             yield f"{name}: received {value:g}, {right:.2f} of {images} images; valid: a whole number of images"
         ends = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
-        wanted = wilson_interval(value, images)
+        wanted = wilson(value, images)
         if None not in ends and any(abs(end - want) > 0.01 for end, want in zip(ends, wanted, strict=True)):
             yield f"{name}_low, {name}_high: received {ends[0]:g}, {ends[1]:g}; valid: {wanted[0]:.4f}, {wanted[1]:.4f}"
     try:
@@ -171,16 +172,20 @@ def _not_reproduced(row: ResultRow, images: int, data_dir: str | os.PathLike[str
         found = evaluate(
             subject,
             data_dir,
-            img_size=row.img_size,
-            crop_pct=row.crop_pct,
+            test_set=row.test_set,
             test_split=row.split,
             test_samples=images,
+            img_size=row.img_size,
+            crop_pct=row.crop_pct,
+            crop_mode=row.crop_mode,
+            interpolation=row.interpolation,
+            test_pool="test_pool=True" in (row.settings or ""),
             workers=workers,
         )
     except (UbnZooError, OSError) as error:
         yield f"it cannot be evaluated again: {_plain(str(error))}"
         return
-    low, high = wilson_interval(found.top1, found.images, deviations=_CHANCE)
+    low, high = wilson(found.top1, found.images, deviations=_CHANCE)
     if not low <= (row.top1 or 0.0) <= high:
         yield (
             f"top1: received {row.top1:g}; {found.images} images evaluated again have {found.top1:.2f}, "
