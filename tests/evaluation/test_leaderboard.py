@@ -323,6 +323,9 @@ def test_a_right_row_is_accepted() -> None:
         ({"command": "a\u202eb"}, "command: received control characters"),
         ({"weights_sha256": "12"}, "weights_sha256: received '12'; valid: 64"),
         ({"param_count": 11.0}, "param_count: received 11; valid: 11.74"),
+        ({"model": "made_up", "source": "made_up"}, "model: there is no model 'made_up' in the zoo"),
+        ({"model": "resnet18_ubn.x", "source": "resnet18_ubn.x"}, "resnet18_ubn has no weights with the tag 'x'"),
+        ({"model": "resnet18.x", "source": "resnet18.x"}, "model: Invalid pretrained tag (x) for resnet18"),
     ],
 )  # fmt: skip
 def test_a_wrong_row_is_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import timm
+
 from ubn_zoo.errors import EvaluationError, InvalidArgumentError, UbnZooError
 from ubn_zoo.evaluation.accuracy import wilson
 from ubn_zoo.evaluation.leaderboard.board import inherited_accuracy
@@ -18,6 +20,7 @@ from ubn_zoo.evaluation.leaderboard.figures import TEST_SETS
 from ubn_zoo.evaluation.results import ResultRow, read_results
 from ubn_zoo.hub.manifest import INTERPOLATIONS, load_manifest
 from ubn_zoo.models import catalog
+from ubn_zoo.models.registry import SUFFIX
 
 __all__ = ["check_results", "refusals"]
 
@@ -149,13 +152,24 @@ def _wrong_weights(row: ResultRow) -> Iterator[str]:
         known, where = hashlib.sha256(file.read_bytes()).hexdigest(), str(file)
     if known is not None and sha256 != known:
         yield f"weights_sha256: received {sha256 or 'nothing'}; valid: {known}, of {where}"
-    if row.source == row.model and not row.fuse:
-        try:
-            entry = catalog.describe(row.model)
-        except UbnZooError:
-            return
-        if abs(entry.params / 1e6 - (row.param_count or 0)) > 0.0051:
-            yield f"param_count: received {row.param_count:g}; valid: {entry.params / 1e6:.2f}"
+    if row.source != row.model or ":" in row.model:
+        return
+    try:
+        params = _parameters(row.model)
+    except (UbnZooError, RuntimeError) as error:
+        yield f"model: {_plain(str(error))}"
+        return
+    if params is not None and not row.fuse and abs(params / 1e6 - (row.param_count or 0)) > 0.0051:
+        yield f"param_count: received {row.param_count:g}; valid: {params / 1e6:.2f}"
+
+
+def _parameters(model: str) -> int | None:
+    """Parameters of a named model, None for one that is not the zoo's; an error if there is no such model."""
+    architecture = model.partition(".")[0]
+    if architecture.endswith(SUFFIX) or not timm.is_model(architecture):
+        return catalog.describe(model).params
+    timm.get_pretrained_cfg(model, allow_unregistered=False)
+    return None
 
 
 def _not_reproduced(row: ResultRow, images: int, data_dir: str | os.PathLike[str], workers: int) -> Iterator[str]:
