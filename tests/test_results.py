@@ -38,16 +38,24 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("experiment", MEASURED, ids=lambda experiment: experiment.name)
 def test_tables_hold_whole_runs_of_all_that_was_planned(experiment: Grid) -> None:
     found = load(experiment, RESULTS)
-    assert list(found.runs) == list(experiment.variants)
-    for planned in plan(experiment, "runs"):
-        (rows,) = [run for run in found.runs[planned.variant] if run[0].seed == planned.recipe.seed]
-        recipe = planned.recipe
-        assert [row.epoch for row in rows] == list(range(1, recipe.epochs + 1))
-        assert {(row.model, row.norm) for row in rows} == {(recipe.model, recipe.norm)}
-        assert all(re.fullmatch("[0-9a-f]{40}", row.commit or "") for row in rows)
-        assert all(1 <= row.top1 <= 100 and 0 <= row.calibration_error <= 100 for row in rows)
-    assert sum(map(len, found.runs.values())) == len(plan(experiment, "runs"))
-    assert set(found.layers) == set(experiment.variants)
+    planned = plan(experiment, "runs")
+    labels = dict.fromkeys(each.label for each in planned)
+    assert list(found.runs) == list(labels)
+    for label in labels:
+        tuned = {row.choice for row in found.tested.get(label, ())} or {""}
+        assert len(tuned) == 1
+        reported = [each for each in planned if (each.label, each.choice_text) == (label, *tuned)]
+        assert [each.seed for each in reported] == list(experiment.seeds)
+        assert len(found.runs[label]) == len(reported)
+        assert not experiment.test or [row.seed for row in found.tested[label]] == list(experiment.seeds)
+        for each in reported:
+            (rows,) = [run for run in found.runs[label] if run[0].seed == each.seed]
+            recipe = each.recipe
+            assert [row.epoch for row in rows] == list(range(1, recipe.epochs + 1))
+            assert {(row.model, row.norm) for row in rows} == {(recipe.model, recipe.norm)}
+            assert all(re.fullmatch("[0-9a-f]{40}", row.commit or "") for row in rows)
+            assert all(1 <= row.top1 <= 100 and 0 <= row.calibration_error <= 100 for row in rows)
+    assert set(found.layers) == {each.label for each in planned if each.recipe.probe_images}
 
 
 def test_the_page_is_that_of_the_tables() -> None:

@@ -47,6 +47,7 @@ class Grid:
         hold_out: Share of the training images that is held out of training, of every class alike; None to use the
             data's own held-out split.
         test: Splits that are evaluated once, after all runs are finished; empty to report the held-out accuracy.
+        compare: Further pairs of variants to compare, the second being the reference.
         claim: Smallest difference in points worth a claim; the report says how many seeds would show it.
         data: Data to use where the command line names none: ``digits``, or a folder relative to the grid's.
     """
@@ -64,6 +65,7 @@ class Grid:
     tune_seeds: int = 2
     hold_out: float | None = None
     test: tuple[str, ...] = ()
+    compare: tuple[tuple[str, str], ...] = ()
     claim: float = 1.0
     data: str | None = None
 
@@ -117,6 +119,11 @@ class Planned:
     def label(self) -> str:
         """Label of the run's rows in the tables."""
         return self.cell.label(self.variant)
+
+    @property
+    def choice_text(self) -> str:
+        """Its tuned values, as ``key=value`` with spaces between."""
+        return " ".join(f"{key}={value}" for key, value in self.choice.items())
 
 
 def list_grids() -> tuple[str, ...]:
@@ -189,6 +196,10 @@ def _read(key: str, value: Any) -> Any:
         if not isinstance(value, list) or not value:
             raise RecipeError(f"{key}: received {value!r}; valid: a list with at least one item")
         return tuple(value)
+    if key == "compare":
+        if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            raise RecipeError(f"compare: received {value!r}; valid: pairs of labels, such as [[UBN, BNET]]")
+        return tuple(map(tuple, value))
     if key in ("vary", "tune"):
         if not isinstance(value, dict) or not all(isinstance(each, list) and each for each in value.values()):
             raise RecipeError(
@@ -205,6 +216,9 @@ def _read(key: str, value: Any) -> Any:
 
 
 def _check(grid: Grid) -> None:
+    for label in (label for pair in grid.compare for label in pair):
+        if label not in grid.variants:
+            raise RecipeError(f"compare: received {label!r}; valid: {', '.join(grid.variants)}")
     if not all(isinstance(seed, int) for seed in grid.seeds) or len(set(grid.seeds)) < len(grid.seeds):
         raise RecipeError(f"seeds: received {list(grid.seeds)}; valid: different whole numbers")
     if grid.tune and not 1 <= grid.tune_seeds <= len(grid.seeds):

@@ -100,10 +100,6 @@ class Results:
     choices: tuple[Choice, ...] = ()
 
 
-def _choice_text(planned: Planned) -> str:
-    return " ".join(f"{key}={value}" for key, value in planned.choice.items())
-
-
 def _write(path: Path, kind: type[Tested] | type[Choice], rows: Sequence[Tested | Choice]) -> Path:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -162,7 +158,7 @@ def collect(grid: Grid, runs: str | Path, results: str | Path) -> tuple[Path, ..
                 choices.append(
                     Choice(
                         variant=planned.label,
-                        choice=_choice_text(planned),
+                        choice=planned.choice_text,
                         seed=planned.seed,
                         top1=last.top1,
                         loss=last.test_loss,
@@ -182,7 +178,7 @@ def _test(planned: Planned, reported: Sequence[Planned], place: Path) -> Tested:
     return Tested(
         variant=planned.label,
         seed=planned.seed,
-        choice=_choice_text(planned),
+        choice=planned.choice_text,
         images=len(mine),
         top1=100 * sum(right) / len(right),
         loss=sum(loss for *_, loss in mine) / len(mine),

@@ -156,6 +156,8 @@ def test_models_and_varied_settings_are_cells_with_tuned_values_inside(tmp_path:
         ({"tune": {"lr": [0.1]}}, "test: received nothing"),
         ({"tune": {"lr": [0.1]}, "test": ["test"], "tune_seeds": 3}, "tune_seeds: received 3"),
         ({"hold_out": 1.5, "test": ["test"]}, "hold_out: received 1.5"),
+        ({"compare": [["BatchNorm", "BNET"]]}, "compare: received 'BNET'; valid: BatchNorm, UBN"),
+        ({"compare": ["BatchNorm"]}, "compare: received"),
         ({"hold_out": 0.5}, "test: received nothing"),
     ],
 )
@@ -250,10 +252,10 @@ def test_what_is_collected_is_what_the_runs_measured(tmp_path: Path) -> None:
 
 
 def test_the_table_is_worked_out_from_pairs(tmp_path: Path) -> None:
-    grid = load_grid(write_grid(tmp_path, claim=2.0))
+    grid = load_grid(write_grid(tmp_path, claim=2.0, compare=[["BatchNorm", "UBN, threshold 0.3"]]))
     collect(grid, write_runs(grid, tmp_path / "runs", REACHED), tmp_path)
     (tmp_path / "small_test.csv").unlink()
-    baseline, other = markdown(grid, grid.cells()[0], load(grid, tmp_path)).splitlines()[2:]
+    baseline, other, _, compared = markdown(grid, grid.cells()[0], load(grid, tmp_path)).splitlines()[2:]
     spread = statistics.stdev([50.0, 52.0])
     top1 = f"**51.00 ± {spread:.2f}**"
     assert baseline == f"| BatchNorm | 2 | {top1} |  |  |  |  | 1.50 ± 0.00 | 3.25 ± 0.00 | 0.30 |  |  |"
@@ -261,6 +263,8 @@ def test_the_table_is_worked_out_from_pairs(tmp_path: Path) -> None:
     half = 12.7062 * statistics.stdev([3.0, 4.0]) / 2**0.5
     assert f"| +3.50 [{3.5 - half:+.2f}, {3.5 + half:+.2f}] | 0.090 |" in other
     assert other.endswith("| 3/4, 3/4 |  |")
+    half = f"[{-3.5 - half:+.2f}, {-3.5 + half:+.2f}]"
+    assert compared == f"- BatchNorm against UBN, threshold 0.3: -3.50 {half}, p = 0.090 (not adjusted)"
 
 
 def test_intervals_and_tests_are_those_of_textbooks() -> None:
@@ -380,7 +384,7 @@ def test_an_own_grid_runs_resumes_and_is_reported(
     assert main(["collect", str(path), *folders, *results]) == 0
     assert main(["report", str(path), *results, "--docs", str(tmp_path / "docs")]) == 0
     text = (tmp_path / "docs" / "results.md").read_text(encoding="utf-8")
-    assert "`lr` was chosen on 20 % of the training images, held out of training with 1 seeds" in text
+    assert "`lr` was chosen on 20 % of the training images, held out of training with 1 seed." in text
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
