@@ -230,13 +230,14 @@ def test_install_is_reversible() -> None:
             nn.SyncBatchNorm.__dict__["convert_sync_batchnorm"],
         ]
 
-    before = functions()
+    before, ours = functions(), (interop.freeze, interop.unfreeze)
     with interop.install():
         assert not any(old is new for old, new in zip(before, functions(), strict=True))
         with interop.install():
             pass
-        assert timm.utils.freeze is interop.freeze
+        assert timm.utils.freeze.__module__.startswith("ubn_zoo.interop")
     assert functions() == before
+    assert (interop.freeze, interop.unfreeze) == ours
     interop.uninstall()
     interop.install()
     interop.uninstall()
@@ -416,8 +417,8 @@ def test_exec_runs_scripts_and_their_children(tmp_path: Path, monkeypatch: pytes
         ubn_zoo.cli.main(["exec", "script.py", "parent", "--model", "x"])
     assert exit.value.code == 3
     assert (tmp_path / "seen").read_text().splitlines() == [
-        "__main__ ['parent', '--model', 'x'] ['resnet18_ubn'] ubn_zoo.interop.norms",
-        "__main__ ['child'] ['resnet18_ubn'] ubn_zoo.interop.norms",
+        "__main__ ['parent', '--model', 'x'] ['resnet18_ubn'] ubn_zoo.interop.libraries",
+        "__main__ ['child'] ['resnet18_ubn'] ubn_zoo.interop.libraries",
     ]
 
 

@@ -30,6 +30,8 @@ _CLASSES = (UnifiedBatchNorm2d, UnifiedBatchNormAct2d)
 
 _freeze_norms = timm.layers.norm_act.freeze_batch_norm_2d
 _unfreeze_norms = timm.layers.norm_act.unfreeze_batch_norm_2d
+_freeze = timm.utils.model.freeze
+_unfreeze = timm.utils.model.unfreeze
 _distribute_bn = timm.utils.distributed.distribute_bn
 _sync_of_timm = timm.layers.norm_act.convert_sync_batchnorm
 _split = timm.layers.split_batchnorm.convert_splitbn_model
@@ -96,12 +98,21 @@ def _distribute(model: nn.Module, world_size: int, reduce: bool = False) -> None
                 torch.distributed.broadcast(module.feature_similarity, 0)
 
 
+# Not `freeze` and `unfreeze` themselves: `uninstall` would replace those wherever they were imported from here.
+def _freeze_model(root_module: nn.Module, submodules: Any = (), include_bn_running_stats: bool = True) -> None:
+    freeze(root_module, submodules, include_bn_running_stats)
+
+
+def _unfreeze_model(root_module: nn.Module, submodules: Any = (), include_bn_running_stats: bool = True) -> None:
+    unfreeze(root_module, submodules, include_bn_running_stats)
+
+
 # Functions that are imported by name into many modules.
 FUNCTIONS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
     (_freeze_norms, _freeze_batch_norm_2d),
     (_unfreeze_norms, _unfreeze_batch_norm_2d),
-    (timm.utils.model.freeze, freeze),
-    (timm.utils.model.unfreeze, unfreeze),
+    (_freeze, _freeze_model),
+    (_unfreeze, _unfreeze_model),
     (_distribute_bn, _distribute),
     (_sync_of_timm, _timm_convert_sync),
     (_split, _convert_splitbn_model),
