@@ -83,6 +83,14 @@ def test_detr_by_hand() -> None:
     check_detr(model)
 
 
+def test_detr_says_that_its_norms_are_not_frozen() -> None:
+    from ubn_zoo.layers import overlooked
+
+    overlooked._warned.clear()
+    with pytest.warns(UserWarning, match="replace_batch_norm does not freeze UBN layers"):
+        detr()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> tuple[Path, nn.Module]:
     """What a run or a publication leaves, and the model in it."""
