@@ -1,7 +1,7 @@
 """Run a Python script that does not know UBN.
 
-timm finds the models of the zoo in it, and the functions of timm and torch that look for BatchNorm by class (freezing,
-synchronization, re-estimating statistics) handle UBN layers too: see `ubn_zoo.interop.install`.
+timm finds the models of the zoo in it, and what timm, torch, Lightning and other libraries do to BatchNorm by class
+(freeze, synchronize, re-estimate statistics) they do to UBN layers too: see `ubn_zoo.interop.install`.
 
 Examples:
     ubn-zoo exec train.py --model resnet10t_ubn --data-dir photos --sync-bn

@@ -67,7 +67,7 @@ def check_walk(layer: nn.Module) -> None:
 
 def check_training(layer: Any) -> None:
     """Warns once if parameters are frozen but statistics move, or if BatchNorm is synchronized but it is not."""
-    if not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
     if parameters and not any(parameter.requires_grad for parameter in parameters):
