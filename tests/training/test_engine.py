@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -415,7 +416,26 @@ def test_a_spoiled_state_is_not_saved() -> None:
     assert [snapshot.updates for snapshot in saved] == [2, 4]
 
 
-@pytest.mark.slow
-def test_compiled_training_agrees() -> None:
-    eager, compiled = (train(change(compile=compile, epochs=1)) for compile in (False, True))
+class Small(nn.Module):
+    """Two convolutions with UBN between them and a classifier, which compile in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), UnifiedBatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.Flatten()
+        )
+        self.fc = nn.Linear(8 * 7 * 7, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.layers(images))
+
+
+@pytest.mark.parametrize(
+    "build", [Small, pytest.param(lambda: build_model(RECIPE), marks=pytest.mark.exhaustive, id="resnet10t")]
+)
+def test_compiled_training_agrees(build: Callable[[], nn.Module]) -> None:
+    recipe = change(epochs=1, probe_images=0)
+    eager, compiled = (train(dataclasses.replace(recipe, compile=compile), build()) for compile in (False, True))
     assert compiled.metrics[0].train_loss == pytest.approx(eager.metrics[0].train_loss, rel=1e-3)
+    assert eager.metrics[0].gates > 0

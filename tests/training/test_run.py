@@ -27,6 +27,7 @@ import timm
 import torch
 
 from tests.images import RECIPE, striped_images, write_image_folder
+from tests.training.launcher import launcher
 from ubn_zoo.cli import main
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
 from ubn_zoo.errors import DataError, RecipeError, RunError, TrainingError
@@ -377,43 +378,51 @@ def test_more_epochs_continue_on_the_longer_schedule(
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(images: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, change(epochs=3, checkpoint_steps=2, ema_decay=0.9, mixup=0.2, drop_rate=0.1))
-    whole = tmp_path / "whole"
-    subprocess.run(command(recipe, images, whole), check=True, capture_output=True, timeout=300)
-    broken = tmp_path / "broken"
+    path = write_recipe(tmp_path, change(epochs=3, checkpoint_steps=2, ema_decay=0.9, mixup=0.2, drop_rate=0.1))
+    whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
     chance = random.Random(0)
     stages = set()
-    for attempt in range(12):
-        process = subprocess.Popen(
-            command(recipe, images, broken), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        before = set((broken / "checkpoints").glob("*"))
-        deadline = time.monotonic() + 240
-        # Wait until it trains, then strike after a moment of its own; sometimes the very moment that a save begins.
-        while process.poll() is None and time.monotonic() < deadline:
-            now = set((broken / "checkpoints").glob("*"))
-            saving = list((broken / "checkpoints").glob(".*.part"))
-            if attempt % 2 and saving:
-                stages.add("inside a save")
+    with launcher() as commands:
+        commands.start(command(path, images, whole)[3:], str(log))
+        assert commands.wait() == 0, log.read_text()
+        for attempt in range(12):
+            before = set((broken / "checkpoints").glob("*"))
+            process = commands.start(command(path, images, broken)[3:], str(log))
+            deadline = time.monotonic() + 240
+            # Wait until it trains, then strike after a moment of its own; sometimes the very moment that a save begins.
+            while status_of(process) and time.monotonic() < deadline:
+                now = set((broken / "checkpoints").glob("*"))
+                saving = list((broken / "checkpoints").glob(".*.part"))
+                if attempt % 2 and saving:
+                    stages.add("inside a save")
+                    break
+                if now - before:
+                    time.sleep(chance.uniform(0.0, 0.4))
+                    stages.add("between saves")
+                    break
+                time.sleep(0.001)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            code = commands.wait()
+            assert code in (0, -signal.SIGKILL), log.read_text()
+            if code == 0:
                 break
-            if now - before:
-                time.sleep(chance.uniform(0.0, 0.4))
-                stages.add("between saves")
-                break
-            time.sleep(0.001)
-        process.kill()
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode in (0, -signal.SIGKILL), errors
-        if process.returncode == 0:
-            break
-    assert stages == {"inside a save", "between saves"}
-    done = subprocess.run(command(recipe, images, broken), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+        assert stages == {"inside a save", "between saves"}
+        commands.start(command(path, images, broken)[3:], str(log))
+        assert commands.wait() == 0, log.read_text()
     assert_same_run(whole, broken)
     starts = json.loads((broken / "environment.json").read_text())["starts"]
     assert len(starts) > 2
     assert starts[0]["updates"] == 0 < starts[-1]["updates"]
     assert not list((broken / "checkpoints").glob(".*"))
+
+
+def status_of(process: int) -> str:
+    """The state of a process in one letter; empty if it has ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0].replace("Z", "")
+    except OSError:
+        return ""
 
 
 def processes(session: int) -> list[str]:
