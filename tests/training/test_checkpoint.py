@@ -1,4 +1,4 @@
-"""The state of a training on disk: whole or not there, checked, and exactly what it was."""
+"""Snapshots on disk: complete or absent, verified, and read back exactly."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_damaged_one_falls_back_to_the_one_before(
     assert found.updates == 1
     assert "0000000002" in caplog.text
     assert "falling back to the checkpoint before it" in caplog.text
-    # The damaged one is in the way of nothing: the same update can be saved again.
+    # The damaged one does not prevent saving the same update again.
     save_snapshot(tmp_path, snapshot(2, ema=True), keep=3)
     assert read_snapshot(tmp_path / "0000000002").updates == 2
 
@@ -125,7 +125,7 @@ def test_none_whole_is_an_error_and_removes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_format_of_another_version_is_told(tmp_path: Path) -> None:
+def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = save_snapshot(tmp_path, snapshot(1), keep=2)
     outer = json.loads((folder / "state.json").read_text())
     body = outer["body"].replace('"format": 1', '"format": 2')
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_what_was_saved(failing: int, tmp_path: Path, monkeyp
     monkeypatch.undo()
     found = newest_snapshot(tmp_path)
     assert found is not None
-    # Only once all files are written, and the folder has its name, may the new one count.
+    # The new one counts only once all files are written and the folder has its name.
     assert found.updates == (2 if failing == 7 else 1)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -169,7 +169,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     remove_unfinished(tmp_path / "absent")
 
 
-def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_values_that_it_cannot_hold_are_refused(tmp_path: Path) -> None:
     good = snapshot(1)
     with pytest.raises(TypeError, match="a snapshot cannot hold <object"):
         save_snapshot(tmp_path, Snapshot(1, good.model, None, good.optimizer, {"x": object()}), keep=2)
@@ -191,7 +191,7 @@ def test_files_are_written_in_one_step(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "rmsprop"])
-def test_an_optimizer_goes_on_with_the_memory_format_it_had(name: str, tmp_path: Path) -> None:
+def test_an_optimizer_resumes_with_its_memory_format(name: str, tmp_path: Path) -> None:
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The training loop on small made-up images: learning, repeating, going on, and all its switches."""
+"""The training loop on small synthetic images: it learns, repeats and resumes, with every setting."""
 
 from __future__ import annotations
 
@@ -56,9 +56,6 @@ def assert_same(first: Outcome, second: Outcome) -> None:
             assert list(states[0]) == list(states[1])
             for name, tensor in states[0].items():
                 assert torch.equal(tensor, states[1][name]), name
-
-
-# What a recipe becomes
 
 
 def test_twins_start_from_the_same_function() -> None:
@@ -229,7 +226,7 @@ def test_weights_to_start_from(tmp_path: Path) -> None:
         build_model(change(checkpoint=str(path)))
 
 
-def test_pretrained_weights_get_a_classifier_of_their_own() -> None:
+def test_pretrained_weights_get_a_new_classifier() -> None:
     bundled: dict[str, Any] = {"model": "regnetx_002", "pretrained": True, "pretrained_tag": "cifar10"}
     kept = build_model(change(**bundled, num_classes=10, keep_head=True))
     upstream = timm.create_model("regnetx_002_ubn.cifar10", pretrained=True)
@@ -237,9 +234,6 @@ def test_pretrained_weights_get_a_classifier_of_their_own() -> None:
     anew = build_model(change(**bundled, num_classes=10))
     for name, tensor in upstream.state_dict().items():
         assert torch.equal(anew.state_dict()[name], tensor) == (not name.startswith("head.fc")), name
-
-
-# The loop
 
 
 def test_it_learns() -> None:
@@ -263,7 +257,7 @@ def test_the_same_seed_gives_the_same_numbers(norm: str) -> None:
     assert third.metrics[-1].train_loss != first.metrics[-1].train_loss
 
 
-# Every switch that has a state of its own, or draws random numbers.
+# Every setting that has state or draws random numbers.
 SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "bn": {"norm": "bn", "optimizer": "sgd", "lr": 0.05},
@@ -277,7 +271,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_run_that_goes_on_from_any_update_ends_the_same(name: str) -> None:
+def test_a_run_that_resumes_from_any_update_ends_the_same(name: str) -> None:
     recipe = change(**SWITCHES[name], checkpoint_steps=3)
     saved: list[Snapshot] = []
 
@@ -313,7 +307,7 @@ def test_accumulation_is_one_batch_for_a_model_without_statistics() -> None:
     torch.testing.assert_close(results[1].model.state_dict(), results[0].model.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-def test_a_head_is_trained_alone(tmp_path: Path) -> None:
+def test_only_the_head_is_trained(tmp_path: Path) -> None:
     path = tmp_path / "start.safetensors"
     source = build_model(change(seed=7))
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in source.state_dict().items()}, path)
@@ -371,7 +365,7 @@ def test_the_loss_is_logged_by_one_clock_on_every_device(
     assert len(made) == checks  # one more per epoch for its row
 
 
-def test_a_stop_that_is_asked_for_saves_and_ends() -> None:
+def test_a_requested_stop_saves_and_ends() -> None:
     saved: list[Snapshot] = []
     steps: list[int] = []
     outcome = train(

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 
-from tests.images import RECIPE, write_image_folder
-from tests.training.test_run import ROW, change
+from tests.images import write_image_folder
+from tests.training.test_run import RECIPE, ROW, change
 from ubn_zoo.cli import main
 from ubn_zoo.errors import MissingPackageError, RunError
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, write_metrics
 from ubn_zoo.recipes.schema import dump_recipe
 from ubn_zoo.training import record, status
+from ubn_zoo.training.loggers import open_loggers
 from ubn_zoo.training.report import report_page
 from ubn_zoo.training.run import run
 from ubn_zoo.training.status import Process, RunProgress, Status, StatusFile, read_status
@@ -115,7 +116,7 @@ def test_a_silent_process_elsewhere_is_unknown(folder: Path) -> None:
     assert (found.state, found.message) == ("unknown", "no sign of process 1 on elsewhere for 1:00:00")
 
 
-def test_a_run_that_left_no_status_is_told_by_its_other_files(folder: Path) -> None:
+def test_a_run_without_a_status_is_judged_by_its_other_files(folder: Path) -> None:
     assert read_status(folder) == Status(
         state="unknown", message="the run has written no status", epoch=0, epochs=2, update=0
     )
@@ -296,6 +297,8 @@ class Run:
     def define_metric(self, name, step_metric):
         self.write({"metric": [name, step_metric]})
     def log(self, values):
+        if values["update"] > 40:
+            raise Error("the service is gone")
         self.write({"log": values})
     def finish(self, exit_code):
         self.write({"finish": exit_code})
@@ -307,7 +310,9 @@ def init(**options):
 """
 
 
-def test_weights_and_biases_gets_the_same_curves(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_gets_the_same_curves(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").write_text(FAKE_WANDB, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -325,12 +330,17 @@ def test_weights_and_biases_gets_the_same_curves(images: Path, tmp_path: Path, m
     points = [line["log"] for line in lines if "log" in line]
     assert [point["update"] for point in points if "train/loss" in point] == [3, 6, 8, 9, 12, 15, 16]
     assert [point["update"] for point in points if "test/top1" in point] == [8, 16]
+    log = open_loggers(recipe, folder, 0)[-1]
+    for updates in (41, 42):
+        log.log({"train/loss": 1.0}, updates)
+    log.close(True)
+    assert caplog.text.count("Weights & Biases gets no more of this run: the service is gone") == 1
     with pytest.raises(RunError, match=r"does not start: api_key not configured; log in with `wandb login`"):
         run(change(wandb_project="forbidden"), images, tmp_path / "other")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
 
 
-def test_weights_and_biases_that_are_missing_are_told_before_anything_is_written(
+def test_missing_weights_and_biases_are_reported_before_anything_is_written(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = record.importlib.util.find_spec

@@ -45,7 +45,7 @@ __all__ = [
 def model_name(recipe: Recipe) -> str:
     """Timm's name of a recipe's model, with its tag: the BatchNorm sibling for ``bn``, the UBN twin for all others."""
     if VARIANTS[recipe.norm].plain:
-        # The twins' tags of upstream's weights are upstream's own behind this.
+        # A twin's tag of upstream weights is upstream's tag with this prefix.
         tag = (recipe.pretrained_tag or "").removeprefix("bn_")
         return recipe.model + (f".{tag}" if tag else "")
     return f"{recipe.model}_ubn" + (f".{recipe.pretrained_tag}" if recipe.pretrained_tag else "")
@@ -96,7 +96,7 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> nn.Module
 
     Args:
         recipe: The run, with ``num_classes``.
-        device: Where it goes; by default the CPU.
+        device: Device of the model; by default the CPU.
 
     Raises:
         TrainingError: The recipe has no ``num_classes``, or its checkpoint cannot be read.
@@ -117,7 +117,7 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> nn.Module
     if recipe.checkpoint is not None:
         _load_start(model, recipe.checkpoint, keep_head=recipe.keep_head)
     elif recipe.pretrained and not recipe.keep_head:
-        # Weights with as many classes as the data need not have the data's classes.
+        # The classes of the weights may differ from the data's even where their number is the same.
         seed_everything(recipe.seed)
         model.reset_classifier(recipe.num_classes)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -134,7 +134,7 @@ def _set_statistics(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _load_start(model: Any, path: str, *, keep_head: bool) -> None:
-    """Load weights to start from, strictly but for the classifier, which stays as it was drawn unless it is kept."""
+    """Load initial weights strictly; the classifier keeps its random initialization unless `keep_head` is set."""
     try:
         state = safetensors.torch.load_file(path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -209,7 +209,7 @@ def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int
 
 
 def build_loss(recipe: Recipe) -> nn.Module:
-    """Build the recipe's loss; with Mixup or CutMix it takes mixed targets, (n, classes), in place of labels."""
+    """Build the recipe's loss; with Mixup or CutMix it takes mixed targets, (n, classes), instead of labels."""
     if recipe.loss == "bce":
         return BinaryCrossEntropy(recipe.label_smoothing, target_threshold=recipe.bce_threshold)
     if recipe.mixup or recipe.cutmix:

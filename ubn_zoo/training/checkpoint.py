@@ -1,8 +1,8 @@
-"""Snapshots of training in a folder: written whole or not at all, checked when read.
+"""Snapshots of training on disk: written atomically, verified when read.
 
-A snapshot is a folder named after the updates made, with ``model.safetensors``, ``ema.safetensors`` where there is a
-moving average, ``optimizer.safetensors`` and ``state.json``. The last holds what is not a tensor, and the SHA-256 of
-the others; nothing is a pickle.
+A snapshot is a folder named after the number of updates, with ``model.safetensors``, ``optimizer.safetensors``,
+``ema.safetensors`` if there is a moving average, and ``state.json``, which holds everything that is not a tensor, and
+the SHA-256 of the other files. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_pack(entry, tensors) for entry in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"a snapshot cannot hold {value!r}; valid: tensors, numbers, texts, None, and collections of them")
+    raise TypeError(f"a snapshot cannot hold {value!r}; valid: tensors, numbers, strings, None, collections of them")
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -185,7 +185,7 @@ def read_snapshot(folder: str | os.PathLike[str]) -> Snapshot:
 
 
 def newest_snapshot(root: str | os.PathLike[str]) -> Snapshot | None:
-    """Read the newest snapshot that is whole; damaged ones before it are named in a warning, and left as they are.
+    """Read the newest intact snapshot; newer, damaged ones are named in a warning and left in place.
 
     Args:
         root: Folder of the run's snapshots.
@@ -194,7 +194,7 @@ def newest_snapshot(root: str | os.PathLike[str]) -> Snapshot | None:
         The snapshot; None if there is none.
 
     Raises:
-        SnapshotError: There are snapshots, and none is whole.
+        SnapshotError: There are snapshots, and all are damaged.
     """
     folders = _folders(Path(root))
     problems = []
@@ -210,7 +210,7 @@ def newest_snapshot(root: str | os.PathLike[str]) -> Snapshot | None:
 
 
 def remove_unfinished(root: str | os.PathLike[str]) -> None:
-    """Remove what a process that was killed left half written."""
+    """Remove the incomplete snapshots of a killed process."""
     folder = Path(root)
     if folder.is_dir():
         for path in _unfinished(folder):
@@ -222,7 +222,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load an optimizer's state, its tensors in the memory format of their parameters, as they were."""
+    """Load an optimizer's state; its tensors get the memory format of their parameters."""
     optimizer.load_state_dict(dict(state))
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

@@ -1,8 +1,8 @@
 """The training loop.
 
-Many processes are torch's DistributedDataParallel, started by torchrun. Each epoch trains, evaluates and adds one row
-of metrics. Random numbers are drawn from seeds made of the recipe's seed, the epoch and the update, so a run that was
-interrupted at any update resumes with the same numbers.
+Several processes, started by torchrun, train with DistributedDataParallel. Each epoch trains, evaluates and adds one
+row of metrics. Random numbers are drawn from seeds made of the recipe's seed, the epoch and the update, so a run that
+was interrupted at any update resumes with the same numbers.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class _Job:
     steps: int
     epoch: int = 0
     step: int = 0
-    # Sum of the losses of this epoch's updates so far, this rank's.
+    # This rank's sum of the losses of the epoch's updates so far.
     total: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
     rows: list[EpochMetrics] = dataclasses.field(default_factory=list)
     similarity: list[LayerSimilarity] = dataclasses.field(default_factory=list)
@@ -292,7 +292,7 @@ def _check_interval(device: torch.device) -> int:
 
 
 def _check_loss(job: _Job, stopping: bool) -> tuple[float, bool]:
-    """Mean loss of the epoch so far over all ranks, and whether any of them is to stop.
+    """Mean loss of the epoch so far over all ranks, and whether any of them should stop.
 
     Raises:
         TrainingError: The loss is no longer finite.
@@ -303,7 +303,7 @@ def _check_loss(job: _Job, stopping: bool) -> tuple[float, bool]:
     if not math.isfinite(mean):
         raise TrainingError(
             f"the loss is {mean} at epoch {job.epoch + 1} after update {job.step} of {job.steps}, lr {job.lr:g}, "
-            f"amp {job.recipe.amp}; give it a lower lr, a longer warmup_epochs or clip_grad, or amp=bfloat16"
+            f"amp {job.recipe.amp}; use a lower lr, more warmup_epochs or clip_grad, or amp=bfloat16"
         )
     return mean, stops > 0
 
@@ -337,7 +337,7 @@ def _train_epoch(job: _Job, train: TrainBatches, hooks: _Hooks) -> bool:
     if job.step < job.steps:
         raise TrainingError(
             f"the training images ended after {job.step} updates of epoch {job.epoch + 1}, not {job.steps}; "
-            "train_samples says more than there are, or a shard is missing"
+            "train_samples exceeds the number of images, or a shard is missing"
         )
     return True
 

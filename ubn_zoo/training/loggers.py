@@ -114,14 +114,24 @@ class _WandB:
             )
         except (self._module.Error, OSError) as error:
             raise RunError(
-                f"wandb_project: Weights & Biases does not start: {error}; log in with `wandb login`, or set the "
-                "environment's WANDB_MODE=offline to keep the log on this machine"
+                f"wandb_project: Weights & Biases does not start: {str(error).rstrip('.')}; log in with `wandb login`, "
+                "or set the environment's WANDB_MODE=offline to keep the log on this machine"
             ) from error
         # Updates after the checkpoint are repeated, so they are not the log's own steps, which only increase.
         self._run.define_metric("*", step_metric="update")
 
     def log(self, values: Mapping[str, float], updates: int) -> None:
-        self._run.log({**values, "update": updates})
+        self._call("log", {**values, "update": updates})
 
     def close(self, finished: bool) -> None:
-        self._run.finish(exit_code=0 if finished else 1)
+        self._call("finish", exit_code=0 if finished else 1)
+
+    def _call(self, name: str, *arguments: object, **options: object) -> None:
+        """Call a method of the run; a log that fails is a warning, since training does not depend on it."""
+        if self._run is None:
+            return
+        try:
+            getattr(self._run, name)(*arguments, **options)
+        except (self._module.Error, OSError) as error:
+            self._run = None
+            _logger.warning("Weights & Biases gets no more of this run: %s", error)

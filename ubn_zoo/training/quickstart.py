@@ -210,7 +210,7 @@ def _plot(test: ImageSet, logits: Tensor, path: Path) -> None:
 
 
 def _fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Everything that decides the results, to tell whether finished outputs are still those of this installation."""
+    """Everything that determines the results; finished outputs are used again as long as it is the same."""
     record = load_manifest().get(f"{recipe.model}_ubn.{recipe.pretrained_tag}")
     settings = {
         key: list(value) if isinstance(value, tuple) else value for key, value in decisive_settings(recipe).items()

@@ -195,7 +195,8 @@ class Recorder:
         else:
             state = "failed"
             message = str(error) if isinstance(error, (UbnZooError, OSError)) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):
+        # The error that has ended the run is the one to report.
+        with contextlib.suppress(Exception):
             self.end(state, message)
 
     def _log(self, values: Mapping[str, float], updates: int) -> None:

@@ -110,13 +110,13 @@ def report_page(
         status: How far it is.
         starts: What ``environment.json`` has of each start.
     """
-    heading = f"{recipe.model} {recipe.norm}"
+    heading = f"{recipe.model} {recipe.norm}, seed {recipe.seed}"
     return _PAGE.format(
         title=html.escape(f"{heading}, {status.state}"),
         heading=html.escape(heading),
         state=html.escape(status.state),
         message=f"<p>{html.escape(status.message)}</p>" if status.message else "",
-        facts=_facts(recipe, rows, status),
+        facts=_facts(rows, status),
         charts="\n".join(_charts(rows, similarity)),
         metrics=_metrics(rows),
         recipe=_recipe(recipe),
@@ -125,7 +125,7 @@ def report_page(
     )
 
 
-def _facts(recipe: Recipe, rows: Sequence[EpochMetrics], status: Status) -> str:
+def _facts(rows: Sequence[EpochMetrics], status: Status) -> str:
     found = {"epochs": f"{status.epoch} of {status.epochs}"}
     if rows:
         last, best = rows[-1], max(rows, key=lambda row: row.top1)
@@ -138,7 +138,6 @@ def _facts(recipe: Recipe, rows: Sequence[EpochMetrics], status: Status) -> str:
         found["elapsed"] = duration(status.elapsed)
     if status.left is not None and status.state == "running":
         found["left"] = duration(status.left)
-    found["seed"] = str(recipe.seed)
     return "".join(
         f"<div><span>{html.escape(name)}</span><b>{html.escape(value)}</b></div>" for name, value in found.items()
     )
@@ -165,6 +164,7 @@ def _charts(rows: Sequence[EpochMetrics], similarity: Sequence[LayerSimilarity])
                 curve("top-5", _OTHER, "top5"),
                 curve("top-1, EMA", _AVERAGED, "ema_top1"),
             ],
+            highest=100.0,
         ),
         _chart("Learning rate", [curve("learning rate", _TEST, "lr")]),
         _chart(
@@ -183,7 +183,7 @@ def _charts(rows: Sequence[EpochMetrics], similarity: Sequence[LayerSimilarity])
             (f"epoch {epoch}", color, [(float(row.depth), row.similarity) for row in similarity if row.epoch == epoch])
             for epoch, color in zip(shown, (_OTHER, _TEST), strict=False)
         ]
-        charts.append(_chart("Similarity of held-out images, by norm layer", layers, x_label="norm layer, in order"))
+        charts.append(_chart("Held-out similarity by norm layer", layers, x_label="norm layer, in order"))
     return [chart for chart in charts if chart]
 
 
@@ -198,7 +198,7 @@ def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _chart(title: str, curves: Sequence[_Curve], *, x_label: str = "epoch") -> str:
+def _chart(title: str, curves: Sequence[_Curve], *, x_label: str = "epoch", highest: float = math.inf) -> str:
     """Curves as an SVG drawing with its legend; empty if there are no points."""
     kept = [(label, color, _thinned(points)) for label, color, points in curves if points]
     xs = [x for _, _, points in kept for x, _ in points]
@@ -210,7 +210,7 @@ def _chart(title: str, curves: Sequence[_Curve], *, x_label: str = "epoch") -> s
         x0, x1 = x0 - 0.5, x1 + 0.5
     y0, y1 = min(ys), max(ys)
     margin = 0.06 * (y1 - y0) or 0.1 * abs(y1) or 1.0
-    y0, y1 = (0.0 if 0.0 <= y0 < margin else y0 - margin), y1 + margin
+    y0, y1 = (0.0 if 0.0 <= y0 < margin else y0 - margin), min(y1 + margin, highest)
 
     def across(x: float) -> float:
         return round(_LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT), 1)

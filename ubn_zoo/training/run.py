@@ -55,7 +55,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run has reached.
+    """The result of a run, finished or not.
 
     Attributes:
         folder: Its folder.
@@ -162,7 +162,7 @@ def run(
         MissingPackageError: The recipe has a ``wandb_project``, and wandb is not installed.
         RunError: The folder holds another run, the disk is full, or another rank was lost.
         DataError: The data cannot be used.
-        SnapshotError: There are checkpoints, and none is whole.
+        SnapshotError: There are checkpoints, and all are damaged.
         TrainingError: Training cannot start or continue.
     """
     folder, place = Path(output), ranks or Ranks()
@@ -268,8 +268,7 @@ def _run(
     if ranks.first:
         if extended:
             _logger.warning(
-                "%s is finished after %d epochs and is trained to %d; the learning rate continues where the schedule "
-                "of %d epochs has it",
+                "%s is extended from epoch %d to %d; the learning rate continues as in a schedule of %d epochs",
                 *(folder, extended, recipe.epochs, recipe.epochs),
             )
         _prepare(folder, recipe, failed_start=extended == 0)
