@@ -307,3 +307,12 @@ def test_classes_and_base_models_of_the_record_are_shown_as_texts(run: Path, boo
     assert "<img" not in done.card and "&lt;img" in done.card
     assert f"`timm/x` at revision `{'2' * 40}`" in done.card
     assert yaml.safe_load(done.card.split("---\n")[1])["base_model"] == "timm/x"
+
+
+def test_the_card_of_an_extended_run_says_so(run: Path, book: Path) -> None:
+    environment = json.loads((run / "environment.json").read_text())
+    (start,) = environment["starts"]
+    environment["starts"] = [{**start, "epochs": epochs} for epochs in (1, 1, 2)]
+    (run / "environment.json").write_text(json.dumps(environment))
+    done = publish(run, REPO, manifest=book, dry_run=True, **FACTS)
+    assert "- Epochs: 2; the run was finished after 1 and then extended, with the learning rates" in done.card

@@ -245,9 +245,11 @@ def test_siblings_and_ablations_leave_the_same(norm: str, images: Path, tmp_path
 
 
 def test_a_run_starts_from_the_weights_of_another(images: Path, tmp_path: Path) -> None:
-    first = run(change(epochs=4), images, tmp_path / "first")
+    first = run(change(model="resnet10t", epochs=4), images, tmp_path / "first")
     start = str(tmp_path / "first" / "model.safetensors")
-    tuned = run(change(checkpoint=start, epochs=1, lr=1e-4, warmup_epochs=0.0), images, tmp_path / "second")
+    tuned = run(
+        change(model="resnet10t", checkpoint=start, epochs=1, lr=1e-4, warmup_epochs=0.0), images, tmp_path / "second"
+    )
     assert tuned.metrics[0].test_loss < first.metrics[0].test_loss
 
 
@@ -300,6 +302,7 @@ def test_the_best_weights_survive_a_kill_before_they_are_written(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = change(keep_best="loss")
+    monkeypatch.setattr(folders, "metric_of", lambda row, metric: 3.0 - row.epoch)
     run(recipe, images, tmp_path / "whole")
     real = record.keep_best
 
@@ -311,7 +314,7 @@ def test_the_best_weights_survive_a_kill_before_they_are_written(
     monkeypatch.setattr(record, "keep_best", kill)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, images, tmp_path / "run")
-    monkeypatch.undo()
+    monkeypatch.setattr(record, "keep_best", real)
     assert read_best(tmp_path / "whole" / "best")[0] == 2  # type: ignore[index]
     assert read_best(tmp_path / "run" / "best")[0] == 1  # type: ignore[index]
     assert run(recipe, images, tmp_path / "run").updates == 16

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ubn_zoo.hub.manifest import Metric, Record
 from ubn_zoo.recipes.schema import Recipe
-from ubn_zoo.release.run_record import Base
+from ubn_zoo.release.run_record import Base, RunFacts
 from ubn_zoo.release.source import Source
 from ubn_zoo.utils.sanitize import code, escape
 
@@ -261,7 +261,7 @@ def _training(record: Record, source: Source) -> list[str]:
     commit = source.rows[-1].commit
     details = {
         "Seed": f"{recipe.seed} (one run)",
-        "Epochs": str(recipe.epochs),
+        "Epochs": str(recipe.epochs) + _extensions(facts),
         "Batch size": str(recipe.batch_size),
         "Optimizer": f"{escape(recipe.optimizer)}, peak learning rate {recipe.lr:g}",
         "Hardware": escape(facts.hardware) if facts else _NOT_RECORDED,
@@ -279,6 +279,15 @@ def _training(record: Record, source: Source) -> list[str]:
         _list(details),
         *pictures,
     ]
+
+
+def _extensions(facts: RunFacts | None) -> str:
+    if facts is None or not facts.extended:
+        return ""
+    return (
+        f"; the run was finished after {' and '.join(map(str, facts.extended))} and then extended, with the learning "
+        "rates of each number of epochs, which the command does not repeat"
+    )
 
 
 def _limits(record: Record, source: Source) -> str:

@@ -72,6 +72,7 @@ class RunFacts:
         ranks: Processes that trained together.
         recipe_name: The packaged recipe that the run's command names; None if it names none.
         starts: How many times the run was started.
+        extended: Epochs of the recipe before each extension of the finished run; empty if it was never extended.
     """
 
     base: Base | None
@@ -83,6 +84,7 @@ class RunFacts:
     ranks: int
     recipe_name: str | None
     starts: int
+    extended: tuple[int, ...] = ()
 
 
 def read_environment(folder: Path, recipe: Recipe) -> RunFacts:
@@ -116,6 +118,7 @@ def read_environment(folder: Path, recipe: Recipe) -> RunFacts:
             ranks=int(last["ranks"]),
             recipe_name=_recipe_name(first["command"]),
             starts=len(starts),
+            extended=tuple(dict.fromkeys(int(start["epochs"]) for start in starts if "epochs" in start))[:-1],
         )
     except FileNotFoundError:
         raise ValueError(
