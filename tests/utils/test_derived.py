@@ -1,7 +1,5 @@
 """Classes derived at run time."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle
