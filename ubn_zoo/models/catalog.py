@@ -1,7 +1,7 @@
 """What is in the zoo, for people: its models and weights, and all that is known of one of them.
 
-``python -m ubn_zoo.models.catalog`` rewrites ``architectures.json``, the table of all twins and their parameter counts.
-It takes minutes, which the table spares the import and every listing.
+``python -m ubn_zoo.models.catalog`` rewrites ``architectures.json``: the twins with their parameter counts, and why the
+other architectures of timm have none. It builds every architecture, which takes minutes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import timm
 import torch
 from timm.models import PretrainedCfg
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
+from torch import nn
 
 from ubn_zoo.errors import UnknownModelError
 from ubn_zoo.hub.manifest import InputSpec, Metric, RecipeReference, Record, load_manifest
@@ -165,17 +166,37 @@ def count_parameters(architecture: str, num_classes: int) -> int:
 
 
 def architecture_table() -> dict[str, Any]:
-    """Find all twins and count their parameters anew, by building them without memory; see ``architectures.json``.
+    """Build every architecture of timm without memory: count the twins' parameters, and find out why others have none.
 
-    Numbers of classes are those of converted weights: for others the manifest has the count.
+    Parameters are counted for the numbers of classes of converted weights; the manifest has the counts of others. The
+    architectures without a twin are grouped by reason and by module of timm.
     """
     sources = {family.source for family in FAMILIES}
-    counts = {}
+    counts: dict[str, dict[str, int]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for upstream in timm.list_models(exclude_filters=f"*{SUFFIX}"):
-        if timm.model_entrypoint(upstream).__module__.rpartition(".")[2] in sources and uses_batchnorm(upstream):
+        source = timm.model_entrypoint(upstream).__module__.rpartition(".")[2]
+        if source in sources and uses_batchnorm(upstream):
             numbers = sorted({cfg.num_classes for cfg in arch_pretrained_cfgs(upstream).values()})
             counts[upstream + SUFFIX] = {str(number): _built_parameters(upstream, number) for number in numbers}
-    return {"timm": timm.__version__, "parameters": counts}
+        else:
+            reasons.setdefault(normalization(upstream), {}).setdefault(source, []).append(upstream)
+    return {"timm": timm.__version__, "parameters": counts, "without": dict(sorted(reasons.items()))}
+
+
+def normalization(upstream: str) -> str:
+    """Name the classes of norm layers in an architecture of timm, ``BatchNorm2d`` alone if it has any.
+
+    Args:
+        upstream: Architecture, without a tag. It is built without memory.
+    """
+    with torch.device("meta"):
+        modules = list(timm.create_model(upstream).modules())
+    if any(isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) for module in modules):
+        return "BatchNorm2d"
+    # Blocks with "Norm" in their names consist of other modules; norms with an activation have parameters besides it.
+    own = (m for m in modules if not any(m.children()) or any(True for _ in m.parameters(recurse=False)))
+    return ", ".join(sorted({type(m).__name__ for m in own if "Norm" in type(m).__name__}))
 
 
 def _built_parameters(upstream: str, num_classes: int) -> int:
