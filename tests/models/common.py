@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import safetensors.torch
 import timm
 import torch
@@ -44,8 +46,38 @@ BUILD_PATHS = [
     "resnetv2_18_ubn",
     "resnetv2_34d_ubn",
 ]
+# Of these, one for each kind of norm layer (with an activation, a drop layer, none), of what feeds it (a convolution of
+# timm's or torch's, a sum, a pooling) and of attention beside it: where numbers are compared in the ordinary run.
+KINDS = [
+    "mobilenetv2_035_ubn",
+    "mobilenetv3_small_050_ubn",
+    "mobilenetv4_conv_small_035_ubn",
+    "mobilenetv4_hybrid_medium_075_ubn",
+    "regnetx_002_ubn",
+    "regnetz_005_ubn",
+    "resnet10t_ubn",
+    "resnet33ts_ubn",
+    "resnetblur18_ubn",
+    "resnetv2_18_ubn",
+]
 # Families whose blocks or stems do not fit small images.
 _LARGE = ("ubn_byoanet", "ubn_inception_resnet_v2", "ubn_inception_v3", "ubn_inception_v4")
+
+
+EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+def everyday(names: list[str], everything: list[str]) -> list[Any]:
+    """Parameters of a test: some models in the ordinary run, the others with ``-m exhaustive``."""
+    return [*names, *(pytest.param(name, marks=EXHAUSTIVE) for name in everything if name not in names)]
+
+
+def outcome(function: Callable[[], Any]) -> Any:
+    """What a function returns, or the class of its error: a twin may do less where its sibling fails likewise."""
+    try:
+        return function()
+    except Exception as error:
+        return type(error)
 
 
 def smallest(module: str) -> str:

@@ -14,19 +14,14 @@ import ubn_zoo
 from ubn_zoo import UnifiedBatchNorm2d
 from ubn_zoo.models import FAMILIES
 
-from .common import ALL, assert_same_function, images, input_size, sibling, smallest, trained
+from .common import ALL, assert_same_function, everyday, images, input_size, sibling, smallest, trained
 
 EVERYDAY = sorted({*(smallest(family.module) for family in FAMILIES), "efficientnet_b1_pruned_ubn", "repvgg_a0_ubn"})
-EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
 # A second or more each, and built like others.
 COSTLY = {"halonet_h1_ubn", "inception_resnet_v2_ubn", "inception_v4_ubn", "vgg11_bn_ubn"}
-NAMES = [
-    *(name for name in EVERYDAY if name not in COSTLY),
-    *(pytest.param(name, marks=EXHAUSTIVE) for name in ALL if name not in EVERYDAY or name in COSTLY),
-]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", everyday([name for name in EVERYDAY if name not in COSTLY], ALL))
 def test_twins_compute_what_their_siblings_do_and_train(name: str) -> None:
     theirs = trained(sibling(name))
     model = timm.create_model(name).eval()
@@ -50,18 +45,3 @@ def test_twins_compute_what_their_siblings_do_and_train(name: str) -> None:
     loss.backward()
     assert not torch.equal(first.running_mean, before)
     assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in first.parameters())
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.source)
-def test_features_have_the_shapes_of_the_siblings(family: object) -> None:
-    name = smallest(family.module)  # type: ignore[attr-defined]
-    try:
-        with torch.device("meta"):
-            theirs = timm.create_model(sibling(name), features_only=True).eval()
-    except (AttributeError, RuntimeError, AssertionError, TypeError):
-        pytest.skip(f"timm extracts no features from {sibling(name)}")
-    with torch.device("meta"):
-        ours = timm.create_model(name, features_only=True).eval()
-        x = torch.empty(1, *timm.get_pretrained_cfg(name).input_size)
-        assert [part.shape for part in ours(x)] == [part.shape for part in theirs(x)]
-    assert ours.feature_info.get_dicts() == theirs.feature_info.get_dicts()

@@ -10,12 +10,10 @@ import ubn_zoo
 from tests.layers.common import randomize, ubn_layers
 from ubn_zoo.layers.fusion import InferenceNorm2d
 
-from .common import BUILD_PATHS, images, input_size
-from .test_models import FEASIBLE, FEATURES, build
+from .common import KINDS, everyday, images, input_size
+from .test_models import FEASIBLE, WAYS, build
 
-REST = [
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for name in FEASIBLE if name not in BUILD_PATHS
-]
+NAMES = everyday(KINDS, [name for name in FEASIBLE if name.startswith(("resnet", "regnet", "mobilenet"))])
 # Architectures with norms that no convolution feeds: they come before one, or follow a sum or a pooling.
 UNFED = ("mobilenetv4_hybrid", "regnetv", "resnet50_mlp", "resnetv2")
 
@@ -65,7 +63,7 @@ def unfolded(model: nn.Module) -> int:
     return sum(isinstance(module, InferenceNorm2d) and not module.overwrite for module in model.modules())
 
 
-@pytest.mark.parametrize("name", [*BUILD_PATHS, *REST])
+@pytest.mark.parametrize("name", NAMES)
 def test_trained(name: str) -> None:
     """Nothing is constant: of each norm something is left, its scale folded where a convolution feeds it."""
     model = trained(name).double()
@@ -82,7 +80,7 @@ def test_trained(name: str) -> None:
         assert_equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", [*BUILD_PATHS, *REST])
+@pytest.mark.parametrize("name", NAMES)
 def test_converted(name: str) -> None:
     """As a BatchNorm checkpoint is loaded: all constant, so nothing is left of a norm that a convolution feeds."""
     model = build(name).eval()
@@ -99,8 +97,7 @@ def test_converted(name: str) -> None:
         assert_equal(result(x.double()), model(x.double()))
 
 
-@pytest.mark.parametrize("name", FEATURES)
-@pytest.mark.parametrize("feature_cls", [None, "list", "dict", "hook", "getter", "fx"])
+@pytest.mark.parametrize(("name", "feature_cls"), WAYS)
 def test_features(name: str, feature_cls: str | None) -> None:
     if name.startswith("mobilenet") and feature_cls in ("list", "dict"):
         pytest.skip("timm itself cannot rewrite these as lists")

@@ -135,24 +135,24 @@ def _offset(batchnorm: Any) -> Tensor:
 
 
 def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNorm2d:
-    if isinstance(batchnorm, _FROZEN):
-        return _from_frozen(batchnorm, settings)
-    reference = batchnorm.weight if batchnorm.weight is not None else batchnorm.running_mean
+    frozen = isinstance(batchnorm, _FROZEN)
+    affine = frozen or batchnorm.affine
+    reference = batchnorm.weight if affine else batchnorm.running_mean
     arguments = {
-        "num_features": batchnorm.num_features,
+        "num_features": batchnorm.weight.numel() if frozen else batchnorm.num_features,
         "eps": batchnorm.eps,
-        "momentum": batchnorm.momentum,
-        "affine": batchnorm.affine,
+        "momentum": getattr(batchnorm, "momentum", 0.1),
+        "affine": affine,
         "track_running_stats": batchnorm.running_mean is not None,
         "device": None if reference is None else reference.device,
         "dtype": None if reference is None else reference.dtype,
         **settings,
     }
-    if not batchnorm.affine:
+    if not affine:
         # Without an affine nothing compensates the calibration factor, which starts at sigmoid(1).
         arguments["scale_calibration"] = False
     layer: UnifiedBatchNorm2d
-    if isinstance(batchnorm, (BatchNormAct2d, SyncBatchNormAct)):
+    if isinstance(batchnorm, (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)):
         layer = UnifiedBatchNormAct2d(**arguments, apply_act=False)
         for name in ("drop", "act"):
             layer.add_module(name, getattr(batchnorm, name))
@@ -160,6 +160,8 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
         layer = UnifiedBatchNorm2d(**arguments)
     if isinstance(batchnorm, nn.SyncBatchNorm):
         layer._sync = SyncGroup(batchnorm.process_group)
+    if frozen and layer.running_mean is None:
+        raise ValueError("a frozen BatchNorm keeps its running statistics: convert it without track_running_stats")
 
     with torch.no_grad():
         if layer.weight is not None:
@@ -168,13 +170,17 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
             else:
                 # A channel that starts at zero (timm's zero_init_last) starts at zero with any kernel.
                 layer.weight.mul_((batchnorm.weight != 0)[:, None, None, None])
-        if layer.bias is not None and batchnorm.running_mean is not None:
+        if not frozen and layer.bias is not None and batchnorm.running_mean is not None:
             layer.bias.add_(_offset(batchnorm).to(layer.bias))
         for name in ("running_mean", "running_var", "num_batches_tracked"):
-            value = getattr(batchnorm, name)
+            value = getattr(batchnorm, name, None)
             if value is not None:
                 getattr(layer, name).copy_(value)
-    if batchnorm.affine:
+    _copy_attributes(batchnorm, layer)
+    if frozen:
+        freeze_ubn(layer)
+        return layer
+    if affine:
         for name in ("weight", "bias"):
             getattr(layer, name).requires_grad_(getattr(batchnorm, name).requires_grad)
     trainable = batchnorm.weight is None or batchnorm.weight.requires_grad
@@ -182,34 +188,6 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
         parameter = getattr(layer, name)
         if parameter is not None:
             parameter.requires_grad_(trainable)
-    _copy_attributes(batchnorm, layer)
-    return layer
-
-
-def _from_frozen(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNorm2d:
-    arguments = {
-        "num_features": batchnorm.weight.numel(),
-        "eps": batchnorm.eps,
-        "device": batchnorm.weight.device,
-        "dtype": batchnorm.weight.dtype,
-        **settings,
-    }
-    layer: UnifiedBatchNorm2d
-    if isinstance(batchnorm, FrozenBatchNormAct2d):
-        layer = UnifiedBatchNormAct2d(**arguments, apply_act=False)
-        for name in ("drop", "act"):
-            layer.add_module(name, getattr(batchnorm, name))
-    else:
-        layer = UnifiedBatchNorm2d(**arguments)
-    if layer.running_mean is None or layer.running_var is None:
-        raise ValueError("a frozen BatchNorm keeps its running statistics: convert it without track_running_stats")
-    with torch.no_grad():
-        if layer.kernel_init == "identity":
-            layer.set_affine(batchnorm.weight, batchnorm.bias)
-        layer.running_mean.copy_(batchnorm.running_mean)
-        layer.running_var.copy_(batchnorm.running_var)
-    _copy_attributes(batchnorm, layer)
-    freeze_ubn(layer)
     return layer
 
 
@@ -276,7 +254,7 @@ def convert_batchnorm(
     The model gets a ``no_weight_decay()`` that names UBN's parameters, for timm's optimizers. If it becomes part of
     another model, use :func:`ubn_zoo.interop.weight_decay_groups`.
 
-    What was converted, what was left and why is counted in one line of the log, at level INFO.
+    One line of the log, at level INFO, counts the layers converted and those left unchanged, with the reason.
 
     A BatchNorm without an affine gets no scaling calibration, which would change its function. Where a fresh BatchNorm
     (running statistics at their start) has weight and bias 0, as the last one of timm's residual branches, the bias

@@ -152,7 +152,7 @@ def _pairs_of_a_run(
         alone = record.consumers == {norm} and max(record.parameter_uses.values()) == 1
         if alone and record.output is not None and record.output() is None:
             pairs[norm] = record.module
-    # Until here the outputs keep alive the convolutions' outputs that they hold.
+    # The model's outputs have kept the convolutions' outputs in them alive until here.
     del outputs
     return pairs, set(watch.norm_calls) | {record.module for record in records if record.ran}
 

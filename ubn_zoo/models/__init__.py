@@ -1,7 +1,7 @@
 """The zoo: a UBN twin of every BatchNorm architecture of timm.
 
-Importing this registers them with timm, so that ``timm.create_model("resnet50_ubn", pretrained=True)`` and timm's
-listings know them. No model is built for that. The twins of ``timm.models.resnet`` are the module ``ubn_resnet``, and
+Importing this package registers them with timm, for ``timm.create_model("resnet50_ubn", pretrained=True)`` and for
+timm's listings, without building a model. The twins of ``timm.models.resnet`` are the module ``ubn_resnet``, and
 so on: ``timm.list_models(module="ubn_resnet")`` lists them; `FAMILIES` names all modules.
 """
 

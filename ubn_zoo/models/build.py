@@ -1,10 +1,9 @@
-"""The one way a UBN model is built: timm's own entry point, run with the zoo's builder instead of timm's.
+"""Builds UBN models: runs timm's own entry point with the zoo's builder instead of timm's.
 
 Every entry point of timm ends in a call ``build_model_with_cfg(model_class, variant, pretrained, ...)`` that carries
-all that is particular to the architecture: its class and configuration, how its features are extracted, how foreign
-checkpoints are renamed. The zoo runs that entry point with another function in that place, once at import to see
-which norm layer the architecture has, and once per model to build it. So a twin needs no table of its own, and has
-whatever its sibling has.
+everything specific to the architecture: its class and configuration, the way to extract features, the renaming of
+checkpoints of other projects. The zoo runs the entry point with another function under that name: to find out which
+norm layer an architecture has, and to build a model. So a twin needs no definition, and supports what its sibling does.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch import nn
 
 from ubn_zoo.layers import UnifiedBatchNorm2d, convert_batchnorm
 from ubn_zoo.layers.convert import mark_no_weight_decay
-from ubn_zoo.models.limits import STRANGERS, check_configuration
+from ubn_zoo.models.limits import UNTRUSTED_SOURCES, check_configuration
 from ubn_zoo.models.reparameterize import adopt_blocks
 from ubn_zoo.models.weights import CheckedState, check_state_dict, load_weights, to_ubn_format
 from ubn_zoo.utils.derived import Derived, derive
@@ -48,13 +47,14 @@ _LAYER_SETTINGS = tuple(
 def _run_entry_point(entry_point: Callable[..., Any], builder: Callable[..., Any], **kwargs: Any) -> Any:
     """Calls an entry point of timm with ``builder`` for timm's ``build_model_with_cfg``.
 
-    Its functions are bound to a copy of their module's names: timm itself is not touched, and threads do not meet.
+    Copies of its module's functions are bound to a copy of the module's namespace: timm stays unchanged, and threads do
+    not interfere.
     """
     names = vars(sys.modules[entry_point.__module__])
     if _BUILDER not in names:
         raise RuntimeError(
             f"{entry_point.__module__}.{entry_point.__name__} does not build its model by timm's {_BUILDER}: "
-            f"timm {timm.__version__} is not one that this zoo can follow, install timm 1.0.31"
+            f"timm {timm.__version__} is not supported, install timm 1.0.31"
         )
     scope = dict(names)
 
@@ -73,7 +73,7 @@ def _run_entry_point(entry_point: Callable[..., Any], builder: Callable[..., Any
 
 
 def uses_batchnorm(name: str) -> bool:
-    """Whether an architecture of timm is normalized by BatchNorm, told without building it.
+    """Whether an architecture of timm is normalized by BatchNorm, determined without building it.
 
     Decided by the norm layer that timm's entry point asks for: in its arguments, else in the architecture's
     configuration, else by default of the model class.
@@ -101,9 +101,9 @@ def uses_batchnorm(name: str) -> bool:
 
 
 def _loaded_file() -> str:
-    """What to call a state dict in an error: the file that timm's ``load_checkpoint`` is loading, if that called.
+    """Names a state dict in an error: the file that timm's ``load_checkpoint`` is loading, if that is the caller.
 
-    timm passes on the content of the file and not its name, so the name is looked up in the stack.
+    timm passes the content of the file and not its name, so the name is looked up in the stack.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
@@ -114,14 +114,13 @@ def _loaded_file() -> str:
 
 
 class UbnModel(Derived):
-    """What a model of timm gains as a UBN model; the class of a twin derives from this and from its sibling's class."""
+    """Mixin of UBN models: the class of a twin derives from this class and from its sibling's class."""
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that optimizers should not decay: those of UBN layers, and what timm's class names.
 
-        timm's rule by number of dimensions alone would decay the depthwise kernels, which stand where BatchNorm has its
-        weight.
+        timm's rule by number of dimensions alone would decay the depthwise kernels, which replace BatchNorm's weights.
         """
         theirs: Iterable[str] = getattr(super(), "no_weight_decay", set)()
         ours = {
@@ -144,7 +143,7 @@ class UbnModel(Derived):
             CheckpointError: A key is missing or unexpected, a tensor has another shape or dtype, or a value is NaN or
                 infinite.
         """
-        # What `load_weights` has converted and checked comes here through timm, which adapts it to the model.
+        # State dicts that `load_weights` has converted and checked arrive through timm, which adapts them to the model.
         state = state_dict if isinstance(state_dict, CheckedState) else to_ubn_format(state_dict, self)
         if strict and state is not state_dict:
             architecture = getattr(self, "pretrained_cfg", {}).get("architecture") or type(self).__name__
@@ -166,7 +165,7 @@ def _check_layer_settings(settings: Any) -> dict[str, Any]:
         try:
             json.dumps(value)
         except TypeError:
-            # They are written to config.json with the model's other arguments.
+            # config.json stores them with the model's other arguments.
             raise TypeError(f"ubn_kwargs[{name!r}] is {value!r}, valid are values that JSON can hold") from None
     return dict(settings)
 
@@ -198,7 +197,7 @@ def build_ubn_model(
         pretrained: Whether weights are loaded.
         pretrained_cfg: Tag, or a whole configuration of weights; by default that of the default tag.
         pretrained_cfg_overlay: Entries that replace those of the configuration.
-        cache_dir: Where downloads are kept, if not in huggingface_hub's cache.
+        cache_dir: Folder of downloads; huggingface_hub's cache by default.
         ubn_kwargs: Settings of every UBN layer: keyword arguments of ``UnifiedBatchNorm2d`` from ``threshold`` on.
         **kwargs: As for the sibling: ``num_classes``, ``in_chans``, ``global_pool``, ``features_only``,
             ``out_indices``, ...
@@ -211,14 +210,14 @@ def build_ubn_model(
         HubError: They cannot be fetched.
         RuntimeError: There is no such tag.
         TypeError: An unknown argument or layer setting.
-        ValueError: The arguments ask for another normalization than BatchNorm, which has no UBN variant.
+        ValueError: The arguments select a normalization other than BatchNorm, which has no UBN variant.
     """
     if isinstance(pretrained_cfg, str) and pretrained_cfg:
         _check_tag(architecture, pretrained_cfg)
     given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
-    # A sibling's configuration may be given as it is; the model made of it is still this one.
+    # A sibling's configuration may be given unchanged; the architecture is still this one.
     cfg = replace(resolve_pretrained_cfg(architecture, given, pretrained_cfg_overlay), architecture=architecture)
-    if cfg.source in STRANGERS:
+    if cfg.source in UNTRUSTED_SOURCES:
         plain = functools.partial(build_ubn_model, architecture, upstream)
         check_configuration(plain, cfg, kwargs.get("pretrained_model_args"), pretrained, cache_dir)
     settings = _check_layer_settings(ubn_kwargs)
@@ -233,7 +232,7 @@ def build_ubn_model(
         **arguments: Any,
     ) -> nn.Module:
         pruned = arguments.pop("pruned", False)
-        # Some entry points resolve it themselves; it is settled already.
+        # Some entry points resolve it themselves; it has been resolved above.
         arguments.pop("pretrained_cfg", None)
 
         def construct(**model_arguments: Any) -> nn.Module:
@@ -259,7 +258,7 @@ def build_ubn_model(
 
         # The model's configuration must describe the weights, not hold them.
         described = {name: value for name, value in cfg.to_dict().items() if name != "state_dict"}
-        # What timm does here: sizes by default, features_only, the model's traits. Weights are in before that.
+        # timm sets default sizes, wraps for features_only and sets the model's attributes, after weights are loaded.
         return build_model_with_cfg(construct, architecture, False, pretrained_cfg=described, **arguments)
 
     model: nn.Module = _run_entry_point(timm.model_entrypoint(upstream), build, pretrained=pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""What is in the zoo, for people: its models and weights, and all that is known of one of them.
+"""Lists the models and weights of the zoo and describes each of them.
 
 ``python -m ubn_zoo.models.catalog`` rewrites ``architectures.json``: the twins with their parameter counts, and why the
 other architectures of timm have none. It builds every architecture, which takes minutes.
@@ -49,13 +49,13 @@ class Entry:
         file: The file's name; None without weights.
         sha256: Its recorded hash; None where the Hub's own is relied on.
         converted_from: The BatchNorm model whose weights are converted on load; None for weights trained with UBN.
-        input: What the model expects of an image.
+        input: Size and preprocessing of images.
         num_classes: Number of outputs of the classifier.
         license: The weights' license; None if upstream states none.
         data: What they were trained on; None if upstream states none.
         origin: Who trained them or where they come from; None if upstream states none.
         recipe: The recipe of the training run; None for weights that this project did not train.
-        metrics: Measured figures of these very weights.
+        metrics: Measured with these weights.
         description: One sentence; None if there is none.
     """
 
@@ -100,10 +100,10 @@ def entries(pattern: str = "*", *, tags: bool = False, pretrained: bool = False)
     """List the zoo.
 
     Args:
-        pattern: Shell-style wildcard for names, with or without tag; other text than a
-            model's whole name is looked for anywhere in names.
-        tags: Whether to give all sets of weights, instead of each model's default and those trained with UBN.
-        pretrained: Whether to leave out models and tags without weights.
+        pattern: Shell-style wildcard for names, with or without tag; text without wildcards that is not the full name
+            of a model matches anywhere in a name.
+        tags: Whether to list all sets of weights, instead of each model's default and those trained with UBN.
+        pretrained: Whether to omit models and tags without weights.
 
     Returns:
         Entries in timm's order of names, the default weights of a model first.
@@ -155,7 +155,7 @@ def similar_names(name: str) -> str:
 
 
 def count_parameters(architecture: str, num_classes: int) -> int:
-    """Count a model's parameters: from the table or, if that lacks the model, by building it without memory.
+    """Count a model's parameters: from the table or, if the model is not in it, by building the model without memory.
 
     Args:
         architecture: Name of the model.
@@ -242,7 +242,7 @@ def _recorded(record: Record, default: bool) -> Entry:
 
 
 def _converted(architecture: str, tag: str, cfg: PretrainedCfg, default: bool) -> Entry:
-    """A sibling's weights, which are converted on load; what timm does not say of them is None."""
+    """A sibling's weights, which are converted on load; None where timm's configuration has no value."""
     upstream = architecture.removesuffix(SUFFIX) + tag.removeprefix("bn").replace("_", ".", 1)
     return Entry(
         architecture=architecture,

@@ -1,6 +1,6 @@
 """The families of the zoo: one row for each module of timm whose BatchNorm architectures have a UBN twin.
 
-A new family is one new row. Which architectures of a module have BatchNorm is decided by a rule, see
+A new family is one new row. A rule decides which architectures of a module have BatchNorm, see
 :mod:`ubn_zoo.models.registry`, so no row lists names.
 """
 
@@ -17,7 +17,7 @@ class Family:
 
     Attributes:
         source: The module's name, without its package: ``resnet`` for ``timm.models.resnet``.
-        title: The architectures that it holds, for people.
+        title: Its architectures, as a heading.
     """
 
     source: str

@@ -1,11 +1,11 @@
-"""Read ``config.json`` of ``hf-hub:`` and ``local-dir:`` names: checked, and from the Hub as patiently as weights.
+"""Reads ``config.json`` of ``hf-hub:`` and ``local-dir:`` names with checks, and from the Hub with retries.
 
-:func:`describe_model` makes the content of such a file, for timm and for transformers.
+:func:`describe_model` returns the content of such a file, for timm and for transformers.
 
-timm reads the file before it knows the architecture, with a single request and without a look at its values. Its reader
-and parser stay in use; if the request fails, the file is fetched by `ubn_zoo.hub.fetch`. What describes a model of this
-zoo is checked first, so that whatever is wrong in it becomes one error that names the repository or folder, the entry
-and what is valid.
+timm reads the file before it knows the architecture, with a single request and without checking values. Its reader and
+parser stay in use; if the request fails, `ubn_zoo.hub.fetch` fetches the file. The configuration of a model of this zoo
+is checked before timm parses it, so that every mistake raises one error that names the repository or folder, the entry
+and the valid values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ubn_zoo.hub.retry import HTTPError, describe_failure
 
 __all__ = ["describe_model", "install"]
 
-# What timm's users catch; repeating the request would not help. LocalEntryNotFoundError also derives from one of these.
+# Errors that timm's users catch, and that a retry would not change. LocalEntryNotFoundError derives from one of them.
 _PERMANENT = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
 
 _CONFIG = "config.json"
@@ -49,7 +49,7 @@ _MAX_DEPTH = 5
 _INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "random")
 _CROP_MODES = ("border", "center", "squash")
 
-# Arguments of the functions that build a model: no part of its description, or a way around the strict loading.
+# Arguments of the functions that build a model which do not describe it, or would bypass the strict loading.
 _RESERVED = frozenset(
     {
         "architecture",
@@ -152,7 +152,7 @@ _FIELDS: dict[str, _Rule] = {
     "num_classes": _CLASSES,
     "label_offset": _CLASSES,
     "label_descriptions": _DESCRIPTIONS,
-    "state_dict": _Rule(lambda value: False, "null: weights belong into a safetensors file"),
+    "state_dict": _Rule(lambda value: False, "null: weights belong in a safetensors file"),
 }
 _TOP_LEVEL = {"num_classes": _CLASSES, "label_names": _TEXTS, "label_descriptions": _DESCRIPTIONS}
 _OPTIONAL = frozenset(field.name for field in dataclasses.fields(PretrainedCfg) if field.default is None)
@@ -164,7 +164,7 @@ def _shown(value: Any) -> str:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"it has {name}, which is no number of JSON")
+    raise ValueError(f"it has {name}, which is not a number in JSON")
 
 
 def _read_object(path: Path, source: str) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _check_fields(fields: dict[str, Any], rules: dict[str, _Rule], source: str, 
 
 
 def _is_argument(value: Any, depth: int = 0) -> bool:
-    """Whether a model argument is small: a value of JSON whose numbers cannot be meant as a request for memory."""
+    """Whether a model argument is a JSON value whose numbers are too small to exhaust memory."""
     if isinstance(value, (list, dict)):
         items = value.values() if isinstance(value, dict) else value
         return depth < _MAX_DEPTH and len(value) <= 1000 and all(_is_argument(item, depth + 1) for item in items)
@@ -229,7 +229,7 @@ def _check(config: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"{source}: model_args is {_shown(arguments)}, valid is an object of keyword arguments")
     for name, value in arguments.items():
         if name in _RESERVED:
-            raise CheckpointError(f"{source}: model_args has {name!r}, which is the caller's to set; remove it")
+            raise CheckpointError(f"{source}: model_args has {name!r}, which only the caller may set; remove it")
         if not _is_argument(value):
             raise CheckpointError(
                 f"{source}: model_args.{name} is {_shown(value)}, valid are values with numbers up to {_MAX_ARGUMENT:,}"

@@ -1,8 +1,8 @@
-"""Check the configuration of a stranger's model before building it: what it asks for, and whether its weights agree.
+"""Checks the configuration of an untrusted model before building it: its size, and whether it matches its weights.
 
-A ``config.json`` of a few bytes can ask for more memory than any machine has. The model it describes is therefore built
-on torch's meta device first, which allocates nothing, and the build stops once the model outgrows the weights file. The
-shapes in the file's header then tell which entry of the configuration is wrong.
+A ``config.json`` of a few bytes can request more memory than any machine has. The model is therefore first built on
+torch's meta device, which allocates nothing, and the build stops once the model exceeds the size of its weights file.
+The shapes in the file's header then show which entry of the configuration is wrong.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ubn_zoo.hub import fetch as hub
 from ubn_zoo.layers import MAX_KERNEL_SIZE, UnifiedBatchNorm2d
 from ubn_zoo.models.weights import file_in_folder, safetensors_filename
 
-__all__ = ["STRANGERS", "check_configuration"]
+__all__ = ["UNTRUSTED_SOURCES", "check_configuration"]
 
-STRANGERS = ("hf-hub", "local-dir")
+UNTRUSTED_SOURCES = ("hf-hub", "local-dir")
 _MARGIN = 4  # times the reference: a model without weights may be that much larger than the architecture's default
 _SPARE_ELEMENTS = 2**21
 _SPARE_TENSORS = 100
@@ -38,7 +38,7 @@ _Shapes = Mapping[str, tuple[int, ...]]
 
 
 class _TooLargeError(Exception):
-    """The model under construction has outgrown its limit."""
+    """The model under construction has exceeded its limit."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]] | None:
 
 
 def _limit_of_header(header: _Shapes, path: Path) -> _Limit:
-    # Beside the file's elements: each BatchNorm is built before its UBN layer, whose kernel a BatchNorm file lacks.
+    # In addition to the file's elements: each BatchNorm is built before its UBN layer, whose kernel is not in its file.
     channels = sum(shape[0] for key, shape in header.items() if key.endswith("running_mean") and len(shape) == 1)
     elements = 2 * sum(map(_count, header.values())) + (MAX_KERNEL_SIZE**2 + 8) * channels + _SPARE_ELEMENTS
     return _Limit(elements, 2 * len(header) + _SPARE_TENSORS, f"{path.name} has {len(header):,} tensors")
@@ -119,7 +119,7 @@ def _layer_names(value: Any) -> tuple[str, ...]:
 
 
 def _mismatches(cfg: PretrainedCfg, header: _Shapes, model: nn.Module | None) -> Iterator[str]:
-    """What the configuration says and the file contradicts; without a model, as most architectures have it."""
+    """Entries of the configuration that contradict the file; without a model, as in most architectures."""
     default = timm.get_pretrained_cfg(str(cfg.architecture)) or cfg
     layers = dict(model.named_modules()) if model is not None else {}
     for name in _layer_names(cfg.classifier or default.classifier):
@@ -154,14 +154,14 @@ def _unknown_layers(cfg: PretrainedCfg, model: nn.Module) -> Iterator[str]:
         usual = getattr(default, field, None)
         for name in _layer_names(getattr(cfg, field)):
             if name not in known and name not in _layer_names(usual):
-                yield f"{field} is {name!r}, which is no layer of {cfg.architecture}; valid is {usual!r}"
+                yield f"{field} is {name!r}, which is not a layer of {cfg.architecture}; valid is {usual!r}"
 
 
 def _culprit(build: Callable[..., nn.Module], arguments: Mapping[str, Any], limit: _Limit) -> str:
     """The model argument without which the model can be built, for the error."""
     for name, value in list(arguments.items())[:8]:
         others = {key: other for key, other in arguments.items() if key != name}
-        with contextlib.suppress(Exception), _on_meta(limit):  # the wrong argument may be another one
+        with contextlib.suppress(Exception), _on_meta(limit):  # another argument may be the wrong one
             build(**others)
             text = repr(value)
             return f"model_args has {name}={text if len(text) <= 80 else text[:77] + '...'}: "
@@ -175,18 +175,18 @@ def check_configuration(
     pretrained: bool,
     cache_dir: str | Path | None = None,
 ) -> None:
-    """Checks what a repository or folder says of its model, without the memory that the model would take.
+    """Checks the configuration in a repository or folder, without allocating memory for its model.
 
     Args:
         build: Builds the architecture from keyword arguments of timm's entry point, without weights.
-        cfg: The configuration of its weights, with ``source`` one of `STRANGERS`.
-        arguments: The model arguments of the same ``config.json``, without the caller's.
-        pretrained: Whether the weights are loaded afterwards; the model is compared with them then.
+        cfg: The configuration of its weights, with ``source`` one of `UNTRUSTED_SOURCES`.
+        arguments: The model arguments in the same ``config.json``, without the caller's.
+        pretrained: Whether the weights are loaded afterwards; if so, the model is compared with them.
         cache_dir: As in `load_weights`.
 
     Raises:
-        CheckpointError: The configuration describes no model of this architecture, one much larger than its weights, or
-            another one; the message names the repository or folder, the entry and what is valid.
+        CheckpointError: The configuration is not one of this architecture, describes a model much larger than its
+            weights, or does not match them; the message names the repository or folder, the entry and what is valid.
         HubError: The weights cannot be fetched.
     """
     source = f"{cfg.source}:{cfg.file if cfg.source == 'local-dir' else cfg.hf_hub_id}: config.json"
@@ -212,7 +212,7 @@ def check_configuration(
         raise CheckpointError(
             f"{source}: {where}the model is too large: {error}, while {limit.reference}{advice}"
         ) from None
-    except Exception as error:  # timm's classes raise errors of a dozen kinds for arguments that they do not take
+    except Exception as error:  # timm's classes raise many kinds of errors for invalid arguments
         where = _culprit(build_described, arguments, limit)
         what = str(error) or type(error).__name__
         raise CheckpointError(

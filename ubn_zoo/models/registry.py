@@ -1,8 +1,8 @@
 """Which architectures have a UBN twin and which weights each twin has, as entries of timm's registry.
 
-An architecture has a twin if timm's entry point asks for BatchNorm as its norm layer. For the timm release that
-``architectures.json`` was generated for, the file says so; architectures of other releases that it does not name are
-decided when the package is imported, without building a model.
+An architecture has a twin if timm's entry point asks for BatchNorm as its norm layer. ``architectures.json`` lists
+them for one release of timm; for other releases, architectures that are not in it are decided when the package is
+imported, without building a model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from ubn_zoo.models.build import build_ubn_model, uses_batchnorm
 from ubn_zoo.models.families import FAMILIES, Family
 from ubn_zoo.models.weights import bundled_file, safetensors_filename
 
-__all__ = ["SUFFIX", "TABLE", "default_cfg", "has_twin", "parameter_table", "register_families"]
+__all__ = [
+    "SUFFIX",
+    "TABLE",
+    "architectures_without_twin",
+    "default_cfg",
+    "has_twin",
+    "parameter_table",
+    "register_families",
+]
 
 SUFFIX = "_ubn"
 TABLE = Path(__file__).with_name("architectures.json")
@@ -39,9 +47,9 @@ _PAPER = (
 
 
 def _upstream_cfg(cfg: PretrainedCfg) -> PretrainedCfg:
-    """The configuration of a sibling's weights: its repository's safetensors file, all else as upstream says."""
+    """The configuration of a sibling's weights: its repository's safetensors file, everything else as upstream."""
     filename = safetensors_filename(cfg.hf_hub_filename) if cfg.hf_hub_id else None
-    # Addresses (`url`) are upstream's pickles, which this zoo does not read.
+    # URLs point to upstream's pickles, which this zoo does not read.
     return dataclasses.replace(cfg, url=None, file=None, hf_hub_filename=filename)
 
 
@@ -81,9 +89,9 @@ def _pool_size(record: Record, upstream: PretrainedCfg) -> tuple[int, ...] | Non
 def default_cfg(upstream: str, records: tuple[Record, ...]) -> DefaultCfg:
     """All weights of one twin, the default first.
 
-    Natively trained weights come before converted ones of the same number of classes, and are the default then. Weights
-    for other classes (CIFAR-10 beside ImageNet) have their tag but do not change what ``pretrained=True`` means; they
-    are the default where there are no others.
+    Weights trained with UBN come before converted ones with the same number of classes, and are then the default.
+    Weights for other classes (CIFAR-10, say) have a tag but do not change what ``pretrained=True`` loads, unless there
+    are no others.
 
     Args:
         upstream: timm's name of the sibling.
@@ -123,6 +131,11 @@ def _table() -> dict[str, Any]:
 def parameter_table() -> dict[str, dict[str, int]]:
     """Parameters of every twin by number of classes, as the generated table has them."""
     return dict(_table()["parameters"])
+
+
+def architectures_without_twin() -> dict[str, dict[str, list[str]]]:
+    """The other architectures of timm, by the classes of norm layers in them and by module, from the same table."""
+    return dict(_table()["without"])
 
 
 def has_twin(upstream: str) -> bool:

@@ -1,9 +1,9 @@
 """timm's re-parameterization of multi-branch blocks, for blocks whose BatchNorm has been replaced by UBN.
 
 ``timm.utils.reparameterize_model`` calls ``fuse``, ``reparameterize`` or ``switch_to_deploy`` of blocks, which read
-their norms as BatchNorms. A UBN layer that still computes a BatchNorm (one converted and not yet trained with its
-kernel and calibrations) is turned back into that BatchNorm first. A trained one has no place in a merged convolution;
-:func:`ubn_zoo.fuse` folds what can be folded of it.
+their norms as BatchNorms. A UBN layer that still computes a BatchNorm (one converted and not trained since)
+is turned back into that BatchNorm first. A trained one cannot be merged into a convolution; :func:`ubn_zoo.fuse` folds
+the parts that can be folded.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Block(Derived):
 
 
 def adopt_blocks(model: nn.Module) -> None:
-    """Lets the blocks of a UBN model that timm can merge restore their BatchNorms first.
+    """Makes the blocks of a UBN model that timm can merge restore their BatchNorms first.
 
     Args:
         model: A model of timm with UBN layers; the classes of such blocks are changed in place.

@@ -9,7 +9,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs as arch_pretrained_cfgs
 
 from ubn_zoo.models import FAMILIES
-from ubn_zoo.models.registry import SUFFIX
+from ubn_zoo.models.registry import SUFFIX, architectures_without_twin
 
 __all__ = ["markdown"]
 
@@ -31,15 +31,32 @@ is the one that `pretrained=True` loads. Inputs are channels x height x width in
 _WITHOUT = """
 ## Architectures without a twin
 
-| timm module | Why |
+{count} architectures of timm, by the classes of norm layers in them, which are found by building each one. A module of
+timm is named where this holds for all of its architectures, with their number.
+
+- **BatchNorm2d**: it is fixed in the code, the norm layer that timm lets one choose (if any) is another one.
+  `ubn_zoo.convert_batchnorm(model)` converts such a model; it has no name, tags or converted weights in the zoo.
+- Others: there is no BatchNorm2d, and other normalizations have no UBN variant.
+
+| Norm layers | Architectures |
 |---|---|
-| convnext, vision_transformer, swin_transformer and others | They have no BatchNorm2d. |
-| dla, efficientvim, efficientvit_msra, ghostnet, hgnet, hrnet, iformer, levit, maxxvit, nasnet, pnasnet, repghost, \
-repvit, rexnet, selecsls, senet, shvit, starnet, swiftformer, tiny_vit, tresnet, volo, xception, xcit | Their \
-BatchNorm is fixed in the code: the architecture takes no norm layer. `ubn_zoo.convert_batchnorm(model)` converts such \
-a model; it has no name, tags or converted weights in the zoo. |
-| names with `_gn`, `_evos`, `_sgn`, `_bit` and others | They have a norm layer, and it is not BatchNorm. |
 """
+
+
+def _without_twin() -> str:
+    groups = architectures_without_twin()
+    text = _WITHOUT.format(count=sum(len(names) for modules in groups.values() for names in modules.values()))
+    for norms, modules in groups.items():
+        listed = (
+            f"{module} ({len(names)})" if set(names) == set(_of_module(module)) else ", ".join(names)
+            for module, names in modules.items()
+        )
+        text += f"| {norms or 'none'} | {', '.join(listed)} |\n"
+    return text
+
+
+def _of_module(module: str) -> list[str]:
+    return timm.list_models(module=module, exclude_filters=f"*{SUFFIX}")
 
 
 def markdown() -> str:
@@ -64,8 +81,8 @@ def markdown() -> str:
                 source = hub or ("in the package" if cfg.file else "none")
                 size = "x".join(str(side) for side in cfg.input_size)
                 text.append(f"| {model} | {tag} | {source} | {size} | {cfg.num_classes} | {cfg.license or ''} |")
-    text.append(_WITHOUT)
-    return "\n".join(text) + "\n"
+    text.append(_without_twin())
+    return "\n".join(text)
 
 
 if __name__ == "__main__":
