@@ -162,6 +162,7 @@ def record(tag: str, num_classes: int, size: tuple[int, int, int]) -> Record:
             size=size, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0, crop_mode="center"
         ),
         num_classes=num_classes,
+        label_names=None,
         license="apache-2.0",
         origin=Origin(data="images", trained="a test"),
         recipe=None,

@@ -31,12 +31,12 @@ is the one that `pretrained=True` loads. Inputs are channels x height x width in
 _WITHOUT = """
 ## Architectures without a twin
 
-{count} architectures of timm, by the classes of norm layers in them, which are found by building each one. A module of
-timm is named where this holds for all of its architectures, with their number.
+{count} architectures of timm, by the classes of their norm layers, which are found by building each one: as modules of
+timm with the number of architectures, or by name where others of the module have twins.
 
-- **BatchNorm2d**: it is fixed in the code, the norm layer that timm lets one choose (if any) is another one.
+- BatchNorm2d: it is fixed in the code, or the norm layer that the architecture lets one choose is another one.
   `ubn_zoo.convert_batchnorm(model)` converts such a model; it has no name, tags or converted weights in the zoo.
-- Others: there is no BatchNorm2d, and other normalizations have no UBN variant.
+- All others: there is no BatchNorm2d, and other normalizations have no UBN variant.
 
 | Norm layers | Architectures |
 |---|---|
@@ -46,17 +46,17 @@ timm is named where this holds for all of its architectures, with their number.
 def _without_twin() -> str:
     groups = architectures_without_twin()
     text = _WITHOUT.format(count=sum(len(names) for modules in groups.values() for names in modules.values()))
+    families = {family.source for family in FAMILIES}
+
+    def listed(module: str, names: list[str]) -> str:
+        if module in families:
+            return ", ".join(names)
+        count = len(timm.list_models(module=module))
+        return f"{module} ({count})" if len(names) == count else f"{module} ({len(names)} of {count})"
+
     for norms, modules in groups.items():
-        listed = (
-            f"{module} ({len(names)})" if set(names) == set(_of_module(module)) else ", ".join(names)
-            for module, names in modules.items()
-        )
-        text += f"| {norms or 'none'} | {', '.join(listed)} |\n"
+        text += f"| {norms or 'none'} | {', '.join(listed(*item) for item in modules.items())} |\n"
     return text
-
-
-def _of_module(module: str) -> list[str]:
-    return timm.list_models(module=module, exclude_filters=f"*{SUFFIX}")
 
 
 def markdown() -> str:
