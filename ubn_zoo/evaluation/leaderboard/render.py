@@ -210,6 +210,7 @@ def board_html(board: Board) -> str:
         "hashes": " ".join(f"'sha256-{digest}'" for digest in digests),
         "css": _asset("page.css"),
         "data": data,
+        "licenses": "\n\n".join(_asset(f"vendor/{name}.LICENSE") for name in ("plot", "d3")),
         **scripts,
     }
     first, *rest = _asset("page.html").split("{{")
