@@ -157,9 +157,10 @@ def run(options: argparse.Namespace) -> int:
                 prefix = "" if len(models) == 1 or row.error.startswith(row.source) else f"{row.source}: "
                 print(f"ubn-zoo: {prefix}{in_options(row.error, options)}", file=sys.stderr)
                 continue
+            name = row.model if len(models) == 1 or row.model == row.source else f"{row.source} ({row.model})"
             five = "" if row.top5 is None else f"top-5 {row.top5:.2f} %, "
             print(
-                f"{row.model}: top-1 {row.top1:.2f} %, {five}loss {row.loss:.4f}, "
+                f"{name}: top-1 {row.top1:.2f} %, {five}loss {row.loss:.4f}, "
                 f"calibration error {row.calibration_error:.2f} %, {row.images} images",
                 flush=True,
             )
