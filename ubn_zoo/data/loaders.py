@@ -67,7 +67,7 @@ class TrainBatches(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash that tells one set of training images from another."""
+        """Fingerprint of the set of training images."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over this rank's parts of the batches of one epoch, `accumulation` of them per update.
@@ -86,7 +86,7 @@ class EvalBatches(Protocol):
 
     @property
     def images(self) -> int | None:
-        """Number of images over all ranks; None where only reading tells."""
+        """Number of images over all ranks; None for streams of unknown length."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ class EvalBatches(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash that tells one set of held-out images from another."""
+        """Fingerprint of the set of held-out images."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over this rank's share of the images, in batches as those of `TrainBatches.epoch`.
@@ -401,7 +401,7 @@ class _ReaderEval:
 
     def probe(self, count: int) -> Tensor:
         chosen = [self._indices[place] for place in _spread(len(self._indices), count)]
-        # In a worker where there are workers: an open tar file must not be shared with those that start later.
+        # In a worker if there are any: workers that start later must not share an open tar file.
         return torch.cat([images for images, _ in self._load(chosen, count, min(1, self._recipe.workers))])
 
 
@@ -532,8 +532,8 @@ def open_eval(
         data_dir: As for `open_train`.
         ranks: This process.
         classes: Names of the classes in the order of their labels, as training has them; by default those of the
-            held-out images. Or a function that gives labels to the names of their classes. Labels that the data gives
-            as numbers without names are taken as they are.
+            held-out images. Or a function that gives labels to the names of their classes. Labels that are
+            numbers without names stay as they are.
         batch_size: Images at a time, on each rank.
         crop_mode: timm's way of cropping: ``center``, ``squash`` or ``border``; None for ``center``.
 

@@ -12,7 +12,7 @@ from ubn_zoo.errors import DataError
 
 __all__ = ["HELD_OUT_SPLITS", "find_eval_split", "hub_name", "require_package", "split_location"]
 
-# In order of preference: test images should not guide training where there are others.
+# In order of preference: test images should not guide training if there are other held-out images.
 HELD_OUT_SPLITS = ("validation", "val", "test")
 _PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 

@@ -177,7 +177,7 @@ def _described(reader: Any) -> int | None:
 
 
 def stream_images(reader: Any, samples: int | None) -> int | None:
-    """Number of held-out images in a stream that is read up to a number of them; None where only reading tells."""
+    """Number of held-out images in a stream that is read up to a number of them; None if unknown."""
     described = _described(reader)
     return described if described is None or samples is None else min(described, samples)
 

@@ -30,7 +30,7 @@ __all__ = [
 _BINS = 15
 _RESIZES = ("bilinear", "bicubic")
 _Z = 1.959963984540054  # 95 % of a normal distribution are within this many standard deviations
-# What torch's allocators say; only the GPU's is a class of errors.
+# Messages of torch's allocators; only the GPU's has its own class of errors.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate", "alloc_failed")
 
 
@@ -59,7 +59,7 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ImageResults:
-    """What a model says of each of n images; tensors (n,) on the CPU.
+    """Results for each of n images; tensors (n,) on the CPU.
 
     Attributes:
         labels: The right class, int64; -1 for an image with several.
@@ -129,7 +129,7 @@ class _Counts:
         self.sums[2] += five.sum()
         self.sums[3] += loss
         # Confidence of exactly 1 belongs to the last bin.
-        # The first takes those of a model that gives NaN, which its loss tells.
+        # Images with NaN count in the first bin; the loss is then NaN too.
         bins = (probability * _BINS).long().clamp(0, _BINS - 1)
         for start, weights in enumerate((torch.ones_like(probability), probability, right.to(kind))):
             self.sums[4 + start * _BINS : 4 + (start + 1) * _BINS].index_add_(0, bins, weights)

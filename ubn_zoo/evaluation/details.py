@@ -25,7 +25,7 @@ _Z = 1.959963984540054
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageRow:
-    """What a model says of one image; a row of a file of predictions.
+    """A model's result for one image; a row of a file of predictions.
 
     Attributes:
         file: The image's file, relative to its split; its number in data without files.

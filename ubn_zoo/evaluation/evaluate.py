@@ -48,7 +48,7 @@ Model = str | os.PathLike[str] | nn.Module | Subject
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvalOptions:
-    """What a model is evaluated on, and how.
+    """The images and settings of an evaluation.
 
     Attributes:
         test_set: Name of the test set in results. One of `KNOWN_SETS`, such as ``imagenet-real``, is checked for its
@@ -60,17 +60,17 @@ class EvalOptions:
             differ or the model has none.
         all_outputs: Whether a model chooses among all of its outputs where the images have only some of its classes,
             instead of among those.
-        img_size: Image side in pixels, instead of that of the model's configuration.
-        crop_pct: Side of the crop relative to the resized image, likewise.
-        crop_mode: timm's crop mode: ``center``, ``squash`` or ``border``, likewise.
-        interpolation: Resize filter, likewise.
-        mean: Mean of each channel, of values scaled to 0..1, likewise.
-        std: Standard deviation of each channel, likewise.
+        img_size: Image side in pixels; this and the next five default to the model's configuration.
+        crop_pct: Side of the crop relative to the resized image.
+        crop_mode: timm's crop mode: ``center``, ``squash`` or ``border``.
+        interpolation: Resize filter.
+        mean: Mean of each channel, of values scaled to 0..1.
+        std: Standard deviation of each channel, of values scaled to 0..1.
         test_pool: Whether to pool as timm's test-time pooling does, for images larger than in training.
         amp: Autocast's dtype; None for the model's own precision.
         fuse: Whether to fold norms into convolutions, by `ubn_zoo.fuse`.
         compile: Whether to compile the model.
-        batch_size: Images per batch on each rank; halved as often as the memory does not suffice.
+        batch_size: Images per batch on each rank; halved until it fits into memory.
         dataset: Kind of data, as in a recipe.
         test_split: Split; by default the first of ``validation``, ``val`` and ``test``, or the folder itself if it has
             the classes.
@@ -126,7 +126,7 @@ class EvalOptions:
 
     @property
     def settings(self) -> str | None:
-        """What differs from a model's own preprocessing and from all images and outputs, as a results file says it."""
+        """Changes of the model's preprocessing, images left out and other choices, as results files list them."""
         names = "img_size crop_pct crop_mode interpolation mean std test_pool test_samples all_outputs"
         names += " allow_class_mismatch"
         given = {name: getattr(self, name) for name in names.split()}
@@ -219,7 +219,7 @@ def evaluate_many(
         details: As for `evaluate`.
         command: Command line, for the rows.
         on_start: Called with the name of every model that is evaluated.
-        on_note: Called with what is used for it, and with messages.
+        on_note: Called with messages, and for every model with the images and preprocessing it uses.
         on_batch: As for `evaluate`.
         **options: Fields of `EvalOptions`.
 
@@ -312,7 +312,7 @@ def _evaluate(
     note: Callable[[str], None] = lambda text: None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate one model, with smaller batches if the memory does not suffice."""
+    """Evaluate one model, with smaller batches if memory runs out."""
     options = dataclasses.replace(options, test_split=options.test_split or held_out_split(data_dir, options.dataset))
     failure: Exception | None = None
     try:

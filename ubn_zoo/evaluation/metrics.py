@@ -1,4 +1,4 @@
-"""What a training run measures, as rows of CSV files: one per epoch, and one per epoch and norm layer."""
+"""Measurements of a training run as rows of CSV files: one per epoch, and one per epoch and norm layer."""
 
 from __future__ import annotations
 
@@ -162,18 +162,18 @@ def _read(path: str | os.PathLike[str], kind: type[_Row], *, labeled: bool) -> t
 def write_metrics(
     path: str | os.PathLike[str], rows: Sequence[EpochMetrics], variants: Sequence[str] | None = None
 ) -> None:
-    """Write rows as CSV with a header, in one step; numbers read back exactly, and what does not apply is empty.
+    """Write rows as CSV with a header, atomically; numbers read back exactly, and None is an empty cell.
 
     Args:
         path: The CSV file.
         rows: Of one run, or of several.
-        variants: What each row is a row of, for a first column ``variant``; None for no such column.
+        variants: Variant of each row, for a first column ``variant``; None for no such column.
     """
     _write(path, EpochMetrics, rows, variants)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> tuple[EpochMetrics, ...]:
-    """Read what `write_metrics` wrote without variants.
+    """Read a file that `write_metrics` wrote without variants.
 
     Args:
         path: The CSV file.
@@ -185,7 +185,7 @@ def read_metrics(path: str | os.PathLike[str]) -> tuple[EpochMetrics, ...]:
 
 
 def read_labeled_metrics(path: str | os.PathLike[str]) -> tuple[tuple[str, EpochMetrics], ...]:
-    """Read what `write_metrics` wrote with variants: pairs of variant and row. Otherwise as `read_metrics`."""
+    """Read a file that `write_metrics` wrote with variants, as pairs of variant and row."""
     return _read(path, EpochMetrics, labeled=True)
 
 
@@ -197,7 +197,7 @@ def write_similarity(
 
 
 def read_similarity(path: str | os.PathLike[str]) -> tuple[LayerSimilarity, ...]:
-    """Read what `write_similarity` wrote without variants.
+    """Read a file that `write_similarity` wrote without variants.
 
     Args:
         path: The CSV file.
@@ -209,5 +209,5 @@ def read_similarity(path: str | os.PathLike[str]) -> tuple[LayerSimilarity, ...]
 
 
 def read_labeled_similarity(path: str | os.PathLike[str]) -> tuple[tuple[str, LayerSimilarity], ...]:
-    """Read what `write_similarity` wrote with variants: pairs of variant and row. Otherwise as `read_similarity`."""
+    """Read a file that `write_similarity` wrote with variants, as pairs of variant and row."""
     return _read(path, LayerSimilarity, labeled=True)

@@ -48,7 +48,7 @@ class Style:
     dashes: Any
 
 
-# Okabe and Ito's palette, which the color-blind can tell apart, with gray in the place of its yellow: that is too pale
+# Okabe and Ito's palette, which the color-blind can tell apart, with gray instead of its yellow: that is too pale
 # for lines on white. Markers and dashes tell groups apart in black and white.
 STYLES = (
     Style("#0072B2", "o", "-"),

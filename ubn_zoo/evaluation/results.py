@@ -38,7 +38,7 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 class ResultRow:
     """One evaluation of one model; a row of a results file.
 
-    A row is complete, or it has an `error`; then everything that was not found out is None.
+    A row is complete, or it has an `error` and None for all that is unknown.
 
     Attributes:
         model: timm's name with its tag; of a run or checkpoint, the architecture.
@@ -62,10 +62,10 @@ class ResultRow:
         top1_high: Upper end.
         top5_low: Lower end of the 95 % Wilson interval of `top5`, in percent; None as `top5`.
         top5_high: Upper end.
-        source: Model as it was asked for: a name, the folder of a run, or a checkpoint's file.
+        source: Model as the user named it: a name, the folder of a run, or a checkpoint's file.
         ema: Whether the weights are a run's moving average.
         weights_sha256: SHA-256 of the file of the weights; None where the file is not known.
-        data_sha256: Hash that tells one set of images from another.
+        data_sha256: Fingerprint of the set of images.
         settings: What differed from the model's own preprocessing, such as ``img_size=288 test_pool=True``; empty for
             nothing.
         amp: Autocast's dtype; None for the model's own precision.
@@ -127,7 +127,7 @@ class ResultRow:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What was asked for; a results file has one row for each."""
+        """Model, test set and settings; a results file has one row for each."""
         return (self.source, self.ema, self.test_set, self.split, self.settings, self.amp, self.fuse, self.compile)
 
 

@@ -1,4 +1,4 @@
-"""Models to evaluate, from what users name: a pretrained model, a run, a checkpoint."""
+"""Load models to evaluate: pretrained models, runs and checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Subject:
         name: What results call it.
         classes: Names of its classes in the order of its outputs; empty if nothing names them.
         sha256: Of the file of its weights; None if the file is not known.
-        source: What was asked for: a name, the folder of a run, or a checkpoint's file.
+        source: Model as the user named it: a name, the folder of a run, or a checkpoint's file.
         ema: Whether the weights are a run's moving average.
         preprocessing: Where its preprocessing is from, in words.
     """
@@ -60,7 +60,7 @@ def load_subject(
     ema: bool = False,
     num_classes: int | None = None,
 ) -> Subject:
-    """Load a pretrained model, what a run has trained, or a checkpoint.
+    """Load a pretrained model, the weights of a run, or a checkpoint.
 
     A checkpoint with a ``config.json``, beside it or in the folder of its run, gets the preprocessing, the settings and
     the class names of that file.
