@@ -104,7 +104,7 @@ def test_a_process_is_known_by_more_than_its_id(folder: Path) -> None:
     assert other.is_alive() is False
     found = read_status(folder)
     assert (found.state, found.left) == ("interrupted", None)
-    assert "ended without a word; the same command resumes" in str(found.message)
+    assert "its process was killed or crashed; the same command resumes" in str(found.message)
 
 
 def test_a_silent_process_elsewhere_is_unknown(folder: Path) -> None:

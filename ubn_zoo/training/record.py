@@ -135,7 +135,8 @@ class Recorder:
         self._similarity: Sequence[LayerSimilarity] = ()
         self._starts: Sequence[Mapping[str, Any]] = ()
         self._loggers: tuple[Logger, ...] = ()
-        self._began, self._drawing = time.monotonic(), 0.5
+        # Drawing once takes about two seconds.
+        self._began, self._drawing = time.monotonic(), 2.0
         self.beat()
 
     def start(
