@@ -50,7 +50,7 @@ def test_every_architecture_has_a_twin_or_a_reason() -> None:
         ("swin_tiny_patch4_window7_224", "LayerNorm"),
         ("resnet50_gn", "GroupNorm"),
         ("resnetv2_50x1_bit", "GroupNormAct"),
-        ("nf_resnet50", ""),
+        ("dm_nfnet_f0", ""),
     ],
 )
 def test_reasons_are_what_models_are_made_of(name: str, norms: str) -> None:

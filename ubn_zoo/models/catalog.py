@@ -194,8 +194,8 @@ def normalization(upstream: str) -> str:
         modules = list(timm.create_model(upstream).modules())
     if any(isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) for module in modules):
         return "BatchNorm2d"
-    # Blocks with "Norm" in their names consist of other modules; norms with an activation have parameters besides it.
-    own = (m for m in modules if not any(m.children()) or any(True for _ in m.parameters(recurse=False)))
+    # Blocks with "Norm" in their names consist of other modules; norms with an activation have a weight besides it.
+    own = (m for m in modules if not any(m.children()) or isinstance(getattr(m, "weight", None), nn.Parameter))
     return ", ".join(sorted({type(m).__name__ for m in own if "Norm" in type(m).__name__}))
 
 
