@@ -16,7 +16,7 @@ python=$UBN_VENV/bin/python
 version=$("$python" -c 'import timm; print(timm.__version__)')
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-"$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary timm \
+"$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary timm \
     --dest "$folder" "timm==$version"
 tar -xzf "$folder/timm-$version.tar.gz" -C "$folder"
 chosen=$(printf ' or %s' "$@")
