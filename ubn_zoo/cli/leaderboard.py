@@ -1,7 +1,6 @@
 """Build the leaderboard, or check rows for it.
 
 Examples:
-    ubn-zoo validate --model resnet50_ubn.bn_a1_in1k --data-dir imagenet --results mine.csv
     ubn-zoo leaderboard build --results mine.csv speed.csv --output board
     ubn-zoo leaderboard check theirs.csv --reproduce 500 --data-dir imagenet
 
