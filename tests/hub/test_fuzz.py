@@ -1,4 +1,7 @@
-"""Mutated weights and manifests: every one is refused with the right error, or means exactly what the original does."""
+"""Mutated weights and manifests: each is refused with the right error, or means exactly what the original does.
+
+`python -m pytest -m exhaustive tests/hub/test_fuzz.py` tries for 30 seconds per test instead of 0.75.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,6 @@ from ubn_zoo.hub import fetch as client
 from ubn_zoo.hub import manifest
 from ubn_zoo.models import CheckpointError
 from ubn_zoo.models.weights import check_state_dict, read_checkpoint
-
-SECONDS = 3.0
-"""For each of the four tests; how many mutations that is depends on the machine, which ones they are does not."""
 
 FEWEST = 10
 REPO = "someone/small"
@@ -58,21 +58,27 @@ def mutate(content: bytes, chance: random.Random, prefix: int | None = None) -> 
     return bytes(data)
 
 
-def bounded(attempt: Callable[[], None]) -> None:
-    """Repeat until the time is up, but often enough to mean something."""
-    end = time.monotonic() + SECONDS
-    done = 0
-    while time.monotonic() < end or done < FEWEST:
-        attempt()
-        done += 1
+@pytest.fixture(params=[0.75, pytest.param(30.0, marks=pytest.mark.exhaustive)], ids=["short", "long"])
+def repeat(request: pytest.FixtureRequest) -> Callable[[Callable[[], None]], None]:
+    """Repeat an attempt for so many seconds. The mutations are always the same; how many fit depends on the machine."""
+
+    def run(attempt: Callable[[], None]) -> None:
+        end, done = time.monotonic() + request.param, 0
+        while time.monotonic() < end or done < FEWEST:
+            attempt()
+            done += 1
+
+    return run
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return set(found) == set(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_mutated_files_are_refused_by_their_hash(hub: HubServer, tmp_path: Path) -> None:
-    """Every byte counts: whatever comes over the network in place of the recorded file is not given out."""
+def test_mutated_files_are_refused_by_their_hash(
+    hub: HubServer, tmp_path: Path, repeat: Callable[[Callable[[], None]], None]
+) -> None:
+    """Every byte counts: nothing but the recorded file is returned, whatever the network delivers."""
     weights, chance = model().state_dict(), random.Random(1)
     content = safetensors.torch.save(weights)
     number = 0
@@ -91,14 +97,16 @@ def test_mutated_files_are_refused_by_their_hash(hub: HubServer, tmp_path: Path)
         else:
             assert same(read_checkpoint(path), weights)
 
-    bounded(attempt)
+    repeat(attempt)
 
 
 @pytest.mark.parametrize("part", ["header", "anywhere"])
-def test_mutated_safetensors_are_refused_or_hold_weights_that_fit(tmp_path: Path, part: str) -> None:
-    """Without a hash to compare with: one error for all damage, and never tensors that the model could not have.
+def test_mutated_safetensors_are_refused_or_hold_weights_that_fit(
+    tmp_path: Path, part: str, repeat: Callable[[Callable[[], None]], None]
+) -> None:
+    """Without a hash: one kind of error for all damage, and never tensors that do not fit the model.
 
-    Changed numbers inside a tensor can be told by the hash alone, which the test above is about.
+    Only the hash reveals changed numbers inside a tensor; the test above covers that.
     """
     original = model()
     content, chance = safetensors.torch.save(original.state_dict()), random.Random(2)
@@ -122,7 +130,7 @@ def test_mutated_safetensors_are_refused_or_hold_weights_that_fit(tmp_path: Path
         assert shapes == {key: (tensor.shape, tensor.dtype) for key, tensor in expected.items()}
         assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
-    bounded(attempt)
+    repeat(attempt)
     assert refused > 0
 
 
@@ -177,7 +185,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def harmless(record: manifest.Record) -> bool:
-    """Told independently of the manifest's own checks: a record leads to weights, and not out of the cache."""
+    """Check, independently of the manifest's code, that a record leads to weights and not out of the cache."""
     texts = [record.id, record.architecture, record.tag, record.file, str(record.repo_id), record.description]
     return (
         record.file.endswith(".safetensors")
@@ -194,8 +202,8 @@ def harmless(record: manifest.Record) -> bool:
     )
 
 
-def test_mutated_manifests_are_refused_or_harmless() -> None:
-    """Fields changed, removed, added or repeated, bytes changed: a valid record or a ManifestError, nothing else."""
+def test_mutated_manifests_are_refused_or_harmless(repeat: Callable[[Callable[[], None]], None]) -> None:
+    """Fields changed, removed, added or repeated, bytes changed: the result is a valid record or a ManifestError."""
     chance = random.Random(3)
     text = json.dumps({"schema_version": 1, "records": [RECORD]})
     (original,) = manifest.parse_manifest(text)
@@ -228,5 +236,5 @@ def test_mutated_manifests_are_refused_or_harmless() -> None:
             assert harmless(record)
             assert record == original or manifest.record_to_dict(record) != RECORD
 
-    bounded(attempt)
+    repeat(attempt)
     assert refused > 0

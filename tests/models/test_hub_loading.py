@@ -224,6 +224,7 @@ def record_of(hub: HubServer, revision: str) -> Record:
             crop_mode="center",
         ),
         num_classes=7,
+        label_names=None,
         license="apache-2.0",
         origin=Origin(data="none", trained="random"),
         recipe=None,
@@ -398,6 +399,7 @@ def test_verify_compares_with_the_record(
         params=entry.params,
         input=entry.input,
         num_classes=1000,
+        label_names=None,
         license="apache-2.0",
         origin=Origin(data="none", trained="random"),
         recipe=None,
@@ -442,7 +444,7 @@ def test_convert_a_file(
     assert {name for name, _ in model.named_parameters()} <= set(safetensors.torch.load_file(output))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, output.name])
     code, _, err = command(capsys, *arguments)
-    assert code == 1 and "exists already" in err
+    assert code == 1 and "already exists" in err
 
 
 def test_convert_a_tag_writes_beside_the_caller(

@@ -29,7 +29,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    dump_manifest([], tmp_path / "book.json")
+    dump_manifest([], tmp_path / "manifest.json")
     (tmp_path / "weights").mkdir()
     (tmp_path / "mine.yaml").write_text(dump_recipe(SMALL), encoding="utf-8")
     return tmp_path
@@ -44,7 +44,7 @@ def trained(recipe: Recipe, images: Path, folder: Path, commit: str = "1" * 40) 
 
 def put(folder: Path, images: Path, place: Path, **options: Any) -> Any:
     facts = {"tag": "stripes", "dataset": "stripes", "origin": "made up", "description": "Tells stripes apart"}
-    where = {"recipe_name": str(place / "mine.yaml"), "book": place / "book.json", "weights": place / "weights"}
+    where = {"recipe_name": str(place / "mine.yaml"), "manifest": place / "manifest.json", "weights": place / "weights"}
     return bundle(folder, data_dir=images, **facts, **where, **options)
 
 
@@ -53,7 +53,7 @@ def test_the_record_says_what_the_file_reaches(half: bool, images: Path, place: 
     folder = trained(dataclasses.replace(SMALL, seed=5), images, place / "ubn")
     twin = trained(dataclasses.replace(SMALL, seed=5, norm="bn"), images, place / "bn")
     record = put(folder, images, place, twin=twin, half=half)
-    assert load_manifest(place / "book.json").get("mobilenetv3_small_050_ubn.stripes") == record
+    assert load_manifest(place / "manifest.json").get("mobilenetv3_small_050_ubn.stripes") == record
     path = place / "weights" / "mobilenetv3_small_050_ubn.stripes.safetensors"
     assert (record.sha256, record.bytes) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
     state = safetensors.torch.load_file(path)
@@ -78,15 +78,15 @@ def test_hashes_of_recipes_are_refreshed(place: Path) -> None:
     """The file's text has changed since: the record gets the new hash, and nothing else."""
     bundled = load_manifest().find(source="bundled")
     old = [dataclasses.replace(r, recipe=dataclasses.replace(r.recipe, sha256="0" * 64)) for r in bundled if r.recipe]
-    dump_manifest(old, place / "book.json")
-    assert refresh(place / "book.json") == [record.id for record in bundled]
-    assert load_manifest(place / "book.json").records == bundled
-    assert refresh(place / "book.json") == []
+    dump_manifest(old, place / "manifest.json")
+    assert refresh(place / "manifest.json") == [record.id for record in bundled]
+    assert load_manifest(place / "manifest.json").records == bundled
+    assert refresh(place / "manifest.json") == []
 
 
 def test_unfit_runs_are_refused(images: Path, place: Path) -> None:
     folder = trained(SMALL, images, place / "run", commit="1" * 40 + "+")
-    with pytest.raises(BundleError, match=r"its commit is 1+\+; valid: one that holds all"):
+    with pytest.raises(BundleError, match=r"its commit is 1+\+; valid: one that contains all"):
         put(folder, images, place)
     other = trained(dataclasses.replace(SMALL, lr=0.01, norm="bn"), images, place / "other")
     with pytest.raises(BundleError, match="valid: a finished run with norm ubn"):
@@ -97,5 +97,5 @@ def test_unfit_runs_are_refused(images: Path, place: Path) -> None:
     (good / "model.safetensors").unlink()
     with pytest.raises(BundleError, match="is not the folder of a finished run"):
         put(good, images, place)
-    assert not list(load_manifest(place / "book.json"))
+    assert not list(load_manifest(place / "manifest.json"))
     assert not list((place / "weights").iterdir())

@@ -144,7 +144,7 @@ def test_forged_figures_are_refused(
     (folder / "checkpoints").rename(tmp_path / "elsewhere")
     publish(folder, REPO, manifest=book, dry_run=True)
     with pytest.raises(
-        PublishError, match=f"top1 is {other:g} in its record, and {true:g} measured again on 32 images"
+        PublishError, match=f"top1 is {other:g} in its record, but {true:g} measured again on 32 images"
     ):
         publish(folder, REPO, manifest=book, remeasure=images)
     assert REPO not in hub.repositories
@@ -164,7 +164,7 @@ def test_a_run_without_its_environment_is_refused(run: Path, book: Path, content
     path.unlink()
     if content is not None:
         path.write_text(content)
-    with pytest.raises(PublishError, match=r"environment\.json is (missing|not as training writes it)"):
+    with pytest.raises(PublishError, match=r"environment\.json is (missing|not what training writes)"):
         publish(run, REPO, manifest=book, dry_run=True, **FACTS)
 
 

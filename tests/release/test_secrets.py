@@ -113,7 +113,7 @@ def test_a_token_that_is_not_ascii_is_explained_by_every_command(
     for arguments in commands.values():
         assert cli.main(arguments) == 1
         shown = capsys.readouterr()
-        assert "token has characters other than ASCII" in shown.out + shown.err
+        assert "token contains non-ASCII characters" in shown.out + shown.err
         assert "codec" not in shown.out + shown.err and "cret\u2026" not in shown.out + shown.err
 
 

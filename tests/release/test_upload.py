@@ -197,11 +197,11 @@ def test_retrained_model_is_a_new_commit_and_keeps_the_old_revision(
 ) -> None:
     publish(run, REPO, manifest=book, **FACTS)
     save_weights(timm.create_model(NAME, num_classes=10), run / "model.safetensors")
-    with pytest.raises(manifest.ManifestError, match="other weights of this id"):
+    with pytest.raises(manifest.ManifestError, match="other weights with this id"):
         publish(run, REPO, manifest=book, **FACTS)
     # Another tag does not let them take the place on main either.
     again = {"manifest": book, **FACTS, "tag": "again"}
-    with pytest.raises(PublishConflictError, match=f"main holds other weights, {ID}.*recorded revision stays"):
+    with pytest.raises(PublishConflictError, match=f"main has other weights, {ID}.*recorded revision stays"):
         publish(run, REPO, **again)
     assert commits(hub) == 1
     publish(run, REPO, replace=True, **again)
@@ -374,7 +374,7 @@ UNFIT: dict[str, tuple[Callable[[Path, Recipe], Any], str]] = {
     "no metrics": (lambda run, recipe: (run / "metrics.csv").unlink(), "metrics are missing"),
     "bad metrics": (lambda run, recipe: (run / "metrics.csv").write_text("a,b\n1,2\n"), "metrics.csv is not"),
     "unfinished": (lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe)[:1]), "not finished"),
-    "other run": (lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe, seed=5)), "of another run"),
+    "other run": (lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe, seed=5)), "from different runs"),
     "NaN loss": (
         lambda run, recipe: write_metrics(run / "metrics.csv", rows(recipe, test_loss=float("nan"))),
         "not finite",
@@ -506,7 +506,7 @@ def test_converted_file_names_its_base(hub: HubServer, book: Path, tmp_path: Pat
     assert "recipe.yaml" not in files_of(hub)
     unknown = tmp_path / "unknown.safetensors"
     safetensors.torch.save_file(sibling.state_dict(), unknown)
-    with pytest.raises(PublishError, match="no note of its origin"):
+    with pytest.raises(PublishError, match="does not record its origin"):
         publish(unknown, REPO, manifest=book, **facts)
 
 

@@ -1,13 +1,13 @@
 """Download files from the Hub: pinned to a commit, verified by hash, never a pickle, with retries.
 
 Transfers and the cache are huggingface_hub's own, so mirrors (``HF_ENDPOINT``), tokens, offline mode and the caches of
-other tools work as usual. This module adds that the hash of every file is checked before its path is returned, that a
-file which fails is deleted and downloaded once more, and that temporary failures are retried.
+other tools work as usual. This module adds three things: the hash of every file is verified before its path is
+returned, a file that fails is deleted and downloaded once more, and temporary failures are retried.
 
-Every process checks a file on its first use; hashing 100 MB takes a tenth to a third of a second. The expected hash is
-the caller's, or the one that the Hub reported. huggingface_hub keeps the latter only as the name of a symbolic link's
-target, which a copied cache or Windows does not have, so it is also written to ``.ubn-zoo/COMMIT/FILE`` beside the
-snapshots. A cache that can only be read is used as it is; nothing is locked or written there.
+Every process verifies a file on first use; hashing 100 MB takes 0.1 to 0.3 seconds. The expected hash comes from the
+caller or from the Hub. huggingface_hub keeps the Hub's hash only as the name of a symbolic link's target, which copied
+caches and Windows lack, so it is also written to ``.ubn-zoo/COMMIT/FILE`` beside the snapshots. A read-only cache is
+used as is: nothing is locked or written.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _MismatchError(Exception):
-    """A file had the wrong hash and was deleted."""
+    """A file had the wrong hash and has been deleted."""
 
     def __init__(self, expected: str, found: str) -> None:
         super().__init__(expected, found)
@@ -114,8 +114,8 @@ class _Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Answer:
-    """What the Hub reports about a file: the commit and the hash."""
+class _Response:
+    """What the Hub reports about a file: its commit and hash."""
 
     commit: str
     etag: str | None
@@ -134,10 +134,10 @@ def fetch(
 
     The expected hash is `sha256` if given, otherwise the one that the Hub reports: SHA-256 for large files, Git's SHA-1
     for small ones. A file that fails is deleted and downloaded once more. Server errors (5xx, 408, 425, 429), timeouts,
-    broken connections and short answers are retried with growing pauses for `RETRY_SECONDS` seconds.
+    broken connections and truncated responses are retried with growing pauses for `RETRY_SECONDS` seconds.
 
-    A cached file of a pinned revision needs no network. For a branch or tag the Hub is asked which commit it points to;
-    if the Hub cannot be reached, the last known commit is used. Processes that need the same file download it once.
+    A cached file of a pinned revision needs no network. A branch or tag is first resolved to a commit on the Hub; if
+    the Hub is unreachable, its last known commit is used. Processes that need the same file download it only once.
 
     Args:
         repo_id: Repository, ``owner/name``.
@@ -145,15 +145,15 @@ def fetch(
         revision: Commit, tag or branch; by default the main branch. Only a full 40-digit commit is a pin.
         sha256: Expected hash, 64 hexadecimal digits.
         size: Expected size in bytes, checked before the download.
-        cache_dir: Cache folder; by default huggingface_hub's. It may be read-only if it already has the file.
+        cache_dir: Cache folder; by default huggingface_hub's. It may be read-only if it already contains the file.
 
     Raises:
-        UnsafeFileError: The file is of another type, for example a pickle.
+        UnsafeFileError: The file has another extension, for example that of a pickle.
         HubNotFoundError: The repository, revision or file does not exist.
         HubAccessError: The repository is gated, private or disabled.
-        HubUnavailableError: The Hub cannot be reached and the cache does not have the file.
-        ChecksumError: The file failed twice, or does not have the expected size.
-        HubError: The server does not behave like a Hub.
+        HubUnavailableError: The Hub is unreachable, and the file is not cached.
+        ChecksumError: The file failed verification twice, or has an unexpected size.
+        HubError: The server does not respond like the Hub.
         OSError: The cache cannot be written, for example because the disk is full.
         ValueError: An argument is not valid.
     """
@@ -166,17 +166,17 @@ def fetch(
         cache_dir=Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser().resolve(),
     )
     try:
-        return _from_cache(request) or retry(lambda: _obtain(request), str(request), _advice(request))
-    except _MismatchError as first:
-        _logger.warning("%s: hash is %s instead of %s; downloading it again", request, first.found, first.expected)
-    try:
-        return retry(lambda: _obtain(request), str(request), _advice(request))
+        try:
+            return _from_cache(request) or _obtain(request)
+        except _MismatchError as first:
+            _logger.warning("%s: hash is %s instead of %s; downloading it again", request, first.found, first.expected)
+            return _obtain(request)
     except _MismatchError as second:
         kind = _HASH_NAMES[len(second.expected)]
         raise ChecksumError(
             f"{request}: expected {kind} {second.expected}, found {second.found}, twice. The file was deleted. Either "
-            "the repository or the mirror (HF_ENDPOINT) has another file, or the network alters it: try again later "
-            "or from another network, and check the expected hash."
+            "the repository or mirror (HF_ENDPOINT) has a different file, or the network alters it: check the expected "
+            "hash, and try again later or from another network."
         ) from None
 
 
@@ -215,12 +215,12 @@ def cached_path(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path | None:
-    """Return the path of a file in the cache, not verified and without network; None if it is not cached.
+    """Return the unverified path of a cached file without network access; None if it is not cached.
 
     Args:
         repo_id: Repository, ``owner/name``.
         filename: Path in the repository.
-        revision: Commit, tag or branch; by default the main branch. A tag or branch means its last known commit.
+        revision: Commit, tag or branch; by default the main branch. A tag or branch stands for its last known commit.
         cache_dir: Cache folder; by default huggingface_hub's.
     """
     path = try_to_load_from_cache(
@@ -236,7 +236,7 @@ def _checked_filename(filename: str) -> str:
     suffix = Path(filename).suffix.lower()
     if suffix in PICKLE_SUFFIXES:
         raise UnsafeFileError(
-            f"received the file {filename!r}, whose loading can run code; valid: {' and '.join(SAFE_SUFFIXES)}. "
+            f"received the file {filename!r}, which can run code when loaded; valid: {' and '.join(SAFE_SUFFIXES)}. "
             "Download it and convert it to safetensors with `ubn-zoo convert NAME --checkpoint FILE`."
         )
     plain = all(_FILE_PART.fullmatch(part) and not part.endswith(".") for part in filename.split("/"))
@@ -260,18 +260,20 @@ def _checked_sha256(sha256: str) -> str:
     return sha256
 
 
-def _advice(request: _Request) -> Advice:
-    return Advice(
+def _obtain(request: _Request) -> Path:
+    """Download and verify the file, with retries."""
+    advice = Advice(
         login="ask for access on its page, then log in with `hf auth login` or set HF_TOKEN",
-        offline=f"The cache {request.cache_dir} does not have the file: unset HF_HUB_OFFLINE and load it once, or copy "
-        "the cache of a machine that has it",
+        offline=f"The file is not in the cache {request.cache_dir}: unset HF_HUB_OFFLINE and load it once, or copy the "
+        "cache from a machine that has it",
         exhausted=f"Check the connection and {endpoint()} (set HF_ENDPOINT for a mirror), try again later, or wait "
         f"longer with {RETRY_SECONDS_VARIABLE}=SECONDS. Once a file is in the cache it loads without the Hub",
     )
+    return retry(lambda: _attempt(request), str(request), advice)
 
 
 def _raise_missing_file(error: Exception, request: _Request) -> NoReturn:
-    """Raise an error that says what the repository has instead; old ones often hold only a pickle."""
+    """Raise an error that lists what the repository has instead; old repositories often have only a pickle."""
     cause = traceable(error)
     try:
         names = HfApi().list_repo_files(request.repo_id, revision=request.revision)
@@ -281,15 +283,15 @@ def _raise_missing_file(error: Exception, request: _Request) -> NoReturn:
     safe = [name for name in names if name.lower().endswith(".safetensors")]
     if pickles and not safe:
         raise UnsafeFileError(
-            f"{request}: the repository has weights only as {', '.join(pickles[:5])}, whose loading can run code. "
+            f"{request}: the repository has weights only as {', '.join(pickles[:5])}, which can run code when loaded. "
             "Download that file and convert it to safetensors with `ubn-zoo convert NAME --checkpoint FILE`."
         ) from cause
-    offered = f"it has {', '.join(safe[:10])}" if safe else "it has no safetensors file at all"
+    offered = f"it has {', '.join(safe[:10])}" if safe else "it has no safetensors files"
     raise HubNotFoundError(f"{request}: the repository has no such file; {offered}") from cause
 
 
 def _from_cache(request: _Request) -> Path | None:
-    """The cached file of a pinned revision if it is intact; None if the Hub must be asked."""
+    """Return the cached file of a pinned revision if it is intact; None if the Hub must be asked."""
     path = request.cached()
     if path is None or not request.pinned:
         return None
@@ -301,19 +303,19 @@ def _from_cache(request: _Request) -> Path | None:
             _record_hash(path, request, expected)
             return path
     with _lock(request):
-        # Checked again, because another process may have replaced it by an intact file.
+        # Checked again: another process may have replaced it with an intact file.
         if not path.exists():
             return None
         _verify(path, request, None)
     return path
 
 
-def _obtain(request: _Request) -> Path:
-    """Make one attempt: ask the Hub, download if needed, verify; use the cache if the Hub cannot be asked."""
+def _attempt(request: _Request) -> Path:
+    """Make one attempt: ask the Hub, download if needed, verify; fall back to the cache if the Hub is unreachable."""
     try:
-        answer = _ask(request)
+        response = _ask(request)
     except (HTTPError, OSError) as error:
-        # A server that is not a Hub, such as a network's login page, counts as unreachable.
+        # A server that is not the Hub, such as a captive portal, counts as unreachable.
         gone = isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) and error.response.status_code == 404
         cached = request.cached()
         if cached is None or gone:
@@ -327,12 +329,12 @@ def _obtain(request: _Request) -> Path:
             _logger.warning("%s: %s; using the cached commit %s", request, reason, commit)
         return cached
     with _lock(request):
-        path = _download(request, answer)
-        _verify(path, request, answer.etag if _commit(path, request) == answer.commit else None)
+        path = _download(request, response)
+        _verify(path, request, response.etag if _commit(path, request) == response.commit else None)
     return path
 
 
-def _download(request: _Request, answer: _Answer) -> Path:
+def _download(request: _Request, response: _Response) -> Path:
     try:
         return Path(
             hf_hub_download(
@@ -344,36 +346,38 @@ def _download(request: _Request, answer: _Answer) -> Path:
             )
         )
     except (OSError, RuntimeError) as error:
-        # hf_xet reports errors of the file system as text.
+        # hf_xet reports file system errors only as text.
         number = errno.ENOSPC if "No space left on device" in str(error) else getattr(error, "errno", None)
         if number is None or isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
             raise
-        cached = dataclasses.replace(request, revision=answer.commit).cached()
+        cached = dataclasses.replace(request, revision=response.commit).cached()
         if cached is not None and number in _NOT_WRITABLE:
-            return cached  # of a branch, whose new commit cannot be noted there
+            return cached  # only the new commit of the branch could not be written
         advice = "Free some space there" if number == errno.ENOSPC else "Make it writable"
         reason = f"{request}: cannot be written to the cache: {os.strerror(number)}. {advice}, or set HF_HUB_CACHE or "
         raise OSError(number, f"{reason}`cache_dir` to another folder. Cache", str(request.cache_dir)) from error
 
 
-def _ask(request: _Request) -> _Answer:
-    """Ask the Hub about a file, without huggingface_hub's own retries, which can take minutes."""
+def _ask(request: _Request) -> _Response:
+    """Ask the Hub about a file, bypassing huggingface_hub's own retries, which can take minutes."""
     url = hf_hub_url(request.repo_id, request.filename, revision=request.revision)
     try:
-        answer = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, library_name="ubn-zoo")
+        response = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, library_name="ubn-zoo")
     except EntryNotFoundError as error:
         _raise_missing_file(error, request)
-    if answer.commit_hash is None:
-        raise FileMetadataError("the answer names no commit")
-    if request.pinned and answer.commit_hash != request.revision:
-        raise HubError(f"{request}: {endpoint()} answers for the commit {answer.commit_hash}; check HF_ENDPOINT")
-    if answer.size is not None:
-        if request.size is not None and answer.size != request.size:
-            raise ChecksumError(f"{request}: expected {request.size} bytes, the Hub has {answer.size}; not downloaded")
+    if response.commit_hash is None:
+        raise FileMetadataError("the response names no commit")
+    if request.pinned and response.commit_hash != request.revision:
+        raise HubError(f"{request}: {endpoint()} returned commit {response.commit_hash}; check HF_ENDPOINT")
+    if response.size is not None:
+        if request.size is not None and response.size != request.size:
+            raise ChecksumError(
+                f"{request}: expected {request.size} bytes, the Hub has {response.size}; not downloaded"
+            )
         largest = MAX_JSON_BYTES if request.filename.endswith(".json") else MAX_FILE_BYTES
-        if answer.size > largest:
-            raise HubError(f"{request}: {answer.size} bytes; valid: at most {largest}")
-    return _Answer(commit=answer.commit_hash, etag=answer.etag)
+        if response.size > largest:
+            raise HubError(f"{request}: {response.size} bytes; valid: at most {largest}")
+    return _Response(commit=response.commit_hash, etag=response.etag)
 
 
 def _commit(path: Path, request: _Request) -> str:
@@ -385,7 +389,7 @@ def _commit(path: Path, request: _Request) -> str:
 def _lock(request: _Request) -> Iterator[None]:
     """Allow one process at a time to download, verify or delete the file; a process that dies releases the lock.
 
-    In a cache that cannot be written there is nothing to protect, and no lock.
+    A read-only cache needs no protection and has no lock.
     """
     folder = request.cache_dir / ".locks" / f"models--{request.repo_id.replace('/', '--')}"
     name = hashlib.sha256(request.filename.encode()).hexdigest()[:16]
@@ -399,17 +403,17 @@ def _lock(request: _Request) -> Iterator[None]:
         yield
 
 
-# Files that passed, with everything that changes when a file does; for this process only.
+# Files that this process has verified, with everything that changes when a file does.
 _passed: set[tuple[str, str, int, int, int, int]] = set()
 
 
 def _verify(path: Path, request: _Request, etag: str | None) -> None:
-    """Check a cached file's hash; delete the file and raise `_MismatchError` if it fails."""
+    """Verify a cached file's hash; if it is wrong, delete the file and raise `_MismatchError`."""
     expected = request.sha256 or _known_hash(path, request) or etag
     if expected is None or not _HASH.fullmatch(expected):
         raise HubError(
-            f"{request}: neither the server nor the cache {request.cache_dir} has a hash to check the file by. Load it "
-            "once with access to the Hub, pass its sha256, or use another endpoint (HF_ENDPOINT)"
+            f"{request}: neither the server nor the cache {request.cache_dir} has a hash to verify the file with. Load "
+            "it once with access to the Hub, pass its sha256, or use another endpoint (HF_ENDPOINT)"
         )
     found = _digest(path, expected)
     if found == expected:
@@ -427,9 +431,9 @@ def _verify(path: Path, request: _Request, etag: str | None) -> None:
 
 
 def _known_hash(path: Path, request: _Request) -> str | None:
-    """The hash that the Hub reported when a cached file was downloaded; None if the cache does not tell."""
+    """The hash that the Hub reported when a cached file was downloaded; None if unknown."""
     if path.is_symlink():
-        # Only the first hop counts: a blob may itself be a link to a shared store with names of another kind.
+        # Only the first hop counts: a blob may itself link to a shared store with another naming scheme.
         name = path.readlink().name
         return name if _HASH.fullmatch(name) else None
     try:
@@ -438,7 +442,7 @@ def _known_hash(path: Path, request: _Request) -> str | None:
         recorded = ""
     if _HASH.fullmatch(recorded):
         return recorded
-    # A copy that followed the links (`cp -rL`) has the file twice: under its name, and under its hash.
+    # A copy that followed the links (`cp -rL`) has the file twice: by name and by hash.
     blobs = path.parents[request.filename.count("/") + 2] / "blobs"
     for name in ("0" * 64, "0" * 40) if blobs.is_dir() else ():
         digest = _digest(path, name)
@@ -463,7 +467,7 @@ def _record_hash(path: Path, request: _Request, verified: str) -> None:
 
 
 def _digest(path: Path, expected: str) -> str:
-    """Hash a file by the algorithm of `expected`: SHA-256 of the content, or Git's SHA-1 of length and content."""
+    """Hash a file as `expected` was: SHA-256 of the content, or Git's SHA-1 of length and content."""
     status = path.stat()
     key = (str(path), expected, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if key in _passed:

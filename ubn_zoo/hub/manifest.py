@@ -9,6 +9,7 @@ Records are validated when they are created, from JSON or in Python, so every `R
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import fnmatch
@@ -19,7 +20,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +50,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
-# Limits far above anything in the zoo: a value beyond them is a mistake or an attack.
+# Limits far above anything in the zoo: a larger value is a mistake or an attack.
 MAX_MANIFEST_BYTES = 4 * 2**20
 MAX_RECORDS = 10_000
 MAX_TEXT = 2_000
@@ -70,13 +71,19 @@ PACKAGED_MANIFEST = _PACKAGE / "weights_manifest.json"
 BUNDLED_WEIGHTS = _PACKAGE / "weights"
 """Folder of the checkpoints that are installed with the package."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_]{0,99}")
-_TAG = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
-_METRIC = re.compile(r"[a-z0-9][a-z0-9_@-]{0,49}")
-_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
-_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+# Patterns with their descriptions in error messages.
+_Pattern = tuple[re.Pattern[str], str]
+_LOWER = "lower-case letters, digits and '_'"
+_SHA256 = re.compile(r"[0-9a-f]{64}"), "64 lower-case hexadecimal digits"
+_COMMIT = re.compile(r"[0-9a-f]{40}"), "a commit, 40 lower-case hexadecimal digits"
+_ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_]{0,99}"), _LOWER
+_TAG = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}"), f"{_LOWER} and '-'"
+_METRIC = re.compile(r"[a-z0-9][a-z0-9_@-]{0,49}"), "a short lower-case name such as top1"
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}"), "a license identifier such as apache-2.0"
+_REPO_ID = (
+    re.compile(r"(?!.*(\.\.|--))(?=.{3,96}\Z)[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.git)(?<![.-])"),
+    "owner/name of a Hub repository: letters, digits, '.', '_', '-', no '..' or '--', at most 96 characters",
+)
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -87,11 +94,12 @@ def _fail(field: str, received: object, valid: str) -> typing.NoReturn:
     raise ManifestError(f"{field}: received {shown}; valid: {valid}")
 
 
-def _check_text(field: str, value: object, *, pattern: re.Pattern[str] | None = None, valid: str = "") -> None:
+def _check_text(field: str, value: object, pattern: _Pattern | None = None) -> None:
     """Check for a non-empty string of printable characters that matches `pattern`, if given."""
+    regex, valid = pattern or (None, f"a printable, non-empty string of at most {MAX_TEXT} characters")
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
-        _fail(field, value, valid or f"a printable, non-empty string of at most {MAX_TEXT} characters")
-    if pattern is not None and not pattern.fullmatch(value):
+        _fail(field, value, valid)
+    if regex is not None and not regex.fullmatch(value):
         _fail(field, value, valid)
 
 
@@ -126,11 +134,9 @@ def _check_file(field: str, value: object, *, folders: bool) -> None:
     """Check for a relative path of plain names: no ``..``, backslash, drive letter or scheme."""
     where = "a relative path" if folders else "a file name"
     valid = f"{where} of letters, digits, '.', '_' and '-' ending in .safetensors, without '..' or a leading '/'"
-    _check_text(field, value, valid=valid)
-    text = str(value)
-    parts = text.split("/")
+    parts = value.split("/") if isinstance(value, str) and value.endswith(".safetensors") else []
     plain = all(_PATH_PART.fullmatch(part) and not part.endswith(".") for part in parts)
-    if not plain or len(text) > 200 or not text.endswith(".safetensors") or (len(parts) > 1 and not folders):
+    if not plain or not 1 <= len(parts) <= (200 if folders else 1) or len(str(value)) > 200:
         _fail(field, value, valid)
 
 
@@ -198,7 +204,7 @@ class RecipeReference:
 
     def __post_init__(self) -> None:
         _check_text("name", self.name)
-        _check_text("sha256", self.sha256, pattern=_SHA256, valid="64 lower-case hexadecimal digits")
+        _check_text("sha256", self.sha256, _SHA256)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +227,7 @@ class Measurement:
         for seed in self.seeds:
             _check_integer("seeds", seed, 0, 2**63 - 1)
         if self.commit is not None:
-            _check_text("commit", self.commit, pattern=_COMMIT, valid="40 lower-case hexadecimal digits, or null")
+            _check_text("commit", self.commit, _COMMIT)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +249,7 @@ class Metric:
     measured: Measurement
 
     def __post_init__(self) -> None:
-        _check_text("name", self.name, pattern=_METRIC, valid="a short lower-case name such as top1")
+        _check_text("name", self.name, _METRIC)
         _check_number("value", self.value, -1e12, 1e12)
         _check_text("dataset", self.dataset)
         _check_text("split", self.split)
@@ -298,20 +304,18 @@ class Record:
     description: str
 
     def __post_init__(self) -> None:
-        lower = "lower-case letters, digits and '_'"
-        _check_text("architecture", self.architecture, pattern=_ARCHITECTURE, valid=lower)
-        _check_text("tag", self.tag, pattern=_TAG, valid=f"{lower} and '-'")
+        _check_text("architecture", self.architecture, _ARCHITECTURE)
+        _check_text("tag", self.tag, _TAG)
         if self.id != f"{self.architecture}.{self.tag}":
             _fail("id", self.id, f"architecture.tag, here '{self.architecture}.{self.tag}'")
         _check_choice("source", self.source, SOURCES)
-        if self.source == "hub":
-            self._check_hub_address()
-        elif self.repo_id is not None:
-            _fail("repo_id", self.repo_id, "null if the source is bundled")
-        elif self.revision is not None:
-            _fail("revision", self.revision, "null if the source is bundled")
+        for name, value, pattern in (("repo_id", self.repo_id, _REPO_ID), ("revision", self.revision, _COMMIT)):
+            if self.source == "hub":
+                _check_text(name, value, pattern)
+            elif value is not None:
+                _fail(name, value, "null if the source is bundled")
         _check_file("file", self.file, folders=self.source == "hub")
-        _check_text("sha256", self.sha256, pattern=_SHA256, valid="64 lower-case hexadecimal digits")
+        _check_text("sha256", self.sha256, _SHA256)
         _check_integer("params", self.params, 1, MAX_PARAMS)
         _check_integer("bytes", self.bytes, 1, MAX_FILE_BYTES)
         if self.bytes < self.params:
@@ -324,7 +328,7 @@ class Record:
                 _check_text(f"label_names[{index}]", label)
             if len(set(self.label_names)) < self.num_classes:
                 _fail("label_names", self.label_names, "a different name for each class")
-        _check_text("license", self.license, pattern=_LICENSE, valid="a license identifier such as apache-2.0")
+        _check_text("license", self.license, _LICENSE)
         _check_instance("origin", self.origin, Origin)
         if self.recipe is not None:
             _check_instance("recipe", self.recipe, RecipeReference)
@@ -332,14 +336,6 @@ class Record:
         for metric in self.metrics:
             _check_instance("metrics", metric, Metric)
         _check_text("description", self.description)
-
-    def _check_hub_address(self) -> None:
-        valid = "owner/name of a Hub repository, of letters, digits, '.', '_' and '-'"
-        _check_text("repo_id", self.repo_id, pattern=_REPO_ID, valid=valid)
-        repo_id = str(self.repo_id)
-        if len(repo_id) > 96 or ".." in repo_id or "--" in repo_id or repo_id.endswith((".git", ".", "-")):
-            _fail("repo_id", self.repo_id, f"{valid}, without '..' or '--', of at most 96 characters")
-        _check_text("revision", self.revision, pattern=_COMMIT, valid="a commit, 40 lower-case hexadecimal digits")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -353,11 +349,9 @@ class Manifest:
     records: tuple[Record, ...]
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for record in self.records:
-            if record.id in seen:
-                raise ManifestError(f"record '{record.id}': more than one record has this id; ids must be unique")
-            seen.add(record.id)
+        for name, count in collections.Counter(record.id for record in self.records).items():
+            if count > 1:
+                raise ManifestError(f"record '{name}': more than one record has this id; ids must be unique")
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
@@ -374,10 +368,9 @@ class Manifest:
         Raises:
             ManifestError: There is no such record; the message lists similar ids.
         """
-        for record in self.records:
-            if record.id == name:
-                return record
-        known = [record.id for record in self.records]
+        known = {record.id: record for record in self.records}
+        if name in known:
+            return known[name]
         similar = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
         hint = f"similar: {', '.join(similar)}" if similar else f"there are {len(known)} records"
         raise ManifestError(f"no record '{name}' in the manifest; {hint}")
@@ -410,15 +403,8 @@ def _field_names(cls: type) -> tuple[str, ...]:
 
 
 @functools.cache
-def _field_types(cls: Hashable) -> dict[str, Any]:
+def _field_types(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
-
-
-def _within(field: str, call: Callable[[], _T]) -> _T:
-    try:
-        return call()
-    except ManifestError as error:
-        raise ManifestError(f"{field}.{error}") from None
 
 
 def _build(cls: type[_T], data: object) -> _T:
@@ -432,8 +418,8 @@ def _build(cls: type[_T], data: object) -> _T:
     for name in names:
         if name not in data:
             raise ManifestError(f"{name}: missing; write null where the field allows it")
-    types_by_name = _field_types(typing.cast("Hashable", cls))
-    return cls(**{name: _convert(name, data[name], types_by_name[name]) for name in names})
+    kinds = _field_types(typing.cast(Any, cls))  # which mypy does not take for hashable
+    return cls(**{name: _convert(name, data[name], kinds[name]) for name in names})
 
 
 def _convert(field: str, value: object, wanted: Any) -> object:
@@ -443,7 +429,10 @@ def _convert(field: str, value: object, wanted: Any) -> object:
             return None
         wanted = next(option for option in typing.get_args(wanted) if option is not types.NoneType)
     if dataclasses.is_dataclass(wanted):
-        return _within(field, lambda: _build(typing.cast("type[object]", wanted), value))
+        try:
+            return _build(typing.cast("type[object]", wanted), value)
+        except ManifestError as error:
+            raise ManifestError(f"{field}.{error}") from None
     if typing.get_origin(wanted) is tuple and isinstance(value, list):
         if len(value) > MAX_ITEMS:
             _fail(field, value[:3], f"a list of at most {MAX_ITEMS} items")
@@ -471,15 +460,7 @@ def record_from_dict(data: object) -> Record:
 
 def record_to_dict(record: Record) -> dict[str, Any]:
     """Convert a record to a JSON-serializable dict; the inverse of `record_from_dict`."""
-    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(record)))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(record))))
 
 
 def _no_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -502,8 +483,8 @@ def parse_manifest(content: bytes | str) -> Manifest:
         content: UTF-8 bytes, or text.
 
     Raises:
-        ManifestError: The content is too large, is not UTF-8 or JSON, has another schema version, or has a record
-            that is not valid.
+        ManifestError: The content is too large, is not UTF-8 or JSON, or has another schema version or an
+            invalid record.
     """
     if len(content) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"received a manifest of {len(content)} bytes; valid: at most {MAX_MANIFEST_BYTES}")
@@ -518,7 +499,7 @@ def parse_manifest(content: bytes | str) -> Manifest:
         raise ManifestError("the manifest must be one object with exactly the fields schema_version and records")
     version, records = data["schema_version"], data["records"]
     if isinstance(version, bool) or version != SCHEMA_VERSION:
-        _fail("schema_version", version, f"{SCHEMA_VERSION}; a newer one needs a newer ubn-zoo")
+        _fail("schema_version", version, f"{SCHEMA_VERSION}; upgrade ubn-zoo to read a newer one")
     if not isinstance(records, list) or len(records) > MAX_RECORDS:
         raise ManifestError(f"records: received {type(records).__name__}; valid: a list of at most {MAX_RECORDS}")
     return Manifest(tuple(record_from_dict(entry) for entry in records))
@@ -552,23 +533,27 @@ def _load(path: Path) -> Manifest:
         raise ManifestError(f"{path}: {error}") from None
 
 
-def dump_manifest(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
+def dump_manifest(records: Iterable[Record], path: str | os.PathLike[str]) -> Manifest:
     """Write a manifest file atomically, its records sorted by id.
 
     Args:
         records: The records; their ids must be unique.
         path: The file; its folder must exist. If it is a symbolic link, the file it points to is written.
 
+    Returns:
+        The manifest as written.
+
     Raises:
         ManifestError: Two records have the same id, or the file would exceed the size limit.
         OSError: The file cannot be written.
     """
-    manifest = Manifest(tuple(sorted(records, key=lambda record: record.id)))
-    data = {"schema_version": SCHEMA_VERSION, "records": [record_to_dict(record) for record in manifest]}
+    entries = [record_to_dict(record) for record in sorted(records, key=lambda record: record.id)]
+    data = {"schema_version": SCHEMA_VERSION, "records": entries}
     content = (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-    parse_manifest(content)
+    manifest = parse_manifest(content)
     write_file(path, content)
     _load_packaged.cache_clear()
+    return manifest
 
 
 def add_record(
@@ -583,26 +568,23 @@ def add_record(
     Args:
         record: The new record.
         path: The file; by default `PACKAGED_MANIFEST`.
-        replace: Whether to replace an existing record with the same id, whatever it is.
-        expected: The record with the same id that the caller has seen and wants replaced; None if there was none.
+        replace: Whether to replace any existing record with the same id.
+        expected: The existing record that the caller has seen and wants to replace; None if there was none.
 
     Returns:
         The manifest as written.
 
     Raises:
-        ManifestError: The file is not valid, or it has a record with this id that may not be replaced.
+        ManifestError: The file is not valid, or it has another record with this id.
         OSError: The file cannot be written.
     """
     target = PACKAGED_MANIFEST if path is None else Path(path)
     _load(target)
     with locked(target):
         records = {known.id: known for known in _load(target)}
-        known = records.get(record.id)
-        if known not in (None, record, expected) and not replace:
+        if records.get(record.id) not in (None, record, expected) and not replace:
             raise ManifestError(f"record '{record.id}': already in {target}; pass `replace=True` to overwrite it")
-        records[record.id] = record
-        dump_manifest(records.values(), target)
-        return _load(target)
+        return dump_manifest({**records, record.id: record}.values(), target)
 
 
 def bundled_path(record: Record) -> Path:

@@ -1,7 +1,7 @@
-"""Requests to the Hub: retries with growing pauses, and what an error of huggingface_hub means for the user.
+"""Requests to the Hub: retries with growing pauses, and huggingface_hub's errors in terms that users can act on.
 
-Downloads and uploads share this. An error is either temporary, and the request is repeated until the time is up, or it
-is raised at once as a `HubError` whose message says what to do. No message holds a credential.
+Downloads and uploads share this module. After a temporary error the request is repeated until time runs out; any other
+error is raised at once as a `HubError` whose message says what to do. Messages never contain credentials.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ __all__ = [
 ]
 
 RETRY_SECONDS = 60.0
-"""After the first failure no new attempt starts later than this; a running attempt is not interrupted."""
+"""No new attempt starts later than this after the first failure; a running attempt is not interrupted."""
 
 RETRY_SECONDS_VARIABLE = "UBN_ZOO_RETRY_SECONDS"
 """Environment variable that overrides `RETRY_SECONDS`; 0 means a single attempt."""
 
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 16.0
-"""Seconds between attempts: the first pause, doubled every time up to the longest."""
+"""Seconds between attempts: the first pause, doubled each time up to the longest."""
 
 TEMPORARY_STATUS = (408, 425, 429)
-"""HTTP statuses below 500 that are retried; all from 500 on are."""
+"""HTTP statuses below 500 that are retried, in addition to all 5xx."""
 
-# The base of all errors of the HTTP library in use, httpx or httpx2: huggingface_hub derives its own from it.
+# The base class of the HTTP library's errors (httpx or httpx2), which huggingface_hub derives its own from.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 _Response: type[Any] = vars(errors)["Response"]
 
@@ -72,8 +72,8 @@ _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^?\s'\"]*)\?[^\s'\"]*")
 # hf_xet reports an HTTP status only in the text of its errors.
 _XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
 _XET_TOKEN = re.compile(r"/xet-(read|write)-token/")
-_WITHOUT_XET = "Set HF_HUB_DISABLE_XET=1 to transfer files without Xet, which a server or mirror may not have"
-_SHOWN = 200  # characters of an answer or a foreign message that an error quotes
+_WITHOUT_XET = "Set HF_HUB_DISABLE_XET=1 to transfer files without Xet, which some servers and mirrors lack"
+_SHOWN = 200  # characters of a response or another library's message that an error quotes
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -81,13 +81,13 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What to tell the user when a request fails for good.
+    """What to tell the user when a request fails permanently.
 
     Attributes:
         login: How to get access.
-        offline: What to do about offline mode.
+        offline: What to do in offline mode.
         exhausted: What to do after the last attempt.
-        writing: Whether the request writes: HTTP 401 then speaks of the token, not of a missing repository.
+        writing: Whether the request writes: HTTP 401 then means a bad token, not a missing repository.
     """
 
     login: str
@@ -97,13 +97,13 @@ class Advice:
 
 
 def redact(text: str) -> str:
-    """Remove credentials from a text: the token, and the user, password and query (a signature) of addresses."""
+    """Remove credentials from a text: the token, and the user, password and query (a signature) of URLs."""
     text, token = _QUERY.sub(r"\1", _USER.sub(r"\1", text)), get_token()
     return text.replace(token, "***") if token else text
 
 
 def endpoint() -> str:
-    """The Hub's address (``HF_ENDPOINT``) without a user name or password that it may contain."""
+    """The Hub's address (``HF_ENDPOINT``) without any user name or password in it."""
     address = constants.ENDPOINT
     return redact(address) if "://" in address else address.rpartition("@")[2]
 
@@ -123,11 +123,11 @@ for _name in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
 
 
 def retry(attempt: Callable[[], _T], subject: str, advice: Advice) -> _T:
-    """Call a function until it succeeds, fails for good, or has been failing for `RETRY_SECONDS` seconds.
+    """Call a function until it succeeds, fails permanently, or has kept failing for `RETRY_SECONDS` seconds.
 
     Args:
         attempt: Makes requests to the Hub.
-        subject: What the requests are about; the beginning of every message.
+        subject: What the requests are about; every message starts with it.
         advice: What to tell the user when the requests fail.
 
     Raises:
@@ -144,10 +144,10 @@ def retry(attempt: Callable[[], _T], subject: str, advice: Advice) -> _T:
 
 
 class Backoff:
-    """Pauses between attempts, growing, until the attempts have been failing for `RETRY_SECONDS` seconds.
+    """Growing pauses between attempts, until they have kept failing for `RETRY_SECONDS` seconds.
 
     Args:
-        subject: What the requests are about; the beginning of every message.
+        subject: What the requests are about; every message starts with it.
         advice: What to tell the user when the requests fail.
 
     Raises:
@@ -160,13 +160,13 @@ class Backoff:
         self._deadline: float | None = None
 
     def wait(self, error: Exception) -> None:
-        """Return after a pause if the next attempt may succeed; otherwise raise what the error means.
+        """Pause and return if another attempt may succeed; otherwise raise what the error means.
 
         Args:
             error: Why the last attempt failed.
 
         Raises:
-            HubError: The error is permanent, or the time is up.
+            HubError: The error is permanent, or time has run out.
             OSError: `error` itself, if the file system failed.
             ValueError: `error` itself, if an argument of the request is not valid.
         """
@@ -215,28 +215,28 @@ def raise_if_permanent(error: Exception, subject: str, advice: Advice) -> None:
     if isinstance(error, OfflineModeIsEnabled):
         raise HubUnavailableError(f"{subject}: offline mode is on. {advice.offline}") from error
     if isinstance(error, FileMetadataError):
-        raise HubError(f"{subject}: {endpoint()} does not answer like a Hub; check HF_ENDPOINT") from traceable(error)
+        raise HubError(f"{subject}: {endpoint()} does not respond like a Hub; check HF_ENDPOINT") from traceable(error)
     if isinstance(error, HfHubHTTPError):
-        _raise_if_permanent_answer(error, subject, advice)
+        _raise_if_permanent_response(error, subject, advice)
     elif _xet_status(error) is not None:
         _raise_if_permanent_xet(error, subject, advice)
     elif type(error).__name__ == "UnsupportedProtocol":
         _raise_unsupported(error, subject)
     elif isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
         raise HubAccessError(
-            f"{subject}: the token has characters other than ASCII, so it was not copied whole; {advice.login}"
+            f"{subject}: the token contains non-ASCII characters and was probably copied incorrectly; {advice.login}"
         ) from None
     elif isinstance(error, (HFValidationError, UnicodeError)):
         raise error
     elif isinstance(error, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)):
-        return  # a connection that broke, or an answer that is not the Hub's: a proxy, a login page
+        return  # a broken connection, or a response from a proxy or a login page
     elif isinstance(error, OSError) and error.errno is not None:
         raise error
     elif not isinstance(error, (OSError, RuntimeError)):
         _raise_unexpected(error, subject)
 
 
-def _raise_if_permanent_answer(error: HfHubHTTPError, subject: str, advice: Advice) -> None:
+def _raise_if_permanent_response(error: HfHubHTTPError, subject: str, advice: Advice) -> None:
     status, cause = error.response.status_code, traceable(error)
     if isinstance(error, GatedRepoError):
         raise HubAccessError(f"{subject}: access to the repository is restricted; {advice.login}") from cause
@@ -247,14 +247,14 @@ def _raise_if_permanent_answer(error: HfHubHTTPError, subject: str, advice: Advi
     if isinstance(error, RevisionNotFoundError):
         raise HubNotFoundError(f"{subject}: the repository has no such revision") from cause
     if status in (401, 403):
-        raise HubAccessError(f"{subject}: the Hub refuses access (HTTP {status}); {advice.login}") from cause
+        raise HubAccessError(f"{subject}: the Hub denied access (HTTP {status}); {advice.login}") from cause
     if status < 500 and status not in TEMPORARY_STATUS:
         advised = f". {_WITHOUT_XET}" if _XET_TOKEN.search(str(error.response.url)) else ""
-        raise HubError(f"{subject}: {_describe_answer(error.response, error.server_message)}{advised}") from cause
+        raise HubError(f"{subject}: {_describe_response(error.response, error.server_message)}{advised}") from cause
 
 
 def _xet_status(error: Exception) -> int | None:
-    """The status of the answer that stopped a transfer by Xet; None for other errors."""
+    """The HTTP status that ended a Xet transfer; None for other errors."""
     found = _XET_STATUS.search(str(error)) if isinstance(error, (OSError, RuntimeError)) else None
     return None if found is None else int(found[1])
 
@@ -263,11 +263,11 @@ def _raise_if_permanent_xet(error: Exception, subject: str, advice: Advice) -> N
     status = _xet_status(error) or 0
     if status in (401, 403):
         raise HubAccessError(
-            f"{subject}: the Hub refuses access to its Xet storage (HTTP {status}); {advice.login}"
+            f"{subject}: the Hub denied access to its Xet storage (HTTP {status}); {advice.login}"
         ) from traceable(error)
     if status < 500 and status not in TEMPORARY_STATUS:
         raise HubError(
-            f"{subject}: the transfer by Xet fails ({describe_failure(error)}). {_WITHOUT_XET}"
+            f"{subject}: the Xet transfer failed ({describe_failure(error)}). {_WITHOUT_XET}"
         ) from traceable(error)
 
 
@@ -281,13 +281,13 @@ def _raise_unsupported(error: Exception, subject: str) -> NoReturn:
 
 
 def _raise_unexpected(error: Exception, subject: str) -> NoReturn:
-    """Raise a `HubError` if huggingface_hub could not use an answer; raise other errors unchanged."""
+    """Raise a `HubError` if huggingface_hub could not use a response; raise other errors unchanged."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    answer = _answer(error)
-    if answer is not None:
-        reason = f"{_describe_answer(answer, None)}, which cannot be read"
+    response = _response_of(error)
+    if response is not None:
+        reason = f"{_describe_response(response, None)}, which cannot be interpreted"
     elif frames and frames[-1].f_globals.get("__name__", "").startswith("huggingface_hub."):
-        reason = "huggingface_hub cannot follow the Hub's answer"
+        reason = "huggingface_hub cannot interpret the Hub's response"
     else:
         raise error
     raise HubError(
@@ -297,31 +297,31 @@ def _raise_unexpected(error: Exception, subject: str) -> NoReturn:
 
 
 def _root(error: Exception) -> Exception:
-    """What went wrong, where huggingface_hub wraps it."""
-    # The cache does not have the file: what counts is why the Hub could not be asked.
+    """The underlying error, where huggingface_hub wraps it."""
+    # "Not in the cache" wraps the reason why the Hub could not be reached.
     wrapper = isinstance(error, LocalEntryNotFoundError) or type(error) is RuntimeError
     return error.__cause__ if wrapper and isinstance(error.__cause__, Exception) else error
 
 
-def _answer(error: Exception) -> Any:
-    """The answer that the client was reading when it failed with an error; None if there was none."""
+def _response_of(error: Exception) -> Any:
+    """The HTTP response that the client was reading when it failed; None if there was none."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    answers = (value for frame in reversed(frames) for value in frame.f_locals.values())
-    return next((value for value in answers if isinstance(value, _Response)), None)
+    responses = (value for frame in reversed(frames) for value in frame.f_locals.values())
+    return next((value for value in responses if isinstance(value, _Response)), None)
 
 
-def _describe_answer(answer: Any, message: str | None) -> str:
+def _describe_response(response: Any, message: str | None) -> str:
     if not message:
         try:
-            message = answer.text
-        except Exception:  # a body that was streamed, cut off, or is in no encoding
+            message = response.text
+        except Exception:  # a body that was streamed or truncated, or that no encoding fits
             message = ""
     shown = " ".join("".join(sign if sign.isprintable() else " " for sign in redact(message)).split())
-    return f"the Hub answers HTTP {answer.status_code}" + (f": {shown[:_SHOWN]}" if shown else "")
+    return f"the Hub returned HTTP {response.status_code}" + (f": {shown[:_SHOWN]}" if shown else "")
 
 
 def describe_failure(error: Exception) -> str:
-    """Say in a few words why a request failed, without credentials.
+    """Describe in a few words why a request failed, without credentials.
 
     Args:
         error: Raised by huggingface_hub.
@@ -330,19 +330,19 @@ def describe_failure(error: Exception) -> str:
     if isinstance(error, HubError):
         return redact(str(error))
     if isinstance(error, HfHubHTTPError):
-        return f"the Hub answers HTTP {error.response.status_code}"
+        return f"the Hub returned HTTP {error.response.status_code}"
     if isinstance(error, json.JSONDecodeError):
-        return "the answer is not JSON"
+        return "the response is not JSON"
     if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):
-        return "the answer was shorter than announced"
+        return "the response was shorter than announced"
     return f"{type(error).__name__}: {redact(str(error))[:_SHOWN]}"
 
 
 def traceable(error: BaseException) -> BaseException | None:
-    """Give an error for ``raise ... from``: None if a traceback that shows it would show a credential.
+    """Return an error for ``raise ... from``, or None if its traceback would show a credential.
 
     Args:
-        error: The error, whose causes are looked at too.
+        error: The error; its causes are checked too.
     """
     link: BaseException | None = error
     while link is not None:

@@ -1,7 +1,7 @@
 """Add a trained run's weights to the package, with a record of their accuracy and how it was measured.
 
-`python -m ubn_zoo.release.bundle --help` is for maintainers of the package; everybody else publishes on the Hub
-(`ubn-zoo publish`).
+`python -m ubn_zoo.release.bundle --help` is for maintainers of this package; everybody else publishes on the Hub with
+`ubn-zoo publish`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from ubn_zoo.data.loaders import open_eval
 from ubn_zoo.errors import BundleError
 from ubn_zoo.evaluation.accuracy import measure
 from ubn_zoo.evaluation.metrics import EpochMetrics, read_metrics
-from ubn_zoo.hub import manifest
-from ubn_zoo.hub.manifest import Record, add_record, load_manifest, record_from_dict
+from ubn_zoo.hub.manifest import BUNDLED_WEIGHTS, Record, add_record, load_manifest, record_from_dict
 from ubn_zoo.models.registry import SUFFIX
 from ubn_zoo.recipes.schema import load_recipe, recipe_path, recipe_sha256
 from ubn_zoo.release.run_record import train_command
@@ -39,12 +38,10 @@ MAX_BYTES_IN_ALL = 30 * 10**6
 
 def _last_row(run: Path) -> EpochMetrics:
     if not is_finished(run):
-        raise BundleError(
-            f"{run} is not the folder of a finished run: it lacks model.safetensors or epochs of its recipe"
-        )
+        raise BundleError(f"{run} is not the folder of a finished run: model.safetensors or some epochs are missing")
     row = read_metrics(run / "metrics.csv")[-1]
     if row.commit is None or row.commit.endswith("+"):
-        raise BundleError(f"{run}: its commit is {row.commit}; valid: one that holds all of the code that was run")
+        raise BundleError(f"{run}: its commit is {row.commit}; valid: one that contains all the code that was run")
     return row
 
 
@@ -59,30 +56,30 @@ def bundle(
     twin: str | Path | None = None,
     half: bool = False,
     description: str,
-    book: str | Path | None = None,
+    manifest: str | Path | None = None,
     weights: str | Path | None = None,
 ) -> Record:
     """Bundle a finished run's weights.
 
     Args:
         run: Folder of the run.
-        tag: Name of the weights, in ``architecture.tag``.
-        recipe_name: The packaged recipe that the run was made from.
+        tag: Tag of the weights, as in ``architecture.tag``.
+        recipe_name: The packaged recipe that the run is based on.
         data_dir: Folder of the run's data; the stored file is evaluated on its held-out images.
-        dataset: Name of the data.
+        dataset: Name of the dataset.
         origin: A sentence on the training data.
         twin: Folder of the same run with BatchNorm, whose accuracy is recorded for comparison.
-        half: Whether to store parameters in float16, at half the size. They are widened when loaded, and the accuracy
-            is that of the widened parameters.
+        half: Whether to store parameters in float16, at half the size. Loading widens them to float32, and the recorded
+            accuracy is that of the widened parameters.
         description: A one-sentence description.
-        book: The manifest's file; by default the one in this package.
+        manifest: The manifest file; by default the one in this package.
         weights: Folder of the bundled files; by default the package's.
 
     Returns:
-        The record as it is in the manifest.
+        The manifest record.
 
     Raises:
-        BundleError: The run is not finished, its code had no commit, or the file is too large.
+        BundleError: The run is not finished, its code was not committed, or the file is too large.
         ManifestError: The record is not valid.
     """
     folder = Path(run)
@@ -98,7 +95,7 @@ def bundle(
         state = {name: tensor.half() if name in names else tensor for name, tensor in state.items()}
     model.load_state_dict(state)
     content = tensor_bytes(state)
-    target = manifest.BUNDLED_WEIGHTS if weights is None else Path(weights)
+    target = BUNDLED_WEIGHTS if weights is None else Path(weights)
     file = f"{architecture}.{tag}.safetensors"
     total = sum(path.stat().st_size for path in target.glob("*.safetensors") if path.name != file) + len(content)
     if len(content) > MAX_BYTES or total > MAX_BYTES_IN_ALL:
@@ -121,7 +118,7 @@ def bundle(
     metrics = [metric("top1", found.top1, validate, recipe.seed, row.commit)]
     if twin is not None:
         other, theirs = _last_row(Path(twin)), load_recipe(Path(twin) / "recipe.yaml")
-        # Settings of the UBN layers mean nothing there.
+        # The settings of UBN layers have no effect there.
         layers = {key: getattr(recipe, key) for key in ("norm", "threshold", "kernel_size", "kernel_init")}
         if dataclasses.replace(theirs, **layers) != recipe:
             raise BundleError(f"{twin} differs from {run} in more than its norm; valid: its BatchNorm twin")
@@ -161,30 +158,30 @@ def bundle(
         }
     )
     write_file(target / file, content)
-    add_record(record, book, replace=True)
+    add_record(record, manifest, replace=True)
     return record
 
 
-def refresh(book: str | Path | None = None) -> list[str]:
-    """Bring the recipe hashes of bundled records up to date, after the text of a packaged recipe has changed.
+def refresh(manifest: str | Path | None = None) -> list[str]:
+    """Update the recipe hashes of bundled records after the text of a packaged recipe has changed.
 
     Args:
-        book: The manifest's file; by default the one in this package.
+        manifest: The manifest file; by default the one in this package.
 
     Returns:
         The ids of the records that changed.
 
     Raises:
         ManifestError: The manifest is not valid.
-        RecipeError: A recorded recipe is no longer in the package.
+        RecipeError: A recorded recipe is not in the package anymore.
     """
     changed = []
-    for record in load_manifest(book):
+    for record in load_manifest(manifest):
         if record.source == "bundled" and record.recipe is not None:
             sha256 = recipe_sha256(Path(record.recipe.name).stem)
             if sha256 != record.recipe.sha256:
                 recipe = dataclasses.replace(record.recipe, sha256=sha256)
-                add_record(dataclasses.replace(record, recipe=recipe), book, replace=True)
+                add_record(dataclasses.replace(record, recipe=recipe), manifest, replace=True)
                 changed.append(record.id)
     return changed
 
@@ -202,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--tag", required=True)
-    parser.add_argument("--recipe", required=True, help="packaged recipe that the run was made from")
-    parser.add_argument("--data-dir", type=Path, required=True, help="data of the run")
-    parser.add_argument("--dataset", required=True, help="its name")
+    parser.add_argument("--recipe", required=True, help="packaged recipe that the run is based on")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the run's data")
+    parser.add_argument("--dataset", required=True, help="name of the dataset")
     parser.add_argument("--origin", required=True, help="what the weights were trained on")
     parser.add_argument("--twin", type=Path, help="the same run with BatchNorm")
     parser.add_argument("--half", action="store_true", help="store parameters in float16")

@@ -1,7 +1,7 @@
-"""The model card: metadata for the Hub and its leaderboards, and a page for people.
+"""The model card: metadata for the Hub and its leaderboards, and a page for readers.
 
-Every fact comes from the manifest's record, from the run's own files, or from the caller of `publish`. Facts that
-nobody recorded are marked as not recorded, never guessed. All texts are escaped, so none of them becomes markup.
+Every fact comes from the manifest record, the run's own files, or the caller of `publish`. Missing facts are marked as
+not recorded, never guessed. All text is escaped and cannot become markup.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def card_text(record: Record, source: Source, measured: str | None = None) -> st
     """Write the model card of a checkpoint.
 
     Args:
-        record: Its record for the manifest.
+        record: Its manifest record.
         source: Everything known about it.
-        measured: A sentence about a second measurement; None if there was none.
+        measured: A sentence about a second measurement; None if it was measured once.
 
     Returns:
         The content of ``README.md``.
@@ -72,7 +72,7 @@ def card_text(record: Record, source: Source, measured: str | None = None) -> st
 
 
 def shown_pictures(card: str) -> set[str]:
-    """The names of the pictures that a model card shows.
+    """Return the file names of the pictures on a model card.
 
     Args:
         card: Content of a ``README.md``.
@@ -81,10 +81,10 @@ def shown_pictures(card: str) -> set[str]:
 
 
 def dataset_id(name: str) -> str:
-    """A dataset's id as the Hub's metadata take it.
+    """Return a dataset's id for the Hub's metadata.
 
     Args:
-        name: The name for people, for example ``CIFAR-10``.
+        name: The dataset's name, for example ``CIFAR-10``.
     """
     plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")
     return _HUB_DATASETS.get(plain, plain or "unknown")
@@ -155,7 +155,7 @@ def _facts(record: Record, source: Source) -> dict[str, str]:
 
 
 def _weights(source: Source) -> str | None:
-    """Which of a run's weights are published and were measured; None if the source is not a run."""
+    """Which of a run's weights were measured and are published; None if the source is not a run."""
     recipe = source.parsed_recipe
     if not source.rows or recipe is None:
         return None
@@ -175,7 +175,7 @@ def _base(base: Base | None, *, trained: bool) -> str:
 
 
 def class_names(source: Source) -> tuple[str, ...]:
-    """Names of the classes, from the run's record or config.json; empty if there are none."""
+    """Return the class names from the run's record or config.json; empty if there are none."""
     if source.facts is not None and source.facts.classes:
         return source.facts.classes
     return tuple(map(str, source.labels.get("label_names") or ()))
@@ -200,7 +200,7 @@ def _measured(metric: Metric) -> str:
 
 
 def _measurement(record: Record, source: Source, measured: str | None) -> list[str]:
-    """On which images and weights the figures were measured, and how to measure them again."""
+    """What the figures were measured on, and how to measure them again."""
     if not source.rows:
         return [measured] if measured else []
     last, images = source.rows[-1], None if source.facts is None else source.facts.images
@@ -211,7 +211,7 @@ def _measurement(record: Record, source: Source, measured: str | None) -> list[s
     if images and record.metrics:
         share = record.metrics[0].value / 100
         error = 196 * math.sqrt(max(share * (1 - share), 0.25 / images) / images)
-        sentences.append(f"95 % confidence interval of the accuracy for that many images: about ±{error:.1f} points.")
+        sentences.append(f"95 % confidence interval of the accuracy with this many images: about ±{error:.1f} points.")
     if loss is not None and calibration is not None:
         sentences.append(f"Test loss {loss:.4f} nats, expected calibration error {calibration:.2f} %.")
     check = code(validate_command(str(record.repo_id), source.parsed_recipe, source.split))
@@ -227,8 +227,8 @@ def validate_command(repo_id: str, recipe: Recipe | None, split: str | None) -> 
 
     Args:
         repo_id: Hub repository of the checkpoint.
-        recipe: The recipe of its run, which says how the data is read; None for an image folder.
-        split: The part of the data; None for the first held-out one.
+        recipe: The recipe of its run, which says how to read the data; None for an image folder.
+        split: The split; None for the first held-out one.
     """
     words = ["ubn-zoo", "validate", "--model", f"hf-hub:{repo_id}", "--data-dir", "DIR"]
     if recipe is not None:
@@ -248,7 +248,7 @@ def validate_command(repo_id: str, recipe: Recipe | None, split: str | None) -> 
 
 
 def _training(record: Record, source: Source) -> list[str]:
-    """How the weights were made, and the command that repeats the run."""
+    """How the weights were trained, and the command that repeats the run."""
     pictures = [f"![{Path(name).stem}]({name})" for name in source.pictures]
     recipe, facts = source.parsed_recipe, source.facts
     sections = ["## Training"]
@@ -295,11 +295,11 @@ def _limits(record: Record, source: Source) -> str:
     runs = f"one run (seed {next(iter(seeds))})" if len(seeds) == 1 else f"{len(seeds)} seeds" if seeds else "one model"
     uses = [
         f"For classifying images like those of {escape(record.origin.data)} into the {record.num_classes} classes "
-        "above, and as a start for fine-tuning on similar images.",
-        f"The figures are those of {runs} on held-out images of the same data. They do not tell how well the "
-        "model does on images from other sources, or on different groups of people.",
-        "The model assigns every image to one of its classes, even an image that shows none of them. Evaluate it on "
-        "your own images before you rely on it.",
+        "above, and as a starting point for fine-tuning on similar images.",
+        f"The figures are those of {runs} on held-out images of the same data. They do not show how well the "
+        "model performs on images from other sources, or on different groups of people.",
+        "The model assigns every image to one of its classes, even if it shows none of them. Evaluate it on your own "
+        "images before you rely on it.",
     ]
     return "\n".join(f"- {use}" for use in uses)
 

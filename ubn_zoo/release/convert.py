@@ -30,13 +30,13 @@ def convert(
 ) -> None:
     """Write the safetensors file of a UBN model from weights in another format.
 
-    The file's metadata name the model, its number of classes, and the origin of the weights.
+    The file's metadata records the model, its number of classes, and the origin of the weights.
 
     Args:
         name: A model of the zoo, or ``model.tag``.
         output: The file to write, ending in ``.safetensors``. It is written atomically.
         checkpoint: A local file in BatchNorm's, UBN's or the authors' format, saved by safetensors or torch. Only
-            weights are read from it. By default the weights of the tag are converted.
+            weights are read from it. By default, the weights of the tag are converted.
         num_classes: Number of classes of `checkpoint`, if it differs from the tag's.
         force: Whether to replace an existing file.
         cache_dir: Cache folder; by default huggingface_hub's.
@@ -52,7 +52,7 @@ def convert(
     if target.suffix != ".safetensors":
         raise InvalidArgumentError(f"received the output {target}; valid: a name that ends in .safetensors")
     if target.exists() and not force:
-        raise FileExistsError(f"{target}: exists already; choose another name, or pass `force=True` to replace it")
+        raise FileExistsError(f"{target}: already exists; choose another name, or pass `force=True` to replace it")
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     overlay = {} if checkpoint is None else {"file": str(checkpoint), **classes}
     model = timm.create_model(
@@ -62,7 +62,7 @@ def convert(
 
 
 def _with_metadata(state_dict: dict[str, Any], metadata: dict[str, str]) -> bytes:
-    """Serialize to safetensors with equal bytes for equal content: the library's own writer shuffles the metadata."""
+    """Serialize to safetensors reproducibly: the library's own writer shuffles the metadata."""
     content = safetensors.torch.save(state_dict)
     end = 8 + int.from_bytes(content[:8], "little")
     header = {"__metadata__": metadata, **json.loads(content[8:end])}
@@ -72,7 +72,7 @@ def _with_metadata(state_dict: dict[str, Any], metadata: dict[str, str]) -> byte
 
 
 def _origin(entry: Entry, model: Any, checkpoint: str | Path | None, cache_dir: str | Path | None) -> dict[str, str]:
-    """The metadata of a converted file, which publishing reads."""
+    """Metadata of a converted file, which publishing reads."""
     metadata = {"format": "pt", "architecture": entry.architecture, "num_classes": str(model.num_classes)}
     if checkpoint is not None:
         digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()

@@ -24,17 +24,17 @@ _IMAGES = 2
 def measure_files(
     contents: Mapping[str, bytes], data_dir: str | os.PathLike[str], recipe: Recipe | None, split: str | None
 ) -> Accuracy:
-    """Evaluate files exactly as users who download them will.
+    """Evaluate files exactly as users will after downloading them.
 
     Args:
         contents: ``config.json`` and ``model.safetensors``.
         data_dir: Folder of the data.
-        recipe: The recipe of the run, which says how the data is read; None for an image folder.
-        split: The part of the data; None for the first held-out one.
+        recipe: The recipe of the run, which says how to read the data; None for an image folder.
+        split: The split; None for the first held-out one.
 
     Raises:
         DataError: The data cannot be used.
-        EvaluationError: Model and data do not go together.
+        EvaluationError: Model and data do not match.
     """
     keys = ("dataset", "test_samples", "input_key", "target_key", "workers")
     data = {} if recipe is None else {key: getattr(recipe, key) for key in keys}
@@ -44,7 +44,7 @@ def measure_files(
             (Path(folder) / name).write_bytes(contents[name])
         subject = load_subject(run=folder)
         feed = feed_of(subject, test_split=split, **data)
-        # Without names in the checkpoint, only the order of the classes can tell which output is which.
+        # Without class names in the checkpoint, outputs and classes can only be matched by order.
         images = open_images(subject, feed, data_dir, ranks, allow_class_mismatch=not subject.classes)
         amp = None if recipe is None or recipe.amp is None else getattr(torch, recipe.amp)
         return measure(subject.model.to(memory_format=torch.channels_last), images, ranks, amp=amp)
@@ -53,10 +53,10 @@ def measure_files(
 def agrees(recorded: float, found: Accuracy) -> bool:
     """Whether a second measurement confirms a recorded top-1 accuracy, in percent.
 
-    Rounding differs between processors and may change a few predictions: 0.1 points, or two images, are allowed.
+    Rounding differs between processors and may change a few predictions, so 0.1 points or two images are tolerated.
 
     Args:
-        recorded: The figure of the run.
+        recorded: The accuracy that the run recorded.
         found: The second measurement.
     """
     return abs(recorded - found.top1) <= max(_POINTS, 100.0 * _IMAGES / found.images) + 1e-9

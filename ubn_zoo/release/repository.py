@@ -1,4 +1,4 @@
-"""Update the main branch of a Hub repository to a publication, in one commit."""
+"""Update the main branch of a Hub repository to a publication in one commit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD = "README.md"
 CONFIG = "config.json"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# What publications consist of, beside the pictures that their card shows.
+# The files of a publication, besides the pictures on its card.
 _NAMES = (WEIGHTS, CONFIG, RECIPE, CSV, JSON, CARD)
 _ADVICE = Advice(
     login="log in with `hf auth login` or set HF_TOKEN to a token that may write there",
@@ -51,7 +51,7 @@ class File:
 
     @property
     def git_oid(self) -> str:
-        """The name that Git gives the content, by which the Hub knows small files."""
+        """The hash that Git gives the content, and the Hub reports for small files."""
         header = b"blob %d\0" % len(self.content)
         return hashlib.sha1(header + self.content, usedforsecurity=False).hexdigest()
 
@@ -78,27 +78,27 @@ class Repository:
         others: Mapping[str, str],
         replace: bool,
     ) -> tuple[str, bool]:
-        """Update main so that these are its only published files. Files of other origin stay.
+        """Update main so that these are its only published files. All other files stay.
 
         Args:
             files: The publication.
-            title: First line of the commit's message.
+            title: First line of the commit message.
             private: Whether the repository must be private.
             recorded: Revisions of earlier publications; their files may be overwritten and removed.
             others: Other weights that were published here: SHA-256 by id.
-            replace: Whether to replace other weights and files of other origin, and to remove pickles.
+            replace: Whether to replace other weights and other people's files, and to remove pickles.
 
         Returns:
-            The commit, and whether it is a new one.
+            The commit, and whether it is new.
 
         Raises:
-            PublishConflictError: Main holds other content, or changes meanwhile.
-            HubError: The Hub refuses, or cannot be reached.
+            PublishConflictError: Main has other content, or changes in the meantime.
+            HubError: The Hub denies the request, or is unreachable.
         """
         head, is_private = retry(lambda: self._open(private), self._subject, _ADVICE)
         if private and not is_private:
             raise PublishConflictError(
-                f"{self._subject}: the repository is public, but a private one was asked for; nothing was sent"
+                f"{self._subject}: the repository is public, but a private one was requested; nothing was sent"
             )
         main = self.tree(head)
         beside = set(main) - {file.name for file in files}
@@ -118,7 +118,7 @@ class Repository:
         return self._commit(files, removed, head, f"Publish {title}"), True
 
     def holds(self, revision: str, name: str, sha256: str) -> bool:
-        """Whether a revision exists and has a large file with this content.
+        """Return whether a revision exists and has a large file with this content.
 
         Args:
             revision: A commit.
@@ -131,7 +131,7 @@ class Repository:
             return False
 
     def tree(self, revision: str) -> dict[str, str]:
-        """Hashes of a revision's files by name: SHA-256 of large ones, Git's SHA-1 of small ones.
+        """Return the hashes of a revision's files by name: SHA-256 for large ones, Git's SHA-1 for small ones.
 
         Args:
             revision: A commit.
@@ -146,16 +146,16 @@ class Repository:
                 files = (entry for entry in entries if isinstance(entry, RepoFile))
                 return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
             except (AttributeError, LookupError, TypeError) as error:
-                # The client reads the listing in a generator, where the retry engine cannot see the answer.
+                # The client reads the listing in a generator, where `retry` cannot see the response.
                 raise HubError(
-                    f"{self._subject}: the Hub answers HTTP 200 with a listing of files that cannot be read "
+                    f"{self._subject}: the Hub returned HTTP 200 with a file listing that cannot be interpreted "
                     f"({type(error).__name__}: {error}); check HF_ENDPOINT"
                 ) from error
 
         return retry(attempt, self._subject, _ADVICE)
 
     def _open(self, private: bool) -> tuple[str, bool]:
-        """Head of main and whether the repository is private; it is created if there is none."""
+        """Return the head of main and whether the repository is private; create it if it does not exist."""
         try:
             info = self._api.repo_info(self._repo_id)
         except GatedRepoError:
@@ -164,13 +164,13 @@ class Repository:
             self._api.create_repo(self._repo_id, private=private or None, exist_ok=True)
             info = self._api.repo_info(self._repo_id)
         if info.sha is None:
-            raise HubError(f"{self._repo_id}: the repository has no commit on main; make one on its page")
+            raise HubError(f"{self._repo_id}: the repository has no commit on main; make one on its web page")
         return info.sha, bool(info.private)
 
     def _owned(self, revision: str, *, pictures: bool) -> dict[str, str]:
-        """A publication's own files at its revision, with their hashes; none if the revision no longer exists.
+        """Return the hashes of a publication's files at its revision; none if the revision no longer exists.
 
-        Pictures are those that the card shows, which has to be read for that.
+        With `pictures`, its card is downloaded to find out which pictures it shows.
         """
         try:
             tree = self.tree(revision)
@@ -198,35 +198,35 @@ class Repository:
         other = next((name for name, sha256 in others.items() if main.get(WEIGHTS) == sha256), None)
         if other is not None and changed:
             raise PublishConflictError(
-                f"{self._subject}: main holds other weights, {other}; choose another repository, or pass "
+                f"{self._subject}: main has other weights, {other}; choose another repository, or pass "
                 "`replace=True` to replace them on main (their recorded revision stays)"
             )
         foreign = [name for name in changed if name in main and all(mine.get(name) != main[name] for mine in owned)]
         if foreign:
             raise PublishConflictError(
-                f"{self._subject}: main has {', '.join(sorted(foreign))} with content that does not stem from a "
-                "recorded publication; look at it, then choose another repository, or pass `replace=True`"
+                f"{self._subject}: main has {', '.join(sorted(foreign))} with content that is not from a recorded "
+                "publication; check it, then choose another repository, or pass `replace=True`"
             )
         if pickles:
             raise PublishConflictError(
-                f"{self._subject}: main has {', '.join(sorted(pickles))}, whose loading can run code and which loaders "
-                "may take instead of the published weights; remove it, or pass `replace=True` to have it removed"
+                f"{self._subject}: main has {', '.join(sorted(pickles))}, which can run code when loaded and may be "
+                "loaded instead of the published weights; remove it, or pass `replace=True` to have it removed"
             )
 
     def _differing(self, tree: Mapping[str, str], files: Sequence[File]) -> list[str]:
         return [file.name for file in files if tree.get(file.name) not in (file.sha256, file.git_oid)]
 
     def _commit(self, files: Sequence[File], removed: Sequence[str], head: str, title: str) -> str:
-        """Make one commit on top of `head` and give its revision, however often the Hub has to be asked.
+        """Make exactly one commit on top of `head`, with retries, and return its revision.
 
-        The answer to a commit may be lost after the commit was made. So main is looked at after every failure, and
-        every attempt names the parent, so that the Hub refuses to make the same commit twice.
+        The response may be lost after the commit was made. Main is therefore checked after every failure, and every
+        attempt names its parent commit, so that the Hub cannot make the same commit twice.
         """
         backoff = Backoff(self._subject, _ADVICE)
         while True:
             failure: Exception | None = None
             try:
-                # New operations every time: a committed one cannot be used again.
+                # New operations every time: huggingface_hub cannot reuse committed ones.
                 operations: list[CommitOperationAdd | CommitOperationDelete] = [
                     *(CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content) for file in files),
                     *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in removed),
@@ -242,11 +242,11 @@ class Repository:
                 return revision
             if failure is None:
                 raise HubError(
-                    f"{self._subject}: the commit {revision} does not hold the files that were sent; not recorded"
+                    f"{self._subject}: the commit {revision} does not contain the files that were sent; not recorded"
                 )
             if revision != head:
                 raise PublishConflictError(
-                    f"{self._subject}: main moved from {head} to {revision} meanwhile, so nothing was committed; look "
-                    "at it, then publish again"
+                    f"{self._subject}: main moved from {head} to {revision} in the meantime, so nothing was committed; "
+                    "check it, then publish again"
                 ) from failure
             backoff.wait(failure)

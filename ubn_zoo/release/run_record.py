@@ -64,13 +64,13 @@ class RunFacts:
 
     Attributes:
         base: The weights that training started from; None if it started from scratch.
-        images: Number of held-out images in the evaluation; None if the data does not tell.
+        images: Number of held-out images in the evaluation; None if unknown.
         split: Split that these images are from; None if it was not recorded.
         classes: Names of the classes in the order of the outputs; empty if the data has no names.
         hardware: Description of the machine.
         software: Versions of the packages.
-        ranks: Processes that trained together.
-        recipe_name: The packaged recipe that the run's command names; None if it names none.
+        ranks: Number of processes.
+        recipe_name: The packaged recipe named in the run's command; None if it names none.
         starts: How many times the run was started.
         extended: Epochs of the recipe before each extension of the finished run; empty if it was never extended.
     """
@@ -126,11 +126,11 @@ def read_environment(folder: Path, recipe: Recipe) -> RunFacts:
             "as training left it"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{ENVIRONMENT} is not as training writes it: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{ENVIRONMENT} is not what training writes: {type(error).__name__}: {error}") from None
 
 
 def _base(found: Any, recipe: Recipe) -> Base | None:
-    """The base weights that a run recorded; for a run that recorded none, what its recipe says of them."""
+    """The base weights that a run recorded; if it recorded none, what its recipe says about them."""
     if isinstance(found, Mapping):
         return Base(**{key: None if value is None else str(value) for key, value in found.items()})  # type: ignore[arg-type]
     if recipe.checkpoint is not None:
@@ -146,7 +146,7 @@ def _base(found: Any, recipe: Recipe) -> Base | None:
 
 
 def _recipe_name(command: Sequence[str]) -> str | None:
-    """The packaged recipe that a recorded command line names."""
+    """The packaged recipe named in a recorded command line."""
     words = [str(word) for word in command]
     given = [after for word, after in itertools.pairwise(words) if word == "--recipe"]
     given += [word.partition("=")[2] for word in words if word.startswith("--recipe=")]
@@ -158,13 +158,13 @@ def train_command(recipe: Recipe, *, name: str | None = None, ranks: int = 1, cl
 
     Args:
         recipe: The run's recipe, complete.
-        name: The recipe it was made from: a packaged one, or a file. By default a packaged recipe with the same source.
-        ranks: Processes that trained together.
-        classes: Number of classes in the data; `num_classes` is a setting only if it differs.
+        name: The recipe it is based on, packaged or a file; by default a packaged recipe with the same source.
+        ranks: Number of processes.
+        classes: Number of classes in the data; `num_classes` becomes a setting only if it differs.
 
     Returns:
-        A command with a packaged recipe and the settings that lead to the run's recipe; if no packaged recipe does, a
-        command with the run's own ``recipe.yaml``.
+        A command with a packaged recipe and the settings that yield the run's recipe; if none does, a command with the
+        run's own ``recipe.yaml``.
     """
     recipe = without_folders(recipe)
     launcher = "ubn-zoo" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m ubn_zoo"
@@ -178,7 +178,7 @@ def train_command(recipe: Recipe, *, name: str | None = None, ranks: int = 1, cl
 
 
 def without_folders(recipe: Recipe) -> Recipe:
-    """Remove the folder from the path of a recipe's checkpoint: it is private and means nothing on another machine."""
+    """Remove the folder from the path of a recipe's checkpoint: it is private, and meaningless on another machine."""
     if recipe.checkpoint is None:
         return recipe
     return dataclasses.replace(recipe, checkpoint=Path(recipe.checkpoint).name)
@@ -220,8 +220,8 @@ def check_figures(rows: Sequence[EpochMetrics], facts: RunFacts | None, folder: 
 
     Args:
         rows: The rows of its ``metrics.csv``.
-        facts: Facts from its environment; None if there are none.
-        folder: The run's folder, whose newest checkpoint holds the figures too; None if there is none.
+        facts: Facts from its ``environment.json``; None if there are none.
+        folder: The run's folder, whose newest checkpoint has the figures too; None if there is none.
 
     Returns:
         The problems found.
@@ -259,7 +259,7 @@ def _check_against_checkpoint(rows: Sequence[EpochMetrics], folder: Path) -> lis
         for name in (*_PERCENT, *_LOSSES):
             if getattr(row, name) != getattr(own, name):
                 return [
-                    f"epoch {row.epoch}: {name} is {getattr(row, name)}, and {getattr(own, name)} in the run's newest "
+                    f"epoch {row.epoch}: {name} is {getattr(row, name)}, but {getattr(own, name)} in the run's newest "
                     "checkpoint; one of them was changed"
                 ]
     return []

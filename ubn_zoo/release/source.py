@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -62,15 +63,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the caller of `publish` specifies about a checkpoint; None for values from the checkpoint itself.
+    """What the caller of `publish` specifies about a checkpoint; None means the checkpoint's own value.
 
     Attributes:
-        tag: Name of the weights in ``architecture.tag``.
+        tag: Tag of the weights, as in ``architecture.tag``.
         license: SPDX identifier of the weights' license.
-        dataset: Name of the data of training and measurement.
-        split: The part of it that the metrics were measured on.
-        recipe: A recipe's file.
-        metrics: A file of metrics.
+        dataset: Name of the dataset for training and evaluation.
+        split: The split that the metrics were measured on.
+        recipe: A recipe file.
+        metrics: A metrics file.
         description: One sentence.
         base_model: Hub id of the model that training started from.
     """
@@ -91,30 +92,30 @@ class Source:
 
     Attributes:
         label: Its name in messages.
-        weights: Content of the weights' file.
-        state: The weights by name.
-        model: The model they are for, freshly built.
-        architecture: The model's name.
-        tag: Name of the weights.
+        weights: Content of the weights file.
+        state: State dict of the weights.
+        model: The model for the weights, freshly built.
+        architecture: Name of the model.
+        tag: Tag of the weights.
         license: SPDX identifier of the weights' license.
         description: One sentence.
         base: The weights that training started from, or that were converted.
-        data: Name of the data of training and measurement.
-        split: The part of it that the metrics were measured on.
+        data: Name of the dataset for training and evaluation.
+        split: The split that the metrics were measured on.
         trained: How the weights were made.
-        command: The command that repeats the run; None if it is not a run's.
+        command: The command that repeats the run; None if the source is not a run.
         data_config: Preprocessing, in timm's terms.
         labels: Entries of timm's config.json that name classes.
-        recipe: Content of the recipe's file.
+        recipe: Content of the recipe file.
         recipe_name: Its name in the record.
         recipe_sha256: Its required SHA-256; None for any.
         needs_recipe: Whether a recipe is required.
         metrics: Metrics as in the manifest.
-        table: Content of the run's table of metrics.
-        rows: Its rows; empty unless they are those of the whole run.
-        facts: What the run's environment says.
-        folder: The run's folder; None if it is not a run's.
-        averaged: Whether the weights are the moving average of the run's.
+        table: Content of the run's ``metrics.csv``.
+        rows: Its rows; empty unless the run is complete.
+        facts: What the run's ``environment.json`` says.
+        folder: Folder of the run; None if the source is not a run.
+        averaged: Whether the weights are the moving average.
         pictures: Plots by name.
         problems: Reasons why it cannot be published.
     """
@@ -150,20 +151,25 @@ class Source:
     @property
     def parsed_recipe(self) -> Recipe | None:
         """The recipe, if there is a valid one."""
-        try:
-            return None if self.recipe is None else parse_recipe(self.recipe.decode("utf-8"))
-        except (RecipeError, UnicodeDecodeError):
-            return None
+        return None if self.recipe is None else _parsed(self.recipe)
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(content: bytes) -> Recipe | None:
+    try:
+        return parse_recipe(content.decode("utf-8"))
+    except (RecipeError, UnicodeDecodeError):
+        return None
 
 
 def gather(
-    source: str | os.PathLike[str], book: Manifest, options: Options, cache_dir: str | os.PathLike[str] | None
+    source: str | os.PathLike[str], manifest: Manifest, options: Options, cache_dir: str | os.PathLike[str] | None
 ) -> Source:
-    """Find out what a source is, and read everything known about it.
+    """Determine what kind of source this is, and read everything known about it.
 
     Args:
         source: Path of a folder or file, or id of a record.
-        book: The manifest.
+        manifest: The manifest.
         options: Values from the caller; they take precedence.
         cache_dir: Cache folder for a record's weights.
 
@@ -178,9 +184,9 @@ def gather(
         _read_weights(found, path)
         _from_converted(found, path)
     else:
-        record = next((known for known in book if known.id == str(source)), None)
+        record = next((known for known in manifest if known.id == str(source)), None)
         if record is None:
-            valid = "valid are a folder of a run or checkpoint, a converted file, or the id of a manifest record"
+            valid = "valid: the folder of a run or checkpoint, a converted file, or the id of a manifest record"
             return Source(label=str(source), problems=[valid])
         found = _from_record(record, cache_dir)
     _read_given_files(found, options)
@@ -212,9 +218,9 @@ def _slug(text: str) -> str | None:
 
 
 def _from_folder(path: Path, options: Options) -> Source:
-    """A run's folder, or one in timm's format."""
+    """Read the folder of a run, or one in timm's format."""
     found = Source(label=str(path))
-    # A run with a moving average publishes the average.
+    # Of a run with a moving average, the average is published.
     found.averaged = (path / WEIGHTS).is_file() and (path / EMA_WEIGHTS).is_file()
     _read_weights(found, path / (EMA_WEIGHTS if found.averaged else WEIGHTS))
     _read_companions(found, path)
@@ -224,7 +230,7 @@ def _from_folder(path: Path, options: Options) -> Source:
     elif (path / "config.json").is_file():
         _from_config(found, path)
     elif recipe is None:
-        found.problems.append("without config.json or a valid recipe.yaml the architecture is not known")
+        found.problems.append("it has neither config.json nor a valid recipe.yaml, so the architecture is unknown")
     else:
         _from_recipe(found, recipe)
     if recipe is not None and (found.table is not None or (path / ENVIRONMENT).is_file()):
@@ -249,14 +255,13 @@ def _read_companions(found: Source, folder: Path) -> None:
     """Read recipe, metrics and plots beside the weights."""
     if (folder / RECIPE).is_file():
         found.recipe = (folder / RECIPE).read_bytes()
-    if (folder / CSV).is_file():
-        found.table = (folder / CSV).read_bytes()
-    elif (folder / JSON).is_file():
-        found.metrics = _read_json_metrics(found, folder / JSON)
+    metrics = next((folder / name for name in (CSV, JSON) if (folder / name).is_file()), None)
+    if metrics is not None:
+        _read_metrics_file(found, metrics)
     for path in sorted(folder.glob("*.png")):
         content = path.read_bytes()
         if not _PICTURE_NAME.fullmatch(path.name) or not content.startswith(_PNG) or len(content) > MAX_PICTURE_BYTES:
-            found.problems.append(f"{path.name!r} is not a plainly named PNG of at most {MAX_PICTURE_BYTES} bytes")
+            found.problems.append(f"{path.name!r} is not a PNG with a plain name and at most {MAX_PICTURE_BYTES} bytes")
         else:
             found.pictures[path.name] = content
 
@@ -281,7 +286,7 @@ def _from_recipe(found: Source, recipe: Recipe) -> None:
     side = recipe.test_img_size or recipe.img_size
     incomplete = [key for key in ("num_classes", "mean", "std", "interpolation") if getattr(recipe, key) is None]
     if recipe.num_classes is None or side is None or incomplete:
-        found.problems.append(f"{RECIPE} is not that of a run: {', '.join(incomplete) or 'img_size'} is missing")
+        found.problems.append(f"{RECIPE} is not from a run: {', '.join(incomplete) or 'img_size'} is missing")
         return
     _build_model(found, found.architecture, recipe.num_classes)
     found.data_config = {
@@ -325,20 +330,20 @@ def _from_converted(found: Source, path: Path) -> None:
         metadata: Mapping[str, str] = file.metadata() or {}
     architecture, origin, classes = (metadata.get(key) for key in ("architecture", "converted_from", "num_classes"))
     if architecture is None or origin is None or classes is None or not re.fullmatch("[0-9]{1,7}", classes):
-        found.problems.append(f"{path.name} has no note of its origin; valid is a file that `ubn-zoo convert` wrote")
+        found.problems.append(f"{path.name} does not record its origin; valid: a file written by `ubn-zoo convert`")
         return
     found.architecture, found.tag = architecture, metadata.get("tag")
     if "base_model" in metadata:
         repository, revision = metadata["base_model"], metadata.get("base_revision")
         found.base = Base(name=origin, repository=repository, revision=revision)
     found.trained = f"converted from {origin}"
-    # There was no training run, so there is no recipe.
+    # Without a training run there is no recipe.
     found.needs_recipe = False
     _build_model(found, architecture, int(classes))
 
 
 def _from_record(record: Record, cache_dir: str | os.PathLike[str] | None) -> Source:
-    """A source with everything that the manifest says of a checkpoint."""
+    """Create a source from everything that the manifest says about a checkpoint."""
     found = Source(
         label=record.id,
         architecture=record.architecture,
@@ -350,12 +355,7 @@ def _from_record(record: Record, cache_dir: str | os.PathLike[str] | None) -> So
         metrics=record_to_dict(record)["metrics"],
         needs_recipe=record.recipe is not None,
         data_config={
-            "input_size": record.input.size,
-            "mean": record.input.mean,
-            "std": record.input.std,
-            "interpolation": record.input.interpolation,
-            "crop_pct": record.input.crop_pct,
-            "crop_mode": record.input.crop_mode,
+            "input_size" if name == "size" else name: value for name, value in dataclasses.asdict(record.input).items()
         },
     )
     _read_weights(found, hub.fetch_record(record, cache_dir=cache_dir))
@@ -376,27 +376,25 @@ def _read_given_files(found: Source, options: Options) -> None:
         except (RecipeError, OSError) as error:
             found.problems.append(str(error))
     if options.metrics is not None:
-        path = Path(options.metrics)
-        found.metrics, found.table = None, None
-        if path.suffix == ".json":
-            found.metrics = _read_json_metrics(found, path)
-        else:
-            try:
-                found.table = path.read_bytes()
-            except OSError as error:
-                found.problems.append(f"metrics: {error}")
+        _read_metrics_file(found, Path(options.metrics))
 
 
-def _read_json_metrics(found: Source, path: Path) -> list[Any] | None:
+def _read_metrics_file(found: Source, path: Path) -> None:
+    """Read a run's table, or a list of metrics as in the manifest."""
+    found.metrics, found.table = None, None
     try:
-        metrics = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if path.suffix != ".json":
+            found.table = content
+            return
+        metrics = json.loads(content)
     except (OSError, ValueError) as error:
         found.problems.append(f"metrics: {path.name} cannot be read: {error}")
-        return None
-    if not isinstance(metrics, list) or not metrics:
+        return
+    if isinstance(metrics, list) and metrics:
+        found.metrics = metrics
+    else:
         found.problems.append(f"metrics: {path.name} is not a list of metrics as in the manifest")
-        return None
-    return metrics
 
 
 def _check_percentages(found: Source) -> None:
@@ -408,14 +406,14 @@ def _check_percentages(found: Source) -> None:
 
 
 def _metrics_of_run(found: Source, table: bytes) -> None:
-    """Turn the last epoch of a run into the manifest's metric: of the weights, or of their moving average."""
+    """Turn the last epoch of a run into the manifest's metric, of the weights or of their moving average."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / CSV
             path.write_bytes(table)
             rows = read_metrics(path)
     except (ValueError, csv.Error, KeyError) as error:
-        found.problems.append(f"metrics: {CSV} is not as training writes it: {error}")
+        found.problems.append(f"metrics: {CSV} is not what training writes: {error}")
         return
     recipe = found.parsed_recipe
     if recipe is None:
@@ -447,11 +445,11 @@ def _metrics_of_run(found: Source, table: bytes) -> None:
 
 
 def _unfinished(rows: Sequence[EpochMetrics], recipe: Recipe) -> str | None:
-    """Why rows are not those of the whole run of a recipe; None if they are."""
+    """Why the rows are not a complete run of the recipe; None if they are."""
     if [row.epoch for row in rows] != list(range(1, recipe.epochs + 1)):
         return f"{CSV} has {len(rows)} epochs, the recipe has {recipe.epochs}: the run is not finished"
     if {(row.model, row.norm, row.seed) for row in rows} != {(recipe.model, recipe.norm, recipe.seed)}:
-        return f"{CSV} is of another run than the recipe"
+        return f"{CSV} and the recipe are from different runs"
     if rows[-1].commit is not None and rows[-1].commit.endswith("+"):
         return (
             f"the code differed from its commit {rows[-1].commit[:-1]}, so the run cannot be repeated; train it again"
@@ -460,14 +458,14 @@ def _unfinished(rows: Sequence[EpochMetrics], recipe: Recipe) -> str | None:
 
 
 def _without_secrets(metrics: list[Any] | None) -> list[Any] | None:
-    """Hide what looks like a secret in the commands of metrics, and warn of it."""
+    """Hide what looks like a secret in the commands of metrics, with a warning."""
     cleaned: list[Any] = []
     for metric in metrics or []:
         measured = metric.get("measured") if isinstance(metric, dict) else None
         command = measured.get("command") if isinstance(measured, dict) else None
         if isinstance(measured, dict) and isinstance(command, str) and hide_secrets(command) != command:
             hidden = hide_secrets(command)
-            _logger.warning("the command of a metric holds what looks like a secret; it is published as: %s", hidden)
+            _logger.warning("the command of a metric contains what looks like a secret; it is published as: %s", hidden)
             metric = {**metric, "measured": {**measured, "command": hidden}}
         cleaned.append(metric)
     return cleaned or metrics

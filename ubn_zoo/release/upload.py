@@ -1,7 +1,7 @@
 """Publish a checkpoint on the Hub in one commit, and record it in the manifest.
 
-Everything is checked and prepared before anything is sent. The manifest is written last, after the files were found on
-the Hub. A publication that was interrupted can therefore simply be repeated.
+Everything is checked and prepared before anything is sent. The manifest is written last, once the files are on the
+Hub, so an interrupted publication can simply be repeated.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Publication:
     """What was published, or would be.
 
     Attributes:
-        record: The manifest's record; its revision is forty zeros after a dry run.
+        record: The manifest record; after a dry run its revision is 40 zeros.
         files: The files, the weights first.
-        committed: Whether a new commit was made; False if the repository had all files already.
+        committed: Whether a new commit was made; False if the repository already had all files.
         recorded: Whether the manifest was changed.
     """
 
@@ -89,38 +89,39 @@ def publish(
 ) -> Publication:
     """Publish a checkpoint on the Hub in one commit, and record it in a manifest.
 
-    For a run whose recipe has `data_name` and `license`, source and repository are enough. A repository that already
-    has the same files gets no new commit, so a publication can be repeated, above all after an interruption. Uploads
-    are huggingface_hub's own: its token, its endpoint (``HF_ENDPOINT``), with or without Xet.
+    A run whose recipe has `data_name` and `license` needs only a source and a repository. A repository that already has
+    the same files gets no new commit, so a publication can be repeated, for example after an interruption. Uploads use
+    huggingface_hub, with its token and endpoint (``HF_ENDPOINT``), with or without Xet.
 
     Args:
         source: Folder of a training run, as training left it; folder in timm's format (`config.json`,
-            `model.safetensors`); file of ``ubn-zoo convert``; or id of a record of the manifest.
+            `model.safetensors`); file written by ``ubn-zoo convert``; or id of a manifest record.
         repo_id: Hub repository, ``owner/name``; created if it does not exist.
-        tag: Name of these weights in ``architecture.tag``; by default the checkpoint's own, or made of the data's name.
-        private: Whether the repository must be private; a new one is then created so.
-        dry_run: Whether only to check: nothing is sent, requested or written.
+        tag: Tag of these weights, as in ``architecture.tag``; by default the checkpoint's own, or derived from the
+            dataset's name.
+        private: Whether the repository must be private; a new one is created private.
+        dry_run: Whether to only check: nothing is sent, requested or written.
         license: SPDX identifier of the weights' license; by default the checkpoint's own.
-        dataset: Name of the data of training and measurement; by default the checkpoint's own.
-        split: The part of it that the metrics were measured on; by default the one that the run recorded.
-        recipe: A recipe's file, for a checkpoint that has none.
+        dataset: Name of the dataset for training and evaluation; by default the checkpoint's own.
+        split: The split that the metrics were measured on; by default the one that the run recorded.
+        recipe: A recipe file, for a checkpoint without one.
         metrics: A ``.csv`` file as training writes it, or a ``.json`` file with a list of metrics as in the manifest.
-        description: One sentence for people.
+        description: One sentence about the weights.
         base_model: Hub id of the model that training started from, with ``@revision`` if known; by default what the
             run recorded.
-        manifest: The manifest's file; by default the one in this package.
-        replace: Whether to replace other weights: of the same id in the manifest, and of any id in the repository,
-            where files that do not stem from a recorded publication and pickles are replaced too.
-        remeasure: Folder of the run's data: the files are measured on its held-out images before they are sent.
+        manifest: The manifest file; by default the one in this package.
+        replace: Whether to replace other weights: those with the same id in the manifest, and any in the repository,
+            where pickles and files that are not from a recorded publication are replaced too.
+        remeasure: Folder of the run's data: the accuracy is measured again on its held-out images before the upload.
         cache_dir: Cache folder for a record's weights; by default huggingface_hub's.
 
     Raises:
-        PublishError: The checkpoint is not fit to be public; all reasons are listed.
-        PublishConflictError: The repository has other content, or changed meanwhile.
-        HubError: The Hub refuses, or cannot be reached.
+        PublishError: The checkpoint is not fit for publication; all reasons are listed.
+        PublishConflictError: The repository has other content, or changed in the meantime.
+        HubError: The Hub denies the request, or is unreachable.
         NotRecordedError: The upload succeeded, but the manifest could not be written.
-        ManifestError: The manifest is not valid, or has other weights of this id.
-        OSError: The manifest cannot be written; nothing was sent.
+        ManifestError: The manifest is not valid, or has other weights with this id.
+        OSError: The manifest is not writable; nothing was sent.
     """
     options = Options(
         tag=tag,
@@ -132,13 +133,13 @@ def publish(
         description=description,
         base_model=base_model,
     )
-    book = load_manifest(manifest)
-    found = gather(source, book, options, cache_dir)
+    known = load_manifest(manifest)
+    found = gather(source, known, options, cache_dir)
     record, files = _prepare(found, repo_id, remeasure)
-    earlier = next((known for known in book if known.id == record.id), None)
+    earlier = next((entry for entry in known if entry.id == record.id), None)
     if earlier is not None and earlier.sha256 != record.sha256 and not replace:
         raise ManifestError(
-            f"record '{record.id}': the manifest has other weights of this id; choose another `tag`, or pass "
+            f"record '{record.id}': the manifest has other weights with this id; choose another `tag`, or pass "
             "`replace=True`"
         )
     if dry_run:
@@ -146,21 +147,21 @@ def publish(
     path = PACKAGED_MANIFEST if manifest is None else Path(manifest)
     _check_writable(path)
     repository = Repository(repo_id)
-    here = [known for known in book if known.repo_id == repo_id]
+    here = [entry for entry in known if entry.repo_id == repo_id]
     revision, committed = repository.publish(
         files,
         record.id,
         private=private,
-        recorded={str(known.revision) for known in here},
-        others={known.id: known.sha256 for known in here if known.sha256 != record.sha256},
+        recorded={str(entry.revision) for entry in here},
+        others={entry.id: entry.sha256 for entry in here if entry.sha256 != record.sha256},
         replace=replace,
     )
     record = dataclasses.replace(record, revision=revision)
-    # Record every new commit, or the next publication would treat its files as somebody else's.
+    # Record every new commit; otherwise the next publication would take its files for somebody else's.
     if (
         earlier is not None
         and (earlier.source == "bundled" or not committed)
-        and _serves_as_well(earlier, record, repository)
+        and _can_stay(earlier, record, repository)
     ):
         return Publication(record=earlier, files=files, committed=committed, recorded=False)
     try:
@@ -174,22 +175,22 @@ def publish(
 
 
 def _check_writable(path: Path) -> None:
-    """Find out before the upload whether the manifest can be written after it."""
+    """Check before the upload that the manifest can be written after it."""
     try:
-        # A manifest is replaced by a file made beside it, so it is the folder that counts.
+        # Manifests are replaced by a temporary file in the same folder, so the folder must be writable.
         with tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror}, so the publication could not be recorded, and nothing was sent; name a manifest that "
-            "can be written with `manifest=FILE`",
+            f"{error.strerror}, so the publication could not be recorded, and nothing was sent; name a writable "
+            "manifest with `manifest=FILE`",
             str(path),
         ) from error
 
 
-def _serves_as_well(earlier: Record, record: Record, repository: Repository) -> bool:
-    """Whether an earlier record is as good: a bundled file, or a revision with the same content that still exists."""
+def _can_stay(earlier: Record, record: Record, repository: Repository) -> bool:
+    """Whether an earlier record can stay: a bundled file, or an existing revision with the same content."""
     if earlier.source == "bundled":
         try:
             bundled_path(earlier)
@@ -201,7 +202,7 @@ def _serves_as_well(earlier: Record, record: Record, repository: Repository) -> 
 
 
 def _prepare(found: Source, repo_id: str, remeasure: str | os.PathLike[str] | None) -> tuple[Record, tuple[File, ...]]:
-    """Check everything, then give the record, without its revision, and all files; or raise with all reasons."""
+    """Check everything; return the record, without its revision, and all files, or raise with all reasons."""
     reasons = found.problems
     _check_recipe(found)
     _check_facts(found)
@@ -243,7 +244,7 @@ def _check_recipe(found: Source) -> None:
             found.problems.append(f"the recipe is missing: there is no {RECIPE}; pass its file as `recipe`")
         return
     if found.recipe_sha256 not in (None, hashlib.sha256(found.recipe).hexdigest()):
-        found.problems.append(f"the recipe is not the recorded one, of SHA-256 {found.recipe_sha256}")
+        found.problems.append(f"the recipe is not the recorded one, whose SHA-256 is {found.recipe_sha256}")
     try:
         parse_recipe(found.recipe.decode("utf-8"))
     except (RecipeError, UnicodeDecodeError) as error:
@@ -254,13 +255,13 @@ def _check_facts(found: Source) -> None:
     """Check that everything a publication needs is known."""
     reasons = found.problems
     if not found.metrics and not any(reason.startswith("metrics") for reason in reasons):
-        reasons.append(f"metrics are missing: neither {CSV} nor {JSON} is there; pass a file as `metrics`")
+        reasons.append(f"metrics are missing: there is neither {CSV} nor {JSON}; pass a file as `metrics`")
     if not found.license:
         reasons.append("the license is missing; pass its identifier as `license`, for example apache-2.0")
     if not found.data:
-        reasons.append("the dataset is missing; pass the name of the data of training and measurement as `dataset`")
+        reasons.append("the dataset is missing; pass its name as `dataset`, for example CIFAR-10")
     if not found.tag:
-        reasons.append("the tag is missing; pass a name for these weights as `tag`")
+        reasons.append("the tag is missing; pass a short name for these weights as `tag`")
     base = found.base
     if base is not None and base.repository is not None:
         valid = _HUB_ID.fullmatch(base.repository) and _REVISION.fullmatch(base.revision or "main")
@@ -270,7 +271,7 @@ def _check_facts(found: Source) -> None:
 
 
 def _check_weights(found: Source, model: nn.Module, state: dict[str, Any]) -> None:
-    """Check keys, shapes, dtypes, finite values, and that a forward pass stays finite."""
+    """Check keys, shapes, dtypes and values, and that a forward pass is finite."""
     try:
         check_state_dict(state, model, WEIGHTS, str(found.architecture))
     except CheckpointError as error:
@@ -290,7 +291,7 @@ def _check_weights(found: Source, model: nn.Module, state: dict[str, Any]) -> No
 
 
 def _check_secrets(found: Source, contents: Mapping[str, bytes]) -> None:
-    """Refuse to publish a text with a token or a password."""
+    """Refuse to publish text with a token or password."""
     texts = {name: body for name, body in contents.items() if name.endswith((".json", ".yaml", ".csv", ".md"))}
     for name, body in texts.items():
         secret = find_secret(body.decode("utf-8", errors="replace"))
@@ -303,17 +304,17 @@ def _check_secrets(found: Source, contents: Mapping[str, bytes]) -> None:
 def _remeasured(
     found: Source, record: Record, contents: Mapping[str, bytes], data_dir: str | os.PathLike[str]
 ) -> tuple[Record, str]:
-    """The record with the accuracy measured once more, and a sentence on that; or raise if the figures differ."""
+    """Measure the accuracy again; return the updated record and a sentence about it, or raise if the figures differ."""
     recipe = found.parsed_recipe
     accuracy = measure_files(contents, data_dir, recipe, found.split)
     top1 = next((metric for metric in record.metrics if metric.name == "top1"), None)
     if top1 is None:
-        raise PublishError(found.label, ["`remeasure`: there is no metric top1 to compare with"])
+        raise PublishError(found.label, ["`remeasure`: there is no top1 metric to compare with"])
     if not agrees(top1.value, accuracy):
         raise PublishError(
             found.label,
             [
-                f"top1 is {top1.value:g} in its record, and {accuracy.top1:g} measured again on {accuracy.images} "
+                f"top1 is {top1.value:g} in its record, but {accuracy.top1:g} measured again on {accuracy.images} "
                 f"images of {os.fspath(data_dir)}"
             ],
         )
@@ -323,7 +324,7 @@ def _remeasured(
     )
     metrics = tuple(measured if metric is top1 else metric for metric in record.metrics)
     sentence = (
-        f"Measured again before publication, from the files published here: top-1 {accuracy.top1:.2f} % on "
+        f"Measured again before publication, with the files published here: top-1 {accuracy.top1:.2f} % on "
         f"{accuracy.images:,} images; the run recorded {top1.value:.2f} %."
     )
     return dataclasses.replace(record, metrics=metrics), sentence

@@ -1,4 +1,4 @@
-"""Download checkpoints, and check that they are what the manifest and the Hub say they are."""
+"""Download checkpoints, and verify them against the manifest and the Hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Finding:
 
 
 def download(entry: Entry, cache_dir: str | Path | None = None) -> Path:
-    """Return the local path of an entry's weights, downloading them if the cache lacks them.
+    """Return the local path of an entry's weights, downloaded if they are not cached.
 
     The file's hash is checked before the path is returned.
 
@@ -75,7 +75,7 @@ def present(cache_dir: str | Path | None = None) -> list[Entry]:
 
 
 def verify(entries: Sequence[Entry], cache_dir: str | Path | None = None) -> Iterator[Finding]:
-    """Check checkpoints one by one: hash, size, exact keys, shapes and dtypes, finite values, a forward pass.
+    """Verify checkpoints one by one: hash, size, exact keys, shapes and dtypes, finite values, a forward pass.
 
     Args:
         entries: Entries of the catalog; missing files are downloaded.
