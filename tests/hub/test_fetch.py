@@ -1,4 +1,4 @@
-"""Fetching with the real client from a local Hub: pins, hashes, faults of the network, and many processes at once."""
+"""Fetching with the real client from a local Hub: pins, hashes, network faults, and many processes at once."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def blobs(cache: Path) -> list[Path]:
 
 
 def prelude(cache: Path) -> str:
-    """Code that defines `hub`, `fetch` and `cache`, without the package's own import of torch: it takes seconds."""
+    """Code that defines `hub`, `fetch` and `cache` without importing torch, which takes seconds."""
     return (
         "import sys, types\n"
         "package = sys.modules['ubn_zoo'] = types.ModuleType('ubn_zoo')\n"
@@ -163,7 +163,7 @@ def test_file_that_changed_in_the_cache_is_replaced(hub: HubServer, revision: st
 
 
 def into_shared_store(path: Path, cache: Path, content: bytes) -> Path:
-    """Make a cached file's blob a link into a store with names of another kind, as the client may for Xet files."""
+    """Make a cached blob a link into a store with other names, as the client may for Xet files."""
     blob = path.parent / path.readlink()
     store = cache / "blobs" / "ab" / ("ab" * 32)
     store.parent.mkdir(parents=True)
@@ -445,7 +445,7 @@ def test_slow_checker_does_not_delete_what_another_has_just_replaced(
     monkeypatch.setattr(client, "hashlib", SimpleNamespace(sha256=new, sha1=hashlib.sha1))
     with ThreadPoolExecutor(1, "slow") as slow, ThreadPoolExecutor(1, "quick") as quick:
         first = slow.submit(client.fetch, REPO, FILE, revision=revision, cache_dir=cache)
-        time.sleep(0.9)  # the slow one is looking at the bad file for the second time now
+        time.sleep(0.9)  # by now the slow one is hashing the bad file for the second time
         second = quick.submit(client.fetch, REPO, FILE, revision=revision, cache_dir=cache)
     assert first.result() == second.result()
     assert first.result().read_bytes() == CONTENT
@@ -540,7 +540,7 @@ def test_names_that_are_not_plain_are_refused(hub: HubServer, cache: Path, name:
 
 
 @pytest.mark.parametrize("repo_id", ["../x", "a/b/c", "a/..", "", "a/b--c", "a b/c"])
-def test_names_that_are_no_repository_are_refused(hub: HubServer, cache: Path, repo_id: str) -> None:
+def test_bad_repository_names_are_refused(hub: HubServer, cache: Path, repo_id: str) -> None:
     with pytest.raises(ValueError, match="(?i)repo.id"):
         client.fetch(repo_id, FILE, cache_dir=cache)
     assert hub.requests == [] and not cache.exists()
@@ -559,7 +559,7 @@ def test_revisions_that_are_not_plain_are_refused(hub: HubServer, cache: Path, w
 
 
 @pytest.mark.parametrize("wanted", ["", "A" * 64, "0" * 63, "0" * 65, "0" * 64 + "\n"])
-def test_expected_hashes_that_are_none_are_refused(hub: HubServer, cache: Path, wanted: str) -> None:
+def test_bad_hashes_are_refused(hub: HubServer, cache: Path, wanted: str) -> None:
     with pytest.raises(ValueError, match="sha256"):
         client.fetch(REPO, FILE, sha256=wanted, cache_dir=cache)
     assert hub.requests == []
@@ -574,7 +574,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize(("header", "text"), HEADERS.values(), ids=HEADERS.keys())
-def test_servers_that_are_no_hub_are_named(
+def test_servers_that_are_not_a_hub_are_named(
     hub: HubServer, revision: str, cache: Path, header: dict[str, str | None], text: str
 ) -> None:
     hub.fail(method="HEAD", path=RESOLVE, header=header, times=None)
@@ -609,10 +609,10 @@ def unwritable(cache: Path, how: str) -> Iterator[None]:
 
 
 def as_ordinary_user(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter for which the permissions of files count.
+    """Run code in a new interpreter that is subject to file permissions.
 
-    They do not count for root, whose capabilities are dropped here. Root stays the user, because the interpreter may
-    lie in a folder that no other user can read.
+    Root is not, so its capabilities are dropped. The user stays root, because the interpreter may be in a folder that
+    no other user can read.
     """
     prefix: list[str] = []
     if ROOT:
@@ -638,7 +638,7 @@ def test_cache_that_cannot_be_written_serves(hub: HubServer, revision: str, cach
     if state == "down":
         hub.fail(method="HEAD", drop=True, times=None)
     if state == "online":
-        hub.repositories[REPO].refs["same"] = revision  # a ref that cannot be noted in this cache
+        hub.repositories[REPO].refs["same"] = revision  # a ref that cannot be added to this cache
     wanted = ["None", repr(revision), *(["'same'"] if state == "online" else [])]
     code = "".join(
         f"print(fetch({REPO!r}, {file!r}, revision={name}, cache_dir=cache))\n"
@@ -656,9 +656,7 @@ def test_cache_that_cannot_be_written_serves(hub: HubServer, revision: str, cach
 
 
 @pytest.mark.parametrize("how", READ_ONLY)
-def test_cache_that_cannot_be_written_is_named_if_it_would_have_to_be(
-    hub: HubServer, revision: str, cache: Path, how: str
-) -> None:
+def test_cache_that_must_be_written_but_cannot_is_named(hub: HubServer, revision: str, cache: Path, how: str) -> None:
     path = client.fetch(REPO, "config.json", cache_dir=cache)
     Path(os.path.realpath(path)).write_bytes(b"altered")
     code = (
@@ -677,7 +675,7 @@ def test_cache_that_cannot_be_written_is_named_if_it_would_have_to_be(
 
 
 def without_links(cache: Path, copy: Path, *, record: bool, blobs: bool) -> Path:
-    """Copy a cache as `cp -rL` does, or as a system without symbolic links has it."""
+    """Copy a cache as `cp -rL` does, or as systems without symbolic links store it."""
     shutil.copytree(cache, copy, symlinks=False)
     for folder in copy.glob("models--*"):
         if not record:
@@ -770,7 +768,7 @@ PORTALS: dict[str, dict[str, object]] = {
 def test_warm_cache_serves_behind_a_login_page(
     hub: HubServer, revision: str, cache: Path, fault: dict[str, object], pinned: bool
 ) -> None:
-    """A network that answers every request itself, as hotels do, is as good as none."""
+    """A captive portal, which responds to every request itself, counts as no network."""
     wanted = revision if pinned else None
     for file in (FILE, "config.json"):
         client.fetch(REPO, file, revision=wanted, cache_dir=cache)
@@ -813,7 +811,7 @@ def test_full_disk_names_the_file_and_the_cache(
 
 
 def test_password_in_the_endpoint_is_never_shown(hub: HubServer, revision: str, cache: Path) -> None:
-    """Not in errors, not in tracebacks, not in the log, whatever goes wrong."""
+    """Not in errors, tracebacks or logs, whatever goes wrong."""
     address = hub.endpoint.replace("http://", "http://me:SECRET@")
     code = (
         "import logging, traceback\nlogging.basicConfig(level=logging.DEBUG, format='%(name)s %(message)s')\n"
@@ -865,7 +863,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("status", "body"), ANSWERS.values(), ids=ANSWERS.keys())
-def test_any_answer_of_a_server_is_an_error_with_its_status_and_body(hub: HubServer, status: int, body: bytes) -> None:
+def test_any_response_is_an_error_with_its_status_and_body(hub: HubServer, status: int, body: bytes) -> None:
     hub.fail(method="POST", status=status, body=body, times=None)
     advice = retry.Advice(login="log in", offline="go online", exhausted="try later")
     with pytest.raises(client.HubError, match=f"^the thing: .*HTTP {status}") as caught:
@@ -874,7 +872,7 @@ def test_any_answer_of_a_server_is_an_error_with_its_status_and_body(hub: HubSer
     assert words.partition("?")[0] in str(caught.value) and "SECRET" not in str(caught.value)
 
 
-def test_mistakes_of_ours_are_not_blamed_on_the_server() -> None:
+def test_our_own_bugs_are_not_blamed_on_the_server() -> None:
     advice = retry.Advice(login="log in", offline="go online", exhausted="try later")
 
     def attempt() -> None:

@@ -1,4 +1,4 @@
-"""The manifest: which content is valid, how invalid content is refused, and how the file is written."""
+"""The manifest: what is valid, how invalid content is refused, and how the file is written."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def at(path: tuple[Any, ...], value: object, base: dict[str, Any] | None = None)
 
 
 def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """All fields of a record, as paths; of a list, its first item."""
+    """Paths of all fields of a record; for a list, those of its first item."""
     found = []
     for key, entry in value.items():
         found.append((*prefix, key))
@@ -294,13 +294,13 @@ def test_only_hub_files_may_be_in_folders() -> None:
         "a/" + "b" * 100,
     ],
 )
-def test_addresses_that_are_no_repository_are_refused(repo_id: str) -> None:
+def test_bad_repository_ids_are_refused(repo_id: str) -> None:
     with pytest.raises(ManifestError, match="repo_id: received"):
         record_from_dict(at(("repo_id",), repo_id, hosted()))
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", "b" * 39, "b" * 41, "B" * 40])
-def test_revisions_that_are_no_full_commit_are_refused(revision: str) -> None:
+def test_revisions_that_are_not_full_commits_are_refused(revision: str) -> None:
     with pytest.raises(ManifestError, match="revision: received"):
         record_from_dict(at(("revision",), revision, hosted()))
 
@@ -355,7 +355,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def mutated(text: bytes, rng: random.Random) -> bytes:
-    """The text with a few bytes changed, cut out, doubled, or taken from elsewhere in it."""
+    """Return the text with a few bytes changed, removed, doubled, or copied from elsewhere in it."""
     content = bytearray(text)
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(content))
@@ -376,7 +376,7 @@ def mutated(text: bytes, rng: random.Random) -> bytes:
 
 
 def test_any_mutation_is_refused_cleanly_or_valid() -> None:
-    """Whatever bytes a manifest has, it raises ManifestError alone, or gives records that are valid once more."""
+    """Any bytes either raise ManifestError and nothing else, or give records that validate again."""
     rng = random.Random(0)
     text = as_text(bundled(), hosted()).encode()
     refused = 0

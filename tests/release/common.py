@@ -1,4 +1,4 @@
-"""A small trained run, and what is asked of the local Hub about it."""
+"""The facts of a small trained run, and helpers that look into the local Hub."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def files_of(hub: HubServer, revision: str | None = None, repo_id: str = REPO) -
 
 
 def commits(hub: HubServer) -> int:
-    """Commits that were made on top of the repository's first."""
+    """Number of commits on top of the repository's first."""
     return len(hub.repositories[REPO].commits) - 1 if REPO in hub.repositories else 0
 
 

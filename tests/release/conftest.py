@@ -36,7 +36,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
     monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0.3")
-    # The client's own retries wait for seconds.
+    # huggingface_hub's own retries pause for seconds.
     impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr(client_http, "time", impatient)
 
@@ -55,7 +55,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
-    """A UBN model whose calibrations are not what BatchNorm's would be."""
+    """A UBN model whose calibrations are not the initial ones."""
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=10)
     with torch.no_grad():

@@ -1,9 +1,10 @@
-"""Bundling a run: the record says what the stored file reaches, and unfit runs are refused."""
+"""Bundling a run: the record has the accuracy of the stored file, and unfit runs are refused."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from tests.images import RECIPE, write_image_folder
 from ubn_zoo.evaluation.metrics import read_metrics, write_metrics
 from ubn_zoo.hub.manifest import dump_manifest, load_manifest
-from ubn_zoo.recipes.schema import Recipe, dump_recipe
+from ubn_zoo.recipes.schema import dump_recipe, load_recipe
 from ubn_zoo.release.bundle import BundleError, bundle, refresh
 from ubn_zoo.training.run import run
 
@@ -27,19 +28,28 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("images"))
 
 
+def commit(folder: Path, name: str) -> None:
+    """Write a commit into the run's table, since the working tree may have uncommitted changes."""
+    rows = [dataclasses.replace(row, commit=name) for row in read_metrics(folder / "metrics.csv")]
+    write_metrics(folder / "metrics.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same run with UBN and with BatchNorm."""
+    folder = tmp_path_factory.mktemp("runs")
+    for norm in ("ubn", "bn"):
+        run(dataclasses.replace(SMALL, seed=5, norm=norm), images, folder / norm)
+        commit(folder / norm, "1" * 40)
+    return folder / "ubn", folder / "bn"
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     dump_manifest([], tmp_path / "manifest.json")
     (tmp_path / "weights").mkdir()
     (tmp_path / "mine.yaml").write_text(dump_recipe(SMALL), encoding="utf-8")
     return tmp_path
-
-
-def trained(recipe: Recipe, images: Path, folder: Path, commit: str = "1" * 40) -> Path:
-    run(recipe, images, folder)
-    rows = [dataclasses.replace(row, commit=commit) for row in read_metrics(folder / "metrics.csv")]
-    write_metrics(folder / "metrics.csv", rows)
-    return folder
 
 
 def put(folder: Path, images: Path, place: Path, **options: Any) -> Any:
@@ -49,9 +59,10 @@ def put(folder: Path, images: Path, place: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_record_says_what_the_file_reaches(half: bool, images: Path, place: Path) -> None:
-    folder = trained(dataclasses.replace(SMALL, seed=5), images, place / "ubn")
-    twin = trained(dataclasses.replace(SMALL, seed=5, norm="bn"), images, place / "bn")
+def test_the_record_has_the_accuracy_of_the_file(
+    half: bool, runs: tuple[Path, Path], images: Path, place: Path
+) -> None:
+    folder, twin = runs
     record = put(folder, images, place, twin=twin, half=half)
     assert load_manifest(place / "manifest.json").get("mobilenetv3_small_050_ubn.stripes") == record
     path = place / "weights" / "mobilenetv3_small_050_ubn.stripes.safetensors"
@@ -75,7 +86,7 @@ def test_the_record_says_what_the_file_reaches(half: bool, images: Path, place: 
 
 
 def test_hashes_of_recipes_are_refreshed(place: Path) -> None:
-    """The file's text has changed since: the record gets the new hash, and nothing else."""
+    """After a change in the recipe's text, the record gets the new hash and nothing else changes."""
     bundled = load_manifest().find(source="bundled")
     old = [dataclasses.replace(r, recipe=dataclasses.replace(r.recipe, sha256="0" * 64)) for r in bundled if r.recipe]
     dump_manifest(old, place / "manifest.json")
@@ -84,18 +95,20 @@ def test_hashes_of_recipes_are_refreshed(place: Path) -> None:
     assert refresh(place / "manifest.json") == []
 
 
-def test_unfit_runs_are_refused(images: Path, place: Path) -> None:
-    folder = trained(SMALL, images, place / "run", commit="1" * 40 + "+")
-    with pytest.raises(BundleError, match=r"its commit is 1+\+; valid: one that contains all"):
-        put(folder, images, place)
-    other = trained(dataclasses.replace(SMALL, lr=0.01, norm="bn"), images, place / "other")
-    with pytest.raises(BundleError, match="valid: a finished run with norm ubn"):
-        put(other, images, place)
-    good = trained(dataclasses.replace(SMALL, seed=6), images, place / "good")
-    with pytest.raises(BundleError, match="differs from .* in more than its norm"):
-        put(good, images, place, twin=other)
-    (good / "model.safetensors").unlink()
-    with pytest.raises(BundleError, match="is not the folder of a finished run"):
-        put(good, images, place)
+def test_unfit_runs_are_refused(runs: tuple[Path, Path], images: Path, place: Path) -> None:
+    ubn, bn = (Path(shutil.copytree(folder, place / folder.name)) for folder in runs)
+
+    def refused(reason: str, folder: Path, **options: Any) -> None:
+        with pytest.raises(BundleError, match=reason):
+            put(folder, images, place, **options)
+
+    refused("valid: a finished run with norm ubn", bn)
+    recipe = load_recipe(bn / "recipe.yaml")
+    (bn / "recipe.yaml").write_text(dump_recipe(dataclasses.replace(recipe, lr=0.01)), encoding="utf-8")
+    refused("differs from .* in more than its norm", ubn, twin=bn)
+    commit(ubn, "1" * 40 + "+")
+    refused(r"its commit is 1+\+; valid: one that contains all", ubn)
+    (ubn / "model.safetensors").unlink()
+    refused("is not the folder of a finished run", ubn)
     assert not list(load_manifest(place / "manifest.json"))
     assert not list((place / "weights").iterdir())

@@ -1,4 +1,4 @@
-"""`ubn-zoo convert`: what it writes loads strictly and computes what the source does; what it will not overwrite."""
+"""`ubn-zoo convert`: its output loads strictly and computes what the source does; files are not overwritten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = f"{SIBLING}_ubn"
 
 @pytest.fixture(scope="module")
 def sibling() -> nn.Module:
-    """A BatchNorm model with statistics that are not those of a new one."""
+    """A BatchNorm model whose statistics are not the initial ones."""
     generator = torch.Generator().manual_seed(1)
     model = timm.create_model(SIBLING, num_classes=5)
     for name, buffer in model.named_buffers():
@@ -68,7 +68,7 @@ def test_converted_tag_names_its_repository(hub: HubServer, tmp_path: Path) -> N
 
 
 def test_authors_format(tmp_path: Path) -> None:
-    """Their affine part is a depthwise convolution `bnconv`, their calibrations have the shape of a feature map."""
+    """The authors' affine part is a depthwise convolution `bnconv`; their calibrations are shaped like feature maps."""
     torch.manual_seed(3)
     ours = timm.create_model(NAME, num_classes=5).eval()
     state = {}
@@ -97,15 +97,15 @@ def test_existing_file_is_replaced_only_by_force(
 ) -> None:
     source, output = tmp_path / "bn.safetensors", tmp_path / "ubn.safetensors"
     safetensors.torch.save_file(sibling.state_dict(), source)
-    output.write_bytes(b"something dear")
+    output.write_bytes(b"precious")
     assert cli.main(arguments(source, output)) == 1
     assert "--force" in capsys.readouterr().err
-    assert output.read_bytes() == b"something dear"
+    assert output.read_bytes() == b"precious"
     # Forced, but the conversion fails: the old file stays.
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(source.read_bytes()[:-1])
     assert cli.main(arguments(broken, output, "--force")) == 1
-    assert output.read_bytes() == b"something dear"
+    assert output.read_bytes() == b"precious"
     assert cli.main(arguments(source, output, "--force")) == 0
     first = output.read_bytes()
     assert cli.main(arguments(source, output, "--force")) == 0
@@ -119,7 +119,7 @@ def test_other_endings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 class Bomb:
-    """What a pickle can do when it is read without care."""
+    """An object that runs code when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Repositories and manifests in trouble: deleted, squashed, taken by others, locked, read-only, answering oddly."""
+"""Repositories and manifests in trouble: deleted, squashed, used by others, locked, read-only, with odd responses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_squashed_history_is_recorded_anew(hub: HubServer, run: Path, book: Path
     hub.repositories[REPO].commits = {head: squashed}
     done = publish(run, REPO, manifest=book, **FACTS)
     assert (done.committed, done.recorded, done.record.revision) == (False, True, head)
-    # Now it is there, so a second publication changes nothing.
+    # Now it exists, so a second publication changes nothing.
     assert not publish(run, REPO, manifest=book, **FACTS).recorded
 
 
@@ -80,7 +80,7 @@ def test_another_model_is_refused_and_replaced_as_a_whole(
     assert "training.png" not in now  # the first model's plot
     assert now["recipe.yaml"] == (other_run / "recipe.yaml").read_bytes()
     assert (now["NOTES.md"], now["logo.png"]) == (b"hello", b"of others")
-    # The first model is still where its record says.
+    # The first model is still available at its recorded revision.
     assert sha256(files_of(hub, first.revision)["model.safetensors"]) == first.sha256
     assert {record.id for record in records(book)} == {ID, f"{OTHER}_ubn.cifar10"}
 
@@ -90,7 +90,7 @@ def test_old_files_of_ours_are_removed(hub: HubServer, run: Path, book: Path) ->
     (run / "training.png").rename(run / "loss.png")
     assert publish(run, REPO, manifest=book, **FACTS).committed
     assert {name for name in files_of(hub) if name.endswith(".png")} == {"loss.png"}
-    # A plot of the same name that somebody changed on the page is theirs.
+    # A plot that somebody else changed on the web page is theirs.
     hub.repositories[REPO].commit({**files_of(hub), "loss.png": PICTURE + b"theirs"})
     (run / "loss.png").unlink()
     with pytest.raises(PublishConflictError, match=r"loss\.png"):
@@ -104,7 +104,7 @@ def test_a_pickle_on_main_is_refused_and_removed(hub: HubServer, run: Path, book
     assert (files_of(hub), records(book)) == ({"pytorch_model.bin": b"a pickle"}, [])
     publish(run, REPO, manifest=book, replace=True, **FACTS)
     assert "pytorch_model.bin" not in files_of(hub)
-    # It is noticed beside an unchanged publication too.
+    # It is also noticed beside an unchanged publication.
     hub.repositories[REPO].commit({**files_of(hub), "pytorch_model.bin": b"again"})
     with pytest.raises(PublishConflictError, match="which can run code when loaded"):
         publish(run, REPO, manifest=book, **FACTS)
@@ -123,7 +123,7 @@ def test_unwritable_manifest_is_found_before_the_upload(
     assert hub.requests == []
 
 
-def test_what_was_done_is_said_where_the_manifest_fails_after_the_upload(
+def test_a_manifest_that_fails_after_the_upload_is_an_error_that_says_what_was_done(
     hub: HubServer, run: Path, book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object, **options: object) -> None:
@@ -154,8 +154,8 @@ def test_records_of_many_processes_are_all_kept(hub: HubServer, run: Path, book:
     assert [path.name for path in book.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_record_made_meanwhile_is_not_overwritten(hub: HubServer, run: Path, book: Path) -> None:
-    """Two publishers of one id: the second to finish is told, and loses nothing."""
+def test_a_record_added_in_the_meantime_is_not_overwritten(hub: HubServer, run: Path, book: Path) -> None:
+    """Of two publishers of one id, the second to finish gets an error, and nothing is lost."""
     record = publish(run, REPO, manifest=book, dry_run=True, **FACTS).record
     theirs = dataclasses.replace(record, repo_id="another/one", revision="2" * 40, sha256="3" * 64)
     hub.fail(method="POST", path=COMMIT, call=lambda: manifest.add_record(theirs, book))
@@ -203,7 +203,7 @@ PATHS = {
     ("method", "path", "answer"),
     [(method, path, answer) for path, (method, answers) in PATHS.items() for answer in answers],
 )
-def test_any_answer_is_an_error_with_status_and_body(
+def test_any_response_is_an_error_with_its_status(
     hub: HubServer, run: Path, book: Path, method: str, path: str, answer: str
 ) -> None:
     status, body = ANSWERS[answer]
@@ -211,7 +211,7 @@ def test_any_answer_is_an_error_with_status_and_body(
     with pytest.raises(HubError) as caught:
         publish(run, REPO, manifest=book, **FACTS)
     assert REPO in str(caught.value)
-    # A listing that is an empty object looks like a repository without files, so it is the commit that fails.
+    # An empty object as listing looks like an empty repository, so the commit fails instead.
     if (path, body) != ("/tree/", b"{}"):
         assert f"HTTP {status}" in str(caught.value)
     assert records(book) == []

@@ -1,4 +1,4 @@
-"""Tokens and passwords stay out of what the commands print and log, whatever fails; what is wrong is still said."""
+"""Whatever fails, commands never print or log tokens and passwords, and still say what is wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TAG = f"{NAME}.bn_lamb_in1k"
 UPSTREAM = f"timm/{SIBLING}.lamb_in1k"
 READ = ("/resolve/", "/lfs/", "/resolve/", "/resolve/")
 WRITE = ("/api/models/", "/preupload/", "/objects/batch", "/lfs/", COMMIT, COMMIT, COMMIT)
-# What breaks, and the body of an answer that repeats what it was asked.
+# Faults; the body of one repeats what was sent.
 FAULTS: dict[str, dict[str, Any]] = {
     "dropped": {"drop": True},
     "server error": {"status": 503},
@@ -37,7 +37,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def commands(hub: HubServer, run: Path, book: Path, tmp_path: Path) -> dict[str, list[str]]:
-    hub.token = None  # a password in the address takes the place of the token
+    hub.token = None  # the address has a password instead
     hub.create(UPSTREAM, {"model.safetensors": safetensors.torch.save(timm.create_model(SIBLING).state_dict())})
     cache = ["--cache-dir", str(tmp_path / "cache")]
     return {
@@ -55,7 +55,7 @@ def use_endpoint(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{template}")
 
 
-# The middle two fetch as the first does.
+# `verify` and `convert` download as `download` does.
 @pytest.mark.parametrize(
     "name",
     ["download", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("verify", "convert")), "publish"],
@@ -72,7 +72,7 @@ def test_no_command_shows_a_secret(
     caplog.set_level(logging.DEBUG, logger="huggingface_hub")
     monkeypatch.setenv(retry.RETRY_SECONDS_VARIABLE, "0")
     use_endpoint(hub.endpoint.replace("http://", "http://me:SECRET@"), monkeypatch)
-    # Every kind of request, each failing in another way.
+    # Every kind of request fails in a different way.
     for path, fault in zip(WRITE if name == "publish" else READ, itertools.cycle(FAULTS.values())):
         for method in ("HEAD", "GET", "POST", "PUT"):
             hub.fail(method=method, path=path, times=None, **fault)
@@ -128,7 +128,7 @@ def _full(*arguments: object, **settings: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# Where writing fails, and the option whose value the message names.
+# The function that fails to write, and the option whose value the message names.
 FULL = {
     "download": ("huggingface_hub.file_download.http_get", "--cache-dir"),
     "verify": ("huggingface_hub.file_download.http_get", "--cache-dir"),

@@ -1,4 +1,4 @@
-"""Large files by the real clients, in parts and through Xet, and what happens when a part or the storage fails."""
+"""Large files, sent by the real clients in parts and through Xet, and what happens when a part or the storage fails."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ SEEDS = itertools.count()
 
 @pytest.fixture
 def content() -> bytes:
-    """Bytes that no other test has sent: the client of Xet remembers what it sent."""
+    """Bytes that no other test has sent, because the Xet client remembers what it sent."""
     return random.Random(next(SEEDS)).randbytes(SIZE)
 
 
 @pytest.fixture
 def in_parts(hub: HubServer) -> None:
-    """A server that asks for parts."""
+    """Make the server ask for parts."""
     hub.part_size = SIZE // 4 + 1
 
 
 @pytest.fixture
 def with_xet(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> xet.Storage:
-    """A server and a client with Xet."""
+    """Enable Xet on server and client."""
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.xet = xet.Storage()
@@ -48,7 +48,7 @@ def with_xet(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> xet.Storage:
 
 
 def send(content: bytes) -> str:
-    """Publish a single file as `publish` does, and give the commit."""
+    """Publish a single file as `publish` does, and return the commit."""
     file = File(FILE, content, sha256(content))
     return Repository(REPO).publish([file], "x", private=False, recorded=(), others={}, replace=False)[0]
 
@@ -62,7 +62,7 @@ def test_a_published_file_in_parts_arrives_whole(hub: HubServer, run: Path, book
     assert files_of(hub, record.revision)[FILE] == content
     assert (hub.count("PUT", PART), hub.count("POST", COMPLETE), hub.count("PUT", "/lfs/")) == (4 + 1, 1, 0)
     assert all(len(part) <= hub.part_size for part in hub.parts.values())
-    # The addresses are signed; the token is not sent to them.
+    # The URLs are signed and do not get the token.
     assert {request.authorization for request in hub.requests if PART in request.path} == {None}
     assert fetch_record(record, cache_dir=tmp_path / "cache").read_bytes() == content
 
@@ -132,7 +132,7 @@ def test_a_publication_through_xet_there_and_back(
     assert (record.sha256, record.bytes, records(book)) == (sha256(content), len(content), [record])
     assert files_of(hub, record.revision)[FILE] == content
     assert (hub.count("POST", XORB) > 0, hub.count("POST", SHARD), hub.count("PUT", "")) == (True, 1, 0)
-    # The storage gets the token that was made for it; only the Hub gets the user's.
+    # The storage gets its own token; only the Hub gets the user's.
     for request in hub.requests:
         token = xet.TOKEN if "/cas/" in request.path else TOKEN
         assert request.authorization in (None, f"Bearer {token}")
@@ -214,7 +214,7 @@ def test_what_xet_delivers_is_checked(hub: HubServer, content: bytes, with_xet: 
     intact = dict(with_xet.xorbs)
     for name, xorb in intact.items():
         with_xet.xorbs[name] = xorb[:-9] + bytes([xorb[-9] ^ 1]) + xorb[-8:]
-    # hf_xet 1.8 takes a changed chunk for what it asked for.
+    # hf_xet 1.8 does not notice a changed chunk.
     with pytest.raises(ChecksumError, match=f"{FILE} of {REPO}"):
         fetch(REPO, FILE, revision=revision, cache_dir=tmp_path)
     assert not list(tmp_path.rglob(FILE))

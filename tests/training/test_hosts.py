@@ -1,7 +1,7 @@
-"""torchrun on two machines, which are network namespaces on this one: a lost host, its return, and other numbers.
+"""torchrun on two hosts, simulated by network namespaces: a lost host, its return, and resuming on fewer hosts.
 
-`python -m pytest -m exhaustive tests/training/test_hosts.py`: four minutes on two quiet cores. It needs util-linux and
-iproute2, and root or a kernel that lets users create namespaces.
+`python -m pytest -m exhaustive tests/training/test_hosts.py` takes four minutes on two idle cores. It needs util-linux
+and iproute2, and root or a kernel that lets users create namespaces.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ubn_zoo.training.checkpoint import newest_snapshot
 pytestmark = pytest.mark.exhaustive
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-# torchrun's own patience is half a minute for a host that is gone, and as much for one that may still come.
+# By default torchrun waits half a minute for a lost host, and as long for one that may still join.
 PATIENCE = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,timeout=120"
 EPOCHS = 12
 
-# An update takes a while as long as there is a file `slow`, so that what a test does meanwhile happens in time.
+# Updates are slow while the file `slow` exists, so that a test can act in the middle of training.
 SCRIPT = """
 import pathlib, sys, time
 from ubn_zoo.training import engine
@@ -52,7 +52,7 @@ def _namespace(process: int | str) -> str:
 
 
 class Hosts:
-    """Two network namespaces with a cable between them; they end with the processes that hold them."""
+    """Two connected network namespaces; they disappear with the processes that hold them."""
 
     def __init__(self) -> None:
         if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
@@ -111,7 +111,7 @@ class Hosts:
         return process
 
     def processes(self, host: int) -> list[int]:
-        """What runs on a host, without its holder."""
+        """Ids of the processes on a host, except the one that holds its namespace."""
         namespace, found = _namespace(self._holders[host].pid), []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -182,7 +182,7 @@ def assert_complete(run: Run) -> None:
 
 
 def test_a_host_is_lost_and_comes_back(hosts: Hosts, run: Run) -> None:
-    """Elastic: the rest resumes from the newest checkpoint, and all resume when the host is there again."""
+    """Elastic: the other host resumes from the newest checkpoint, and both do once the lost one is back."""
     options = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5")
     first = hosts.torchrun(0, run.logs[0], run.arguments, *options)
     hosts.torchrun(1, run.logs[1], run.arguments, *options)
@@ -207,7 +207,7 @@ def test_a_host_is_lost_and_comes_back(hosts: Hosts, run: Run) -> None:
 
 
 def test_a_fixed_number_of_hosts_waits_for_the_lost_one(hosts: Hosts, run: Run) -> None:
-    """The command of docs/training.md: nothing is lost, and the run continues once the host is back."""
+    """The command in docs/training.md: nothing is lost, and the run continues once the host is back."""
     options = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3")
     first = hosts.torchrun(0, run.logs[0], run.arguments, *options)
     hosts.torchrun(1, run.logs[1], run.arguments, *options)
@@ -225,7 +225,7 @@ def test_a_fixed_number_of_hosts_waits_for_the_lost_one(hosts: Hosts, run: Run) 
 
 
 def test_one_host_resumes_what_two_began(hosts: Hosts, run: Run) -> None:
-    """SIGTERM to the launchers, as schedulers send it, saves; then the same command on one machine."""
+    """SIGTERM to the launchers, as sent by schedulers, saves a checkpoint; the same command resumes on one host."""
     options = ("--nnodes=2", "--nproc-per-node=1")
     both = [hosts.torchrun(host, run.logs[host], run.arguments, *options) for host in range(2)]
     run.wait_for(lambda: run.updates() >= 2)
