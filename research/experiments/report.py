@@ -272,8 +272,9 @@ def draw_gates(results: str | Path, path: Path) -> tuple[Path, ...]:
             values = [row.running or 0.0 for row in layers]
             axes.plot([row.depth for row in layers], values, color="#0072B2", alpha=0.25 + 0.75 * epoch / last / 1.2)
             if epoch == last:
-                closed = [(row.depth, row.running) for row in layers if row.gate == "closed"]
-                axes.plot(*zip(*closed, strict=True), "x", color="#D55E00", label="closed after the last epoch")
+                closed = [row for row in layers if row.gate == "closed"]
+                places, heights = [row.depth for row in closed], [row.running or 0.0 for row in closed]
+                axes.plot(places, heights, "x", color="#D55E00", label="closed after the last epoch")
         axes.axhline(rows[0].threshold or 0.0, color="0.3", linewidth=0.8, label="threshold")
         axes.set_title(f"{title}: {len(closed)} of {len(layers)} gates closed", fontsize=10)
         axes.set_xlabel("norm layer, from input to output; darker lines are later epochs", fontsize=8)
