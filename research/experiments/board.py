@@ -39,10 +39,16 @@ def evaluations(results: str | Path) -> list[ResultRow]:
             continue
         grid = load_grid(name)
         measured = load(grid, results).runs
-        for planned in plan(grid, "runs"):
+        runs = plan(grid, "runs")
+        fine_tuned = any(planned.recipe.checkpoint for planned in runs)
+        for planned in runs:
             for run in measured[planned.label]:
                 if run[-1].seed == planned.seed:
-                    rows.append(_row(name, f"runs/{name}/{planned.folder}", planned.recipe, run[-1], *test_set))
+                    row = _row(name, f"runs/{name}/{planned.folder}", planned.recipe, run[-1], *test_set)
+                    if fine_tuned and planned.recipe.checkpoint is None:
+                        # The fine-tuned BatchNorm model is no sibling of one trained from scratch.
+                        row = dataclasses.replace(row, settings="checkpoint=null")
+                    rows.append(row)
     return rows
 
 
