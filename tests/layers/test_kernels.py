@@ -860,6 +860,25 @@ class TestCompile:
         self.compare(model, launches, backend="aot_eager")
 
     @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("cls", [ubn_zoo.UnifiedBatchNorm2d, ubn_zoo.UnifiedBatchNormAct2d])
+    def test_graph_holds_only_the_operators(self, cls: type[nn.Module], training: bool) -> None:
+        """Where Dynamo answers a question about the program wrongly, it silently traces the plain equations."""
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+            graphs.append(graph)
+            return graph.forward
+
+        layer = make_layer(3, cls=cls).train(training).to(DEVICE)
+        torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(2, 3, 4, 5, device=DEVICE))
+        (graph,) = graphs
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        steps = ["statistics", "finalize"] if training else ["instance_means"]
+        ours = [name for name in called if name.startswith("ubn_zoo.")]
+        assert [name.split(".")[1] for name in ours] == [*steps, "calibrated_affine"]
+        assert not any(word in name for name in set(called) - set(ours) for word in ("conv2d", "addcmul", "mean"))
+
+    @pytest.mark.parametrize("training", [True, False])
     def test_with_activation(self, training: bool, launches: list[str]) -> None:
         model = nn.Sequential(make_layer(3, cls=ubn_zoo.UnifiedBatchNormAct2d)).train(training).to(DEVICE)
         self.compare(model, launches, backend="aot_eager")
