@@ -211,11 +211,11 @@ def test_mutated_manifests_are_refused_or_harmless(repeat: Callable[[Callable[[]
 
     def attempt() -> None:
         nonlocal refused
-        book = json.loads(text)
+        data = json.loads(text)
         if chance.random() < 0.3:
             content = mutate(text.encode(), chance)
         else:
-            container, key = chance.choice(places(book))
+            container, key = chance.choice(places(data))
             match chance.randrange(5):
                 case 0 | 1 | 2:
                     container[key] = copy.deepcopy(chance.choice(NASTY))
@@ -225,7 +225,7 @@ def test_mutated_manifests_are_refused_or_harmless(repeat: Callable[[Callable[[]
                     container[chance.choice(["url", "__class__", "revison", ""])] = "x"
                 case _:
                     container.append(copy.deepcopy(container[key]))
-            content = json.dumps(book).encode()
+            content = json.dumps(data).encode()
         try:
             records = list(manifest.parse_manifest(content))
         except manifest.ManifestError as error:

@@ -406,15 +406,15 @@ def test_records_made_by_code_are_checked_too() -> None:
 
 def test_lookup_and_search() -> None:
     small, other = record_from_dict(bundled()), record_from_dict(hosted())
-    book = Manifest((small, other))
-    assert list(book) == [small, other] and len(book) == 2
-    assert book.get("resnet_small_ubn.hosted") == other
-    assert book.find() == (small, other)
-    assert book.find("*.cifar10") == (small,)
-    assert book.find(architecture="resnet_small_ubn", source="hub") == (other,)
-    assert book.find(tag="none") == ()
+    found = Manifest((small, other))
+    assert list(found) == [small, other] and len(found) == 2
+    assert found.get("resnet_small_ubn.hosted") == other
+    assert found.find() == (small, other)
+    assert found.find("*.cifar10") == (small,)
+    assert found.find(architecture="resnet_small_ubn", source="hub") == (other,)
+    assert found.find(tag="none") == ()
     with pytest.raises(ManifestError, match=r"no record 'resnet_smal_ubn.cifar10'.*similar: resnet_small_ubn.cifar10"):
-        book.get("resnet_smal_ubn.cifar10")
+        found.get("resnet_smal_ubn.cifar10")
 
 
 def written(path: Path, *records: Record) -> Path:
@@ -424,19 +424,19 @@ def written(path: Path, *records: Record) -> Path:
 
 def test_adding_keeps_order_mode_and_link(tmp_path: Path) -> None:
     small, other = record_from_dict(bundled()), record_from_dict(hosted())
-    path = written(tmp_path / "book.json", other)
+    path = written(tmp_path / "manifest.json", other)
     path.chmod(0o640)
     link = tmp_path / "link.json"
-    link.symlink_to("book.json")
+    link.symlink_to("manifest.json")
     assert manifest.add_record(small, link).records == (small, other)
     assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o640
     assert path.read_bytes() == written(tmp_path / "sorted.json", other, small).read_bytes()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["book.json", "link.json", "sorted.json"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["manifest.json", "link.json", "sorted.json"]
 
 
 def test_adding_twice_needs_replace(tmp_path: Path) -> None:
     small = record_from_dict(bundled())
-    path = written(tmp_path / "book.json", small)
+    path = written(tmp_path / "manifest.json", small)
     before = path.read_bytes()
     changed = dataclasses.replace(small, description="Another.")
     with pytest.raises(ManifestError, match="replace=True"):
@@ -447,7 +447,7 @@ def test_adding_twice_needs_replace(tmp_path: Path) -> None:
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, other = record_from_dict(bundled()), record_from_dict(hosted())
-    path = written(tmp_path / "book.json", small)
+    path = written(tmp_path / "manifest.json", small)
 
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
@@ -456,7 +456,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="disk full"):
         manifest.add_record(other, path)
     assert manifest.load_manifest(path).records == (small,)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["book.json"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_bundled_path_wants_a_bundled_file() -> None:

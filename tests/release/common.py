@@ -85,8 +85,8 @@ def commits(hub: HubServer) -> int:
     return len(hub.repositories[REPO].commits) - 1 if REPO in hub.repositories else 0
 
 
-def records(book: Path) -> list[manifest.Record]:
-    return list(manifest.load_manifest(book))
+def records(manifest_path: Path) -> list[manifest.Record]:
+    return list(manifest.load_manifest(manifest_path))
 
 
 def environment() -> dict[str, str]:

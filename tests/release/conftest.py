@@ -83,7 +83,7 @@ def run(pristine: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> Path:
+def manifest_path(tmp_path: Path) -> Path:
     path = tmp_path / "weights_manifest.json"
     manifest.dump_manifest([], path)
     return path

@@ -23,7 +23,7 @@ from tests.release.common import FACTS, REPO, files_of, records
 from ubn_zoo import cli
 from ubn_zoo.errors import PublishError
 from ubn_zoo.evaluation.metrics import read_metrics, write_metrics
-from ubn_zoo.recipes.schema import Recipe, apply_settings, dump_recipe, load_recipe
+from ubn_zoo.recipes.schema import Recipe, apply_settings, decisive_settings, dump_recipe, load_recipe, parse_recipe
 from ubn_zoo.release.run_record import train_command
 from ubn_zoo.release.upload import publish
 from ubn_zoo.training.build import complete
@@ -84,11 +84,11 @@ def finished(
 
 
 def test_a_changed_recipes_run_is_published_by_one_option_and_repeated_from_its_card(
-    hub: HubServer, finished: Path, images: Path, book: Path, tmp_path: Path
+    hub: HubServer, finished: Path, images: Path, manifest_path: Path, tmp_path: Path
 ) -> None:
     folder = finished
-    assert cli.main(["publish", str(folder), "--repo", REPO, "--manifest", str(book)]) == 0
-    published, (record,) = files_of(hub), records(book)
+    assert cli.main(["publish", str(folder), "--repo", REPO, "--manifest", str(manifest_path)]) == 0
+    published, (record,) = files_of(hub), records(manifest_path)
     card = published["README.md"].decode()
     _, front, body = card.split("---\n", 2)
     metadata = yaml.safe_load(front)
@@ -125,11 +125,12 @@ def test_a_changed_recipes_run_is_published_by_one_option_and_repeated_from_its_
     carry_out(command, images, tmp_path / "again")
     for name in ("model.safetensors", "model_ema.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-    # The published recipe is the one that this trained with.
-    assert published["recipe.yaml"] == (tmp_path / "again" / "recipe.yaml").read_bytes()
+    # The published recipe trains the same.
+    repeated = load_recipe(tmp_path / "again" / "recipe.yaml")
+    assert decisive_settings(parse_recipe(published["recipe.yaml"].decode())) == decisive_settings(repeated)
 
     # Measured again, with the published files; the record gets the command that everybody else can run.
-    done = publish(folder, REPO, manifest=book, remeasure=images, dry_run=True)
+    done = publish(folder, REPO, manifest=manifest_path, remeasure=images, dry_run=True)
     assert done.record.metrics[0].value == row.ema_top1
     check = f"ubn-zoo validate --model hf-hub:{REPO} --data-dir DIR --split test --samples 128"
     assert done.record.metrics[0].measured.command == check
@@ -137,8 +138,8 @@ def test_a_changed_recipes_run_is_published_by_one_option_and_repeated_from_its_
 
 
 @pytest.mark.exhaustive
-def test_a_published_recipe_repeats_its_run(finished: Path, images: Path, book: Path, tmp_path: Path) -> None:
-    done = publish(finished, REPO, manifest=book, dry_run=True)
+def test_a_published_recipe_repeats_its_run(finished: Path, images: Path, manifest_path: Path, tmp_path: Path) -> None:
+    done = publish(finished, REPO, manifest=manifest_path, dry_run=True)
     (tmp_path / "recipe.yaml").write_bytes(next(file.content for file in done.files if file.name == "recipe.yaml"))
     carry_out(f"ubn-zoo train --recipe {tmp_path}/recipe.yaml --data-dir DIR --output RUN", images, tmp_path / "third")
     assert (tmp_path / "third" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
@@ -149,7 +150,9 @@ def forge(folder: Path, **changes: Any) -> None:
     write_metrics(folder / "metrics.csv", [*table[:-1], dataclasses.replace(table[-1], **changes)])
 
 
-def test_forged_figures_are_refused(hub: HubServer, finished: Path, images: Path, book: Path, tmp_path: Path) -> None:
+def test_forged_figures_are_refused(
+    hub: HubServer, finished: Path, images: Path, manifest_path: Path, tmp_path: Path
+) -> None:
     folder = finished
     true = read_metrics(folder / "metrics.csv")[-1].ema_top1
     assert true is not None
@@ -161,39 +164,39 @@ def test_forged_figures_are_refused(hub: HubServer, finished: Path, images: Path
     ]:
         forge(folder, ema_top1=forged)
         with pytest.raises(PublishError, match=reason):
-            publish(folder, REPO, manifest=book)
+            publish(folder, REPO, manifest=manifest_path)
     # Without checkpoints only a second measurement can tell.
     (folder / "checkpoints").rename(tmp_path / "elsewhere")
-    publish(folder, REPO, manifest=book, dry_run=True)
+    publish(folder, REPO, manifest=manifest_path, dry_run=True)
     with pytest.raises(
         PublishError, match=f"top1 is {other:g} in its record, but {true:g} measured again on 32 images"
     ):
-        publish(folder, REPO, manifest=book, remeasure=images)
+        publish(folder, REPO, manifest=manifest_path, remeasure=images)
     assert REPO not in hub.repositories
 
 
-def test_figures_of_a_json_file_are_percentages(run: Path, book: Path, tmp_path: Path) -> None:
+def test_figures_of_a_json_file_are_percentages(run: Path, manifest_path: Path, tmp_path: Path) -> None:
     metric = {"name": "top1", "value": 101.0, "dataset": "x", "split": "test"}
     measured = {"command": "ubn-zoo validate", "seeds": [], "commit": None}
     (tmp_path / "metrics.json").write_text(json.dumps([{**metric, "measured": measured}]))
     with pytest.raises(PublishError, match="top1 is 101; valid: from 0 to 100 percent"):
-        publish(run, REPO, manifest=book, metrics=tmp_path / "metrics.json", dry_run=True, **FACTS)
+        publish(run, REPO, manifest=manifest_path, metrics=tmp_path / "metrics.json", dry_run=True, **FACTS)
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"starts": []}', "not JSON"])
-def test_a_run_without_its_environment_is_refused(run: Path, book: Path, content: str | None) -> None:
+def test_a_run_without_its_environment_is_refused(run: Path, manifest_path: Path, content: str | None) -> None:
     path = run / "environment.json"
     path.unlink()
     if content is not None:
         path.write_text(content)
     with pytest.raises(PublishError, match=r"environment\.json is (missing|not what training writes)"):
-        publish(run, REPO, manifest=book, dry_run=True, **FACTS)
+        publish(run, REPO, manifest=manifest_path, dry_run=True, **FACTS)
 
 
-def test_a_checkpoints_folder_stays_private(run: Path, book: Path, recipe: Recipe) -> None:
+def test_a_checkpoints_folder_stays_private(run: Path, manifest_path: Path, recipe: Recipe) -> None:
     mine = dataclasses.replace(recipe, checkpoint="/home/me/runs/base/model.safetensors")
     (run / "recipe.yaml").write_text(dump_recipe(mine))
-    done = publish(run, REPO, manifest=book, dry_run=True, **FACTS)
+    done = publish(run, REPO, manifest=manifest_path, dry_run=True, **FACTS)
     assert all(b"/home/me" not in file.content for file in done.files)
     assert "checkpoint=model.safetensors" in done.record.metrics[0].measured.command
 
@@ -240,7 +243,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_texts_stay_texts(text: str, run: Path, book: Path) -> None:
+def test_texts_stay_texts(text: str, run: Path, manifest_path: Path) -> None:
     """An independent Markdown parser finds exactly this text, and no elements but the page's own."""
     markdown = pytest.importorskip("markdown")
     element_tree = pytest.importorskip("xml.etree.ElementTree")
@@ -251,7 +254,9 @@ def test_texts_stay_texts(text: str, run: Path, book: Path) -> None:
     # GitHub's and the Hub's Markdown know these escapes too; this parser shows their backslash.
     shown = [re.sub(r"\\([~$|])", r"\1", part) for part in plain]
     assert shown == [text, text], html
-    card = publish(run, REPO, manifest=book, dry_run=True, **{**FACTS, "dataset": text, "description": text}).card
+    card = publish(
+        run, REPO, manifest=manifest_path, dry_run=True, **{**FACTS, "dataset": text, "description": text}
+    ).card
     body = card.split("---\n", 2)[2]
     assert escape(text) in body and "<script" not in body
 
@@ -295,46 +300,46 @@ def with_description(run: Path, recipe: Recipe) -> dict[str, Any]:
 
 @pytest.mark.parametrize("spoil", [with_recipe_command, with_description])
 def test_files_with_secrets_are_refused(
-    hub: HubServer, run: Path, book: Path, recipe: Recipe, spoil: Callable[[Path, Recipe], dict[str, Any]]
+    hub: HubServer, run: Path, manifest_path: Path, recipe: Recipe, spoil: Callable[[Path, Recipe], dict[str, Any]]
 ) -> None:
     with pytest.raises(PublishError, match="what looks like a secret") as caught:
-        publish(run, REPO, manifest=book, **{**FACTS, **spoil(run, recipe)})
+        publish(run, REPO, manifest=manifest_path, **{**FACTS, **spoil(run, recipe)})
     assert "hf_AbCd" not in str(caught.value)
     assert hub.requests == []
 
 
 def test_secrets_in_commands_of_metrics_are_hidden_with_a_warning(
-    run: Path, book: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Path, manifest_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured = {"command": "HF_TOKEN=hf_AbCdEfGhIjKlMnOp ubn-zoo validate", "seeds": [], "commit": None}
     metric = {"name": "top1", "value": 50.0, "dataset": "x", "split": "test", "measured": measured}
     (tmp_path / "metrics.json").write_text(json.dumps([metric]))
-    done = publish(run, REPO, manifest=book, metrics=tmp_path / "metrics.json", dry_run=True, **FACTS)
+    done = publish(run, REPO, manifest=manifest_path, metrics=tmp_path / "metrics.json", dry_run=True, **FACTS)
     assert done.record.metrics[0].measured.command == "HF_TOKEN=*** ubn-zoo validate"
     assert all(b"hf_AbCd" not in file.content for file in done.files)
     assert "looks like a secret" in caplog.text and "hf_AbCd" not in caplog.text
 
 
 @pytest.mark.parametrize("base", ["a/b\nlicense: mit", "a/b/c", "a b", "../x", ""])
-def test_base_models_are_names_of_repositories(run: Path, book: Path, base: str) -> None:
+def test_base_models_are_names_of_repositories(run: Path, manifest_path: Path, base: str) -> None:
     with pytest.raises(PublishError, match="base_model"):
-        publish(run, REPO, manifest=book, base_model=base, dry_run=True, **FACTS)
+        publish(run, REPO, manifest=manifest_path, base_model=base, dry_run=True, **FACTS)
 
 
-def test_classes_and_base_models_of_the_record_are_shown_as_texts(run: Path, book: Path) -> None:
+def test_classes_and_base_models_of_the_record_are_shown_as_texts(run: Path, manifest_path: Path) -> None:
     environment = json.loads((run / "environment.json").read_text())
     environment["starts"][0]["data"]["classes"][0] = "<img src=x onerror=alert(1)>"
     (run / "environment.json").write_text(json.dumps(environment))
-    done = publish(run, REPO, manifest=book, base_model=f"timm/x@{'2' * 40}", dry_run=True, **FACTS)
+    done = publish(run, REPO, manifest=manifest_path, base_model=f"timm/x@{'2' * 40}", dry_run=True, **FACTS)
     assert "<img" not in done.card and "&lt;img" in done.card
     assert f"`timm/x` at revision `{'2' * 40}`" in done.card
     assert yaml.safe_load(done.card.split("---\n")[1])["base_model"] == "timm/x"
 
 
-def test_the_card_of_an_extended_run_says_so(run: Path, book: Path) -> None:
+def test_the_card_of_an_extended_run_says_so(run: Path, manifest_path: Path) -> None:
     environment = json.loads((run / "environment.json").read_text())
     (start,) = environment["starts"]
     environment["starts"] = [{**start, "epochs": epochs} for epochs in (1, 1, 2)]
     (run / "environment.json").write_text(json.dumps(environment))
-    done = publish(run, REPO, manifest=book, dry_run=True, **FACTS)
+    done = publish(run, REPO, manifest=manifest_path, dry_run=True, **FACTS)
     assert "- Epochs: 2; the run was finished after 1 and then extended, with the learning rates" in done.card

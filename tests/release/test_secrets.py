@@ -36,7 +36,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def commands(hub: HubServer, run: Path, book: Path, tmp_path: Path) -> dict[str, list[str]]:
+def commands(hub: HubServer, run: Path, manifest_path: Path, tmp_path: Path) -> dict[str, list[str]]:
     hub.token = None  # the address has a password instead
     hub.create(UPSTREAM, {"model.safetensors": safetensors.torch.save(timm.create_model(SIBLING).state_dict())})
     cache = ["--cache-dir", str(tmp_path / "cache")]
@@ -44,7 +44,7 @@ def commands(hub: HubServer, run: Path, book: Path, tmp_path: Path) -> dict[str,
         "download": ["download", TAG, *cache],
         "verify": ["verify", TAG, *cache],
         "convert": ["convert", TAG, "--output", str(tmp_path / "x.safetensors"), *cache],
-        "publish": ["publish", str(run), "--repo", REPO, "--manifest", str(book), *OPTIONS],
+        "publish": ["publish", str(run), "--repo", REPO, "--manifest", str(manifest_path), *OPTIONS],
     }
 
 
@@ -89,18 +89,18 @@ def test_no_command_shows_a_secret(
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_no_traceback_of_an_upload_shows_a_secret(
-    hub: HubServer, run: Path, book: Path, fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, run: Path, manifest_path: Path, fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.token = None
     use_endpoint(hub.endpoint.replace("http://", "http://me:SECRET@"), monkeypatch)
     for method, path in (("PUT", "/lfs/"), ("POST", COMMIT)):
         hub.fail(method=method, path=path, times=None, **fault)
         with pytest.raises(UbnZooError, match=rf"^{REPO} at http://127\.0\.0\.1") as caught:
-            publish(run, REPO, manifest=book, **FACTS)
+            publish(run, REPO, manifest=manifest_path, **FACTS)
         text = "".join(traceback.format_exception(caught.value))
         assert not [word for word in ("SECRET", "SIGNED", TOKEN) if word in text], text
         hub.faults.clear()
-    assert (commits(hub), records(book)) == (0, [])
+    assert (commits(hub), records(manifest_path)) == (0, [])
 
 
 def test_a_token_that_is_not_ascii_is_explained_by_every_command(
@@ -117,10 +117,12 @@ def test_a_token_that_is_not_ascii_is_explained_by_every_command(
         assert "codec" not in shown.out + shown.err and "cret\u2026" not in shown.out + shown.err
 
 
-def test_a_refused_token_is_not_quoted(hub: HubServer, run: Path, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_token_is_not_quoted(
+    hub: HubServer, run: Path, manifest_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.token = "another"
     with pytest.raises(HubAccessError, match="hf auth login") as caught:
-        publish(run, REPO, manifest=book, **FACTS)
+        publish(run, REPO, manifest=manifest_path, **FACTS)
     assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
 

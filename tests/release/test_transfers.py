@@ -53,12 +53,14 @@ def send(content: bytes) -> str:
     return Repository(REPO).publish([file], "x", private=False, recorded=(), others={}, replace=False)[0]
 
 
-def test_a_published_file_in_parts_arrives_whole(hub: HubServer, run: Path, book: Path, tmp_path: Path) -> None:
+def test_a_published_file_in_parts_arrives_whole(
+    hub: HubServer, run: Path, manifest_path: Path, tmp_path: Path
+) -> None:
     content = (run / FILE).read_bytes()
     hub.part_size = len(content) // 4 + 1
     hub.fail(method="PUT", path=f"{PART}.*/3", status=500)
-    record = publish(run, REPO, manifest=book, **FACTS).record
-    assert (record.sha256, record.bytes, records(book)) == (sha256(content), len(content), [record])
+    record = publish(run, REPO, manifest=manifest_path, **FACTS).record
+    assert (record.sha256, record.bytes, records(manifest_path)) == (sha256(content), len(content), [record])
     assert files_of(hub, record.revision)[FILE] == content
     assert (hub.count("PUT", PART), hub.count("POST", COMPLETE), hub.count("PUT", "/lfs/")) == (4 + 1, 1, 0)
     assert all(len(part) <= hub.part_size for part in hub.parts.values())
@@ -125,11 +127,11 @@ def test_a_part_without_a_hash_is_an_error(hub: HubServer, content: bytes, in_pa
 
 
 def test_a_publication_through_xet_there_and_back(
-    hub: HubServer, run: Path, book: Path, with_xet: xet.Storage, tmp_path: Path
+    hub: HubServer, run: Path, manifest_path: Path, with_xet: xet.Storage, tmp_path: Path
 ) -> None:
     content = (run / FILE).read_bytes()
-    record = publish(run, REPO, manifest=book, **FACTS).record
-    assert (record.sha256, record.bytes, records(book)) == (sha256(content), len(content), [record])
+    record = publish(run, REPO, manifest=manifest_path, **FACTS).record
+    assert (record.sha256, record.bytes, records(manifest_path)) == (sha256(content), len(content), [record])
     assert files_of(hub, record.revision)[FILE] == content
     assert (hub.count("POST", XORB) > 0, hub.count("POST", SHARD), hub.count("PUT", "")) == (True, 1, 0)
     # The storage gets its own token; only the Hub gets the user's.
@@ -140,7 +142,7 @@ def test_a_publication_through_xet_there_and_back(
     assert fetch_record(record, cache_dir=tmp_path / "cache").read_bytes() == content
     assert hub.count("GET", "/cas/xorb/") > 0 and hub.count("GET", "/lfs/") == 0
     hub.requests.clear()
-    assert not publish(run, REPO, manifest=book, **FACTS).committed
+    assert not publish(run, REPO, manifest=manifest_path, **FACTS).committed
     assert {request.method for request in hub.requests} == {"GET"}
 
 

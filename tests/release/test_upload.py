@@ -53,8 +53,8 @@ from ubn_zoo.training.run import save_weights
 from ubn_zoo.utils.distributed import Ranks
 
 
-def command(run: Path, book: Path, *more: str) -> list[str]:
-    arguments = ["publish", str(run), "--repo", REPO, "--manifest", str(book), *OPTIONS, *more]
+def command(run: Path, manifest_path: Path, *more: str) -> list[str]:
+    arguments = ["publish", str(run), "--repo", REPO, "--manifest", str(manifest_path), *OPTIONS, *more]
     return [sys.executable, "-m", "ubn_zoo", *arguments]
 
 
@@ -66,10 +66,10 @@ def python(code: str) -> None:
 
 
 def test_published_from_one_process_loads_in_fresh_ones(
-    hub: HubServer, run: Path, book: Path, trained: nn.Module, tmp_path: Path
+    hub: HubServer, run: Path, manifest_path: Path, trained: nn.Module, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        command(run, book), env=environment(), capture_output=True, text=True, timeout=120, check=False
+        command(run, manifest_path), env=environment(), capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert commits(hub) == 1
@@ -89,7 +89,7 @@ def test_published_from_one_process_loads_in_fresh_ones(
     for name in ("model.safetensors", "recipe.yaml", "metrics.csv", "training.png"):
         assert published[name] == (run / name).read_bytes()
 
-    (record,) = records(book)
+    (record,) = records(manifest_path)
     assert (record.id, record.source, record.repo_id, record.revision) == (ID, "hub", REPO, head)
     assert (record.file, record.bytes) == ("model.safetensors", len(published["model.safetensors"]))
     assert record.sha256 == sha256(published["model.safetensors"])
@@ -111,7 +111,7 @@ def test_published_from_one_process_loads_in_fresh_ones(
         f"package = types.ModuleType('ubn_zoo'); package.__path__ = [{str(Path(ubn_zoo.__file__).parent)!r}]\n"
         "sys.modules['ubn_zoo'] = package\n"
         "from ubn_zoo.hub import manifest\n"
-        f"manifest.PACKAGED_MANIFEST = pathlib.Path({str(book)!r})\n"
+        f"manifest.PACKAGED_MANIFEST = pathlib.Path({str(manifest_path)!r})\n"
         "from ubn_zoo import models\n"
         "import timm\n"
         f"model = timm.create_model('{ID}', pretrained=True)\n"
@@ -127,12 +127,12 @@ def test_published_from_one_process_loads_in_fresh_ones(
     # The token was sent to the Hub and nowhere else.
     assert TOKEN not in done.stdout + done.stderr
     assert all(TOKEN.encode() not in content for content in published.values())
-    assert TOKEN not in book.read_text()
+    assert TOKEN not in manifest_path.read_text()
     assert {request.authorization for request in hub.requests if request.path.startswith("/lfs/")} == {None}
 
 
-def test_card_has_what_leaderboards_read(hub: HubServer, run: Path, book: Path, recipe: Recipe) -> None:
-    publish(run, REPO, manifest=book, base_model="timm/some.model", **FACTS)
+def test_card_has_what_leaderboards_read(hub: HubServer, run: Path, manifest_path: Path, recipe: Recipe) -> None:
+    publish(run, REPO, manifest=manifest_path, base_model="timm/some.model", **FACTS)
     card = files_of(hub)["README.md"].decode()
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert (metadata["library_name"], metadata["license"]) == ("timm", "apache-2.0")
@@ -154,8 +154,8 @@ def test_card_has_what_leaderboards_read(hub: HubServer, run: Path, book: Path, 
     assert "![training](training.png)" in card
 
 
-def test_config_is_timms(hub: HubServer, run: Path, book: Path, recipe: Recipe) -> None:
-    publish(run, REPO, manifest=book, **FACTS)
+def test_config_is_timms(hub: HubServer, run: Path, manifest_path: Path, recipe: Recipe) -> None:
+    publish(run, REPO, manifest=manifest_path, **FACTS)
     config = json.loads(files_of(hub)["config.json"])
     assert (config["architecture"], config["num_classes"], config["global_pool"]) == (NAME, 10, "avg")
     assert {"num_features", "model_args", "pretrained_cfg"} <= set(config)
@@ -165,10 +165,10 @@ def test_config_is_timms(hub: HubServer, run: Path, book: Path, recipe: Recipe) 
 
 
 def test_dry_run_touches_nothing(
-    hub: HubServer, run: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: HubServer, run: Path, manifest_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert cli.main([*command(run, book)[3:], "--dry-run"]) == 0
+    assert cli.main([*command(run, manifest_path)[3:], "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert hub.requests == []
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -177,65 +177,65 @@ def test_dry_run_touches_nothing(
         assert part in out
 
 
-def test_unchanged_model_makes_no_new_commit(hub: HubServer, run: Path, book: Path) -> None:
-    first = publish(run, REPO, manifest=book, **FACTS)
-    written = book.read_bytes()
+def test_unchanged_model_makes_no_new_commit(hub: HubServer, run: Path, manifest_path: Path) -> None:
+    first = publish(run, REPO, manifest=manifest_path, **FACTS)
+    written = manifest_path.read_bytes()
     hub.requests.clear()
-    second = publish(run, REPO, manifest=book, **FACTS)
+    second = publish(run, REPO, manifest=manifest_path, **FACTS)
     assert (first.committed, second.committed, commits(hub)) == (True, False, 1)
     assert (first.recorded, second.recorded) == (True, False)
-    assert book.read_bytes() == written
+    assert manifest_path.read_bytes() == written
     assert {request.method for request in hub.requests} == {"GET"}
     # Others may add files: ours are unchanged, and the recorded revision is still valid.
     hub.repositories[REPO].commit({**files_of(hub), "NOTES.md": b"hello"})
-    assert not publish(run, REPO, manifest=book, **FACTS).committed
-    assert book.read_bytes() == written
+    assert not publish(run, REPO, manifest=manifest_path, **FACTS).committed
+    assert manifest_path.read_bytes() == written
 
 
 def test_retrained_model_is_a_new_commit_and_keeps_the_old_revision(
-    hub: HubServer, run: Path, book: Path, recipe: Recipe
+    hub: HubServer, run: Path, manifest_path: Path, recipe: Recipe
 ) -> None:
-    publish(run, REPO, manifest=book, **FACTS)
+    publish(run, REPO, manifest=manifest_path, **FACTS)
     save_weights(timm.create_model(NAME, num_classes=10), run / "model.safetensors")
     with pytest.raises(manifest.ManifestError, match="other weights with this id"):
-        publish(run, REPO, manifest=book, **FACTS)
+        publish(run, REPO, manifest=manifest_path, **FACTS)
     # A different tag does not let them replace the weights on main either.
-    again = {"manifest": book, **FACTS, "tag": "again"}
+    again = {"manifest": manifest_path, **FACTS, "tag": "again"}
     with pytest.raises(PublishConflictError, match=f"main has other weights, {ID}.*recorded revision stays"):
         publish(run, REPO, **again)
     assert commits(hub) == 1
     publish(run, REPO, replace=True, **again)
     assert commits(hub) == 2
-    assert {record.id for record in records(book)} == {ID, f"{NAME}.again"}
-    for record in records(book):
+    assert {record.id for record in records(manifest_path)} == {ID, f"{NAME}.again"}
+    for record in records(manifest_path):
         assert sha256(files_of(hub, record.revision)["model.safetensors"]) == record.sha256
 
 
-def test_files_of_others_are_not_overwritten(hub: HubServer, run: Path, book: Path) -> None:
+def test_files_of_others_are_not_overwritten(hub: HubServer, run: Path, manifest_path: Path) -> None:
     hub.create(REPO, {"README.md": b"mine", "model.safetensors": b"also mine"})
     before = files_of(hub)
     with pytest.raises(PublishConflictError, match=r"README\.md, model\.safetensors"):
-        publish(run, REPO, manifest=book, **FACTS)
-    assert (files_of(hub), records(book), hub.count("PUT", "")) == (before, [], 0)
-    assert publish(run, REPO, manifest=book, replace=True, **FACTS).committed
+        publish(run, REPO, manifest=manifest_path, **FACTS)
+    assert (files_of(hub), records(manifest_path), hub.count("PUT", "")) == (before, [], 0)
+    assert publish(run, REPO, manifest=manifest_path, replace=True, **FACTS).committed
 
 
-def test_card_edited_on_the_hub_is_not_overwritten(hub: HubServer, run: Path, book: Path) -> None:
-    publish(run, REPO, manifest=book, **FACTS)
+def test_card_edited_on_the_hub_is_not_overwritten(hub: HubServer, run: Path, manifest_path: Path) -> None:
+    publish(run, REPO, manifest=manifest_path, **FACTS)
     hub.repositories[REPO].commit({**files_of(hub), "README.md": b"edited on the page"})
     with pytest.raises(PublishConflictError, match=r"README\.md"):
-        publish(run, REPO, manifest=book, description="Another sentence.", **FACTS)
+        publish(run, REPO, manifest=manifest_path, description="Another sentence.", **FACTS)
     assert files_of(hub)["README.md"] == b"edited on the page"
 
 
-def test_a_commit_by_others_in_the_meantime_is_reported(hub: HubServer, run: Path, book: Path) -> None:
-    publish(run, REPO, manifest=book, **FACTS)
-    written, other = book.read_bytes(), {**files_of(hub), "NOTES.md": b"hello"}
+def test_a_commit_by_others_in_the_meantime_is_reported(hub: HubServer, run: Path, manifest_path: Path) -> None:
+    publish(run, REPO, manifest=manifest_path, **FACTS)
+    written, other = manifest_path.read_bytes(), {**files_of(hub), "NOTES.md": b"hello"}
     hub.fail(method="POST", path=COMMIT, call=lambda: hub.repositories[REPO].commit(other))
     with pytest.raises(PublishConflictError, match="main moved from"):
-        publish(run, REPO, manifest=book, description="Another sentence.", **FACTS)
-    assert (files_of(hub), book.read_bytes()) == (other, written)
-    publish(run, REPO, manifest=book, description="Another sentence.", **FACTS)
+        publish(run, REPO, manifest=manifest_path, description="Another sentence.", **FACTS)
+    assert (files_of(hub), manifest_path.read_bytes()) == (other, written)
+    publish(run, REPO, manifest=manifest_path, description="Another sentence.", **FACTS)
     assert b"Another sentence." in files_of(hub)["README.md"] and files_of(hub)["NOTES.md"] == b"hello"
     assert commits(hub) == 3
 
@@ -255,13 +255,13 @@ CALLS = [path.strip("/").rpartition("/")[2] for _, path in WRITES]
 @pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}, {"lose": True}], ids=["503", "cut", "reply lost"])
 @pytest.mark.parametrize(("method", "path"), WRITES, ids=CALLS)
 def test_passing_faults_of_any_write_do_not_show(
-    hub: HubServer, run: Path, book: Path, method: str, path: str, fault: dict[str, Any]
+    hub: HubServer, run: Path, manifest_path: Path, method: str, path: str, fault: dict[str, Any]
 ) -> None:
     hub.fail(method=method, path=path, **fault)
-    done = publish(run, REPO, manifest=book, **FACTS)
+    done = publish(run, REPO, manifest=manifest_path, **FACTS)
     assert hub.faults[0].times == 0
     assert (commits(hub), done.record.revision) == (1, hub.repositories[REPO].refs["main"])
-    assert records(book) == [done.record]
+    assert records(manifest_path) == [done.record]
 
 
 # Without "verify": an upload that was not verified is already there at the next attempt.
@@ -270,17 +270,17 @@ LASTING = [*WRITES[:5], *WRITES[6:], ("GET", "/api/models/")]
 
 @pytest.mark.parametrize(("method", "path"), LASTING, ids=[*CALLS[:5], *CALLS[6:], "read"])
 def test_lasting_faults_change_nothing_and_a_second_run_finishes(
-    hub: HubServer, run: Path, book: Path, method: str, path: str
+    hub: HubServer, run: Path, manifest_path: Path, method: str, path: str
 ) -> None:
-    written = book.read_bytes()
+    written = manifest_path.read_bytes()
     hub.fail(method=method, path=path, status=503, times=None)
     with pytest.raises(client.HubUnavailableError, match="publish again later") as caught:
-        publish(run, REPO, manifest=book, **FACTS)
+        publish(run, REPO, manifest=manifest_path, **FACTS)
     assert "Signature" not in str(caught.value) and TOKEN not in str(caught.value)
-    assert (commits(hub), book.read_bytes()) == (0, written)
+    assert (commits(hub), manifest_path.read_bytes()) == (0, written)
     hub.faults.clear()
-    assert publish(run, REPO, manifest=book, **FACTS).committed
-    assert (commits(hub), len(records(book))) == (1, 1)
+    assert publish(run, REPO, manifest=manifest_path, **FACTS).committed
+    assert (commits(hub), len(records(manifest_path))) == (1, 1)
 
 
 STAGES: dict[str, tuple[str, str, dict[str, Any], int]] = {
@@ -294,13 +294,15 @@ STAGES: dict[str, tuple[str, str, dict[str, Any], int]] = {
 @pytest.mark.parametrize(
     "stage", [pytest.param(name, marks=[] if STAGES[name][3] else pytest.mark.exhaustive) for name in STAGES]
 )
-def test_killed_publication_is_finished_by_a_second_run(hub: HubServer, run: Path, book: Path, stage: str) -> None:
+def test_killed_publication_is_finished_by_a_second_run(
+    hub: HubServer, run: Path, manifest_path: Path, stage: str
+) -> None:
     method, path, fault, expected = STAGES[stage]
-    written = book.read_bytes()
+    written = manifest_path.read_bytes()
     handled: list[None] = []
     hub.fail(method=method, path=path, call=lambda: handled.append(None), **fault)
     process = subprocess.Popen(
-        command(run, book), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(run, manifest_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         wait_for(lambda: hub.count(method, path) == 1)
@@ -310,10 +312,10 @@ def test_killed_publication_is_finished_by_a_second_run(hub: HubServer, run: Pat
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)
     wait_for(lambda: handled != [] and commits(hub) == expected)
-    assert (commits(hub), book.read_bytes()) == (expected, written)
-    assert [path.name for path in book.parent.iterdir() if path.name.startswith(".")] == []
-    done = publish(run, REPO, manifest=book, **FACTS)
-    assert (done.committed, commits(hub), records(book)) == (not expected, 1, [done.record])
+    assert (commits(hub), manifest_path.read_bytes()) == (expected, written)
+    assert [path.name for path in manifest_path.parent.iterdir() if path.name.startswith(".")] == []
+    done = publish(run, REPO, manifest=manifest_path, **FACTS)
+    assert (done.committed, commits(hub), records(manifest_path)) == (not expected, 1, [done.record])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -324,21 +326,21 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_without_access_the_error_says_so(
-    hub: HubServer, run: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, run: Path, manifest_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(client.HubAccessError, match="hf auth login") as caught:
-        publish(run, REPO, manifest=book, **FACTS)
+        publish(run, REPO, manifest=manifest_path, **FACTS)
     assert "hf_wrong" not in str(caught.value)
-    assert (hub.repositories, records(book)) == ({}, [])
+    assert (hub.repositories, records(manifest_path)) == ({}, [])
 
 
-def test_private_means_private(hub: HubServer, run: Path, book: Path) -> None:
-    publish(run, REPO, manifest=book, private=True, **FACTS)
+def test_private_means_private(hub: HubServer, run: Path, manifest_path: Path) -> None:
+    publish(run, REPO, manifest=manifest_path, private=True, **FACTS)
     assert hub.repositories[REPO].private
     hub.create("someone/public", {})
     with pytest.raises(PublishConflictError, match="public"):
-        publish(run, "someone/public", manifest=book, private=True, **FACTS)
+        publish(run, "someone/public", manifest=manifest_path, private=True, **FACTS)
     assert files_of(hub, repo_id="someone/public") == {}
 
 
@@ -395,21 +397,23 @@ UNFIT: dict[str, tuple[Callable[[Path, Recipe], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_unfit_for_the_public_is_refused(hub: HubServer, run: Path, book: Path, recipe: Recipe, case: str) -> None:
+def test_unfit_for_the_public_is_refused(
+    hub: HubServer, run: Path, manifest_path: Path, recipe: Recipe, case: str
+) -> None:
     spoil, reason = UNFIT[case]
     spoil(run, recipe)
     with pytest.raises(PublishError) as caught:
-        publish(run, REPO, manifest=book, **FACTS)
+        publish(run, REPO, manifest=manifest_path, **FACTS)
     assert any(reason in found for found in caught.value.reasons), caught.value.reasons
-    assert (hub.requests, records(book)) == ([], [])
+    assert (hub.requests, records(manifest_path)) == ([], [])
 
 
 def test_all_reasons_come_at_once(
-    hub: HubServer, run: Path, book: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+    hub: HubServer, run: Path, manifest_path: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     UNFIT["NaN"][0](run, recipe)
     (run / "metrics.csv").unlink()
-    code = cli.main(["publish", str(run), "--repo", REPO, "--manifest", str(book)])
+    code = cli.main(["publish", str(run), "--repo", REPO, "--manifest", str(manifest_path)])
     captured = capsys.readouterr()
     assert (code, captured.out, hub.requests) == (1, "", [])
     for part in ("conv_stem.weight", "metrics are missing", "license", "tag", "dataset"):
@@ -426,8 +430,10 @@ def test_all_reasons_come_at_once(
         ({"source": "nosuch_ubn.tag"}, "id of a manifest record"),
     ],
 )
-def test_bad_arguments_are_refused(hub: HubServer, run: Path, book: Path, change: dict[str, Any], part: str) -> None:
-    arguments = {"source": run, "repo_id": REPO, "manifest": book, **FACTS, **change}
+def test_bad_arguments_are_refused(
+    hub: HubServer, run: Path, manifest_path: Path, change: dict[str, Any], part: str
+) -> None:
+    arguments = {"source": run, "repo_id": REPO, "manifest": manifest_path, **FACTS, **change}
     with pytest.raises(PublishError, match=part):
         publish(arguments.pop("source"), arguments.pop("repo_id"), **arguments)
     assert hub.requests == []
@@ -445,7 +451,7 @@ METRICS = [
 
 
 def test_the_moving_average_of_a_run_is_published(
-    hub: HubServer, run: Path, book: Path, recipe: Recipe, trained: nn.Module
+    hub: HubServer, run: Path, manifest_path: Path, recipe: Recipe, trained: nn.Module
 ) -> None:
     state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     state[KEY] *= 0.5
@@ -453,19 +459,19 @@ def test_the_moving_average_of_a_run_is_published(
     averaged = dataclasses.replace(recipe, ema_decay=0.99)
     (run / "recipe.yaml").write_text(dump_recipe(averaged))
     write_metrics(run / "metrics.csv", rows(averaged, ema_top1=70.5))
-    record = publish(run, REPO, manifest=book, **FACTS).record
+    record = publish(run, REPO, manifest=manifest_path, **FACTS).record
     assert record.sha256 == sha256((run / "model_ema.safetensors").read_bytes())
     assert [metric.value for metric in record.metrics] == [70.5]
 
 
-def test_a_run_as_the_engine_leaves_it_is_published(hub: HubServer, book: Path, tmp_path: Path) -> None:
+def test_a_run_as_the_engine_leaves_it_is_published(hub: HubServer, manifest_path: Path, tmp_path: Path) -> None:
     source = dataclasses.replace(RECIPE, model=SIBLING, epochs=1, warmup_epochs=0.0, threshold=0.3)
     data = MemoryTrain(source, striped_images(64, 1), Ranks()), MemoryEval(source, striped_images(16, 2), Ranks())
     folder = run_recipe(source, "", tmp_path / "run", data=data).folder
     # The working tree may have uncommitted changes.
     table = [dataclasses.replace(row, commit="1" * 40) for row in read_metrics(folder / "metrics.csv")]
     write_metrics(folder / "metrics.csv", table)
-    done = publish(folder, REPO, manifest=book, **FACTS)
+    done = publish(folder, REPO, manifest=manifest_path, **FACTS)
     assert {"loss_accuracy.png", "learning_rate.png", "similarity.png"} <= {file.name for file in done.files}
     assert done.record.num_classes == 2
     assert done.record.input.size == (3, 32, 32)
@@ -474,7 +480,9 @@ def test_a_run_as_the_engine_leaves_it_is_published(hub: HubServer, book: Path, 
     assert model.pretrained_cfg["label_names"] == ["horizontal", "vertical"]
 
 
-def test_folder_in_timms_format(hub: HubServer, run: Path, book: Path, trained: nn.Module, tmp_path: Path) -> None:
+def test_folder_in_timms_format(
+    hub: HubServer, run: Path, manifest_path: Path, trained: nn.Module, tmp_path: Path
+) -> None:
     names = [f"class {number}" for number in range(10)]
     folder = tmp_path / "checkpoint"
     save_for_hf(
@@ -485,24 +493,24 @@ def test_folder_in_timms_format(hub: HubServer, run: Path, book: Path, trained: 
         safe_serialization=True,
     )
     with pytest.raises(PublishError, match=r"recipe is missing.*metrics are missing.*dataset is missing"):
-        publish(folder, REPO, manifest=book)
+        publish(folder, REPO, manifest=manifest_path)
     (tmp_path / "measured.json").write_text(json.dumps(METRICS))
     given = {"recipe": run / "recipe.yaml", "metrics": tmp_path / "measured.json", "dataset": "Imagenette"}
-    record = publish(folder, REPO, manifest=book, **given).record
+    record = publish(folder, REPO, manifest=manifest_path, **given).record
     assert (record.id, record.license, record.input.size) == (f"{NAME}.mine", "mit", (3, 48, 48))
     assert (record.metrics[0].value, record.metrics[0].measured.command) == (70.5, "ubn-zoo validate")
     assert json.loads(files_of(hub)["config.json"])["label_names"] == names
     assert json.loads(files_of(hub)["metrics.json"]) == METRICS
 
 
-def test_converted_file_names_its_base(hub: HubServer, book: Path, tmp_path: Path) -> None:
+def test_converted_file_names_its_base(hub: HubServer, manifest_path: Path, tmp_path: Path) -> None:
     sibling = timm.create_model(SIBLING)
     hub.create(f"timm/{SIBLING}.lamb_in1k", {"model.safetensors": safetensors.torch.save(sibling.state_dict())})
     output = tmp_path / "converted.safetensors"
     convert(NAME, output, cache_dir=tmp_path / "cache")
     (tmp_path / "measured.json").write_text(json.dumps(METRICS))
     facts = {"tag": "from_bn", "license": "apache-2.0", "dataset": "ImageNet-1k", "metrics": tmp_path / "measured.json"}
-    record = publish(output, REPO, manifest=book, **facts).record
+    record = publish(output, REPO, manifest=manifest_path, **facts).record
     assert record.recipe is None and record.origin.trained == f"converted from {SIBLING}.lamb_in1k"
     metadata = yaml.safe_load(files_of(hub)["README.md"].decode().split("---\n")[1])
     assert metadata["base_model"] == f"timm/{SIBLING}.lamb_in1k"
@@ -510,16 +518,16 @@ def test_converted_file_names_its_base(hub: HubServer, book: Path, tmp_path: Pat
     unknown = tmp_path / "unknown.safetensors"
     safetensors.torch.save_file(sibling.state_dict(), unknown)
     with pytest.raises(PublishError, match="does not record its origin"):
-        publish(unknown, REPO, manifest=book, **facts)
+        publish(unknown, REPO, manifest=manifest_path, **facts)
 
 
-def test_record_moves_to_another_repository(hub: HubServer, run: Path, book: Path, tmp_path: Path) -> None:
-    publish(run, REPO, manifest=book, **FACTS)
-    arguments = {"manifest": book, "cache_dir": tmp_path / "cache"}
+def test_record_moves_to_another_repository(hub: HubServer, run: Path, manifest_path: Path, tmp_path: Path) -> None:
+    publish(run, REPO, manifest=manifest_path, **FACTS)
+    arguments = {"manifest": manifest_path, "cache_dir": tmp_path / "cache"}
     with pytest.raises(PublishError, match="the recipe is missing"):
         publish(ID, "someone/else", **arguments)
     moved = publish(ID, "someone/else", recipe=run / "recipe.yaml", **arguments).record
-    assert records(book) == [moved]
+    assert records(manifest_path) == [moved]
     assert (moved.repo_id, moved.revision) == ("someone/else", hub.repositories["someone/else"].refs["main"])
     mine, theirs = files_of(hub), files_of(hub, repo_id="someone/else")
     assert theirs["model.safetensors"] == mine["model.safetensors"] and theirs["recipe.yaml"] == mine["recipe.yaml"]

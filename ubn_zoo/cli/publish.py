@@ -65,6 +65,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{done.card}\n{record.id}: may be published in {options.repo}; nothing was sent or written")
         return 0
     state = "a new commit" if done.committed else "unchanged, no new commit"
-    book = "recorded" if done.recorded else "recorded before"
-    print(f"{record.id}: {options.repo}: {state}; {book} at {record.revision or record.file}")
+    noted = "recorded" if done.recorded else "recorded before"
+    print(f"{record.id}: {options.repo}: {state}; {noted} at {record.revision or record.file}")
     return 0

@@ -39,21 +39,17 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, but not in __all__
 
-from ubn_zoo.errors import ChecksumError, InvalidArgumentError, UnsafeFileError
-from ubn_zoo.hub.manifest import MAX_FILE_BYTES, Record, bundled_path
-from ubn_zoo.hub.retry import (
-    RETRY_SECONDS_VARIABLE,
-    Advice,
-    HTTPError,
+from ubn_zoo.errors import (
+    ChecksumError,
     HubAccessError,
     HubError,
     HubNotFoundError,
     HubUnavailableError,
-    describe_failure,
-    endpoint,
-    retry,
-    traceable,
+    InvalidArgumentError,
+    UnsafeFileError,
 )
+from ubn_zoo.hub.manifest import MAX_FILE_BYTES, Record, bundled_path
+from ubn_zoo.hub.retry import RETRY_SECONDS_VARIABLE, Advice, HTTPError, describe_failure, endpoint, retry, traceable
 from ubn_zoo.utils.files import write_file
 
 __all__ = [

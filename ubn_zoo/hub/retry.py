@@ -15,7 +15,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import constants, errors, get_token
 from huggingface_hub.errors import (
@@ -39,10 +39,6 @@ __all__ = [
     "Advice",
     "Backoff",
     "HTTPError",
-    "HubAccessError",
-    "HubError",
-    "HubNotFoundError",
-    "HubUnavailableError",
     "describe_failure",
     "endpoint",
     "redact",
@@ -170,7 +166,7 @@ class Backoff:
             OSError: `error` itself, if the file system failed.
             ValueError: `error` itself, if an argument of the request is not valid.
         """
-        raise_if_permanent(error, self._subject, self._advice)
+        _raise_if_permanent(error, self._subject, self._advice)
         reason, now = describe_failure(error), time.monotonic()
         self._deadline = now + self._limit if self._deadline is None else self._deadline
         if now + self._pause > self._deadline:
@@ -197,103 +193,91 @@ def _retry_seconds() -> float:
     return seconds
 
 
-def raise_if_permanent(error: Exception, subject: str, advice: Advice) -> None:
-    """Return if repeating the request may help; otherwise raise what the error means for the user.
-
-    Args:
-        error: Raised by huggingface_hub.
-        subject: What the request is about.
-        advice: What to tell the user.
-
-    Raises:
-        HubError: The error is permanent.
-        Exception: `error` itself, if the Hub is not the cause: the file system, an argument, a bug in this package.
-    """
+def _raise_if_permanent(error: Exception, subject: str, advice: Advice) -> None:
+    """Return if repeating the request may help; otherwise raise what the error means, or the error itself."""
     if isinstance(error, HubError):
         raise error
     error = _root(error)
+    found = _permanent(error, advice)
+    if found is not None:
+        kind, message = found
+        raise kind(f"{subject}: {message}") from (None if isinstance(error, UnicodeError) else traceable(error))
+
+
+def _permanent(error: Exception, advice: Advice) -> tuple[type[HubError], str] | None:
+    """The class and message of what a permanent error means; None if repeating the request may help.
+
+    Raises:
+        Exception: `error` itself, if the Hub is not the cause: the file system, an argument, a bug in this package.
+    """
+    xet = _XET_STATUS.search(str(error)) if isinstance(error, (OSError, RuntimeError)) else None
     if isinstance(error, OfflineModeIsEnabled):
-        raise HubUnavailableError(f"{subject}: offline mode is on. {advice.offline}") from error
+        return HubUnavailableError, f"offline mode is on. {advice.offline}"
     if isinstance(error, FileMetadataError):
-        raise HubError(f"{subject}: {endpoint()} does not respond like a Hub; check HF_ENDPOINT") from traceable(error)
+        return HubError, f"{endpoint()} does not respond like a Hub; check HF_ENDPOINT"
     if isinstance(error, HfHubHTTPError):
-        _raise_if_permanent_response(error, subject, advice)
-    elif _xet_status(error) is not None:
-        _raise_if_permanent_xet(error, subject, advice)
-    elif type(error).__name__ == "UnsupportedProtocol":
-        _raise_unsupported(error, subject)
-    elif isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
-        raise HubAccessError(
-            f"{subject}: the token contains non-ASCII characters and was probably copied incorrectly; {advice.login}"
-        ) from None
-    elif isinstance(error, (HFValidationError, UnicodeError)):
+        return _permanent_response(error, advice)
+    if xet is not None:
+        return _permanent_status(
+            int(xet[1]),
+            f"the Hub denied access to its Xet storage (HTTP {xet[1]}); {advice.login}",
+            f"the Xet transfer failed ({describe_failure(error)}). {_WITHOUT_XET}",
+        )
+    if type(error).__name__ == "UnsupportedProtocol":
+        valid = "http:// or https://"
+        if not constants.ENDPOINT.startswith(("http://", "https://")):
+            return HubError, f"HF_ENDPOINT is {endpoint()!r}; valid: {valid}"
+        where = f"{endpoint()} redirects to an address that is not {valid}, which is not followed"
+        return HubError, f"{where}; check HF_ENDPOINT and proxies"
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
+        wrong = "the token contains non-ASCII characters and was probably copied incorrectly"
+        return HubAccessError, f"{wrong}; {advice.login}"
+    if isinstance(error, (HFValidationError, UnicodeError)):
         raise error
-    elif isinstance(error, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)):
-        return  # a broken connection, or a response from a proxy or a login page
-    elif isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)):
+        return None  # a broken connection, or a response from a proxy or a login page
+    if isinstance(error, OSError) and error.errno is not None:
         raise error
-    elif not isinstance(error, (OSError, RuntimeError)):
-        _raise_unexpected(error, subject)
+    return None if isinstance(error, (OSError, RuntimeError)) else _unexpected(error)
 
 
-def _raise_if_permanent_response(error: HfHubHTTPError, subject: str, advice: Advice) -> None:
-    status, cause = error.response.status_code, traceable(error)
+def _permanent_response(error: HfHubHTTPError, advice: Advice) -> tuple[type[HubError], str] | None:
+    status = error.response.status_code
     if isinstance(error, GatedRepoError):
-        raise HubAccessError(f"{subject}: access to the repository is restricted; {advice.login}") from cause
+        return HubAccessError, f"access to the repository is restricted; {advice.login}"
     if isinstance(error, DisabledRepoError):
-        raise HubAccessError(f"{subject}: the repository is disabled by the Hub") from cause
+        return HubAccessError, "the repository is disabled by the Hub"
     if isinstance(error, RepositoryNotFoundError) and not (advice.writing and status in (401, 403)):
-        raise HubNotFoundError(f"{subject}: there is no such repository; if it is private, {advice.login}") from cause
+        return HubNotFoundError, f"there is no such repository; if it is private, {advice.login}"
     if isinstance(error, RevisionNotFoundError):
-        raise HubNotFoundError(f"{subject}: the repository has no such revision") from cause
+        return HubNotFoundError, "the repository has no such revision"
+    advised = f". {_WITHOUT_XET}" if _XET_TOKEN.search(str(error.response.url)) else ""
+    return _permanent_status(
+        status,
+        f"the Hub denied access (HTTP {status}); {advice.login}",
+        f"{_describe_response(error.response, error.server_message)}{advised}",
+    )
+
+
+def _permanent_status(status: int, denied: str, failed: str) -> tuple[type[HubError], str] | None:
     if status in (401, 403):
-        raise HubAccessError(f"{subject}: the Hub denied access (HTTP {status}); {advice.login}") from cause
-    if status < 500 and status not in TEMPORARY_STATUS:
-        advised = f". {_WITHOUT_XET}" if _XET_TOKEN.search(str(error.response.url)) else ""
-        raise HubError(f"{subject}: {_describe_response(error.response, error.server_message)}{advised}") from cause
+        return HubAccessError, denied
+    return None if status >= 500 or status in TEMPORARY_STATUS else (HubError, failed)
 
 
-def _xet_status(error: Exception) -> int | None:
-    """The HTTP status that ended a Xet transfer; None for other errors."""
-    found = _XET_STATUS.search(str(error)) if isinstance(error, (OSError, RuntimeError)) else None
-    return None if found is None else int(found[1])
-
-
-def _raise_if_permanent_xet(error: Exception, subject: str, advice: Advice) -> None:
-    status = _xet_status(error) or 0
-    if status in (401, 403):
-        raise HubAccessError(
-            f"{subject}: the Hub denied access to its Xet storage (HTTP {status}); {advice.login}"
-        ) from traceable(error)
-    if status < 500 and status not in TEMPORARY_STATUS:
-        raise HubError(
-            f"{subject}: the Xet transfer failed ({describe_failure(error)}). {_WITHOUT_XET}"
-        ) from traceable(error)
-
-
-def _raise_unsupported(error: Exception, subject: str) -> NoReturn:
-    if not constants.ENDPOINT.startswith(("http://", "https://")):
-        raise HubError(f"{subject}: HF_ENDPOINT is {endpoint()!r}; valid: http:// or https://") from traceable(error)
-    raise HubError(
-        f"{subject}: {endpoint()} redirects to an address that is not http:// or https://, which is not followed; "
-        "check HF_ENDPOINT and proxies"
-    ) from traceable(error)
-
-
-def _raise_unexpected(error: Exception, subject: str) -> NoReturn:
-    """Raise a `HubError` if huggingface_hub could not use a response; raise other errors unchanged."""
+def _unexpected(error: Exception) -> tuple[type[HubError], str]:
+    """What an error of huggingface_hub means that could not use a response; other errors are raised unchanged."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    response = _response_of(error)
+    values = (value for frame in reversed(frames) for value in frame.f_locals.values())
+    response = next((value for value in values if isinstance(value, _Response)), None)
     if response is not None:
         reason = f"{_describe_response(response, None)}, which cannot be interpreted"
     elif frames and frames[-1].f_globals.get("__name__", "").startswith("huggingface_hub."):
         reason = "huggingface_hub cannot interpret the Hub's response"
     else:
         raise error
-    raise HubError(
-        f"{subject}: {reason} ({type(error).__name__}: {redact(str(error))[:_SHOWN]}); check HF_ENDPOINT, and that "
-        "huggingface_hub is up to date"
-    ) from traceable(error)
+    details = f"{type(error).__name__}: {redact(str(error))[:_SHOWN]}"
+    return HubError, f"{reason} ({details}); check HF_ENDPOINT, and that huggingface_hub is up to date"
 
 
 def _root(error: Exception) -> Exception:
@@ -301,13 +285,6 @@ def _root(error: Exception) -> Exception:
     # "Not in the cache" wraps the reason why the Hub could not be reached.
     wrapper = isinstance(error, LocalEntryNotFoundError) or type(error) is RuntimeError
     return error.__cause__ if wrapper and isinstance(error.__cause__, Exception) else error
-
-
-def _response_of(error: Exception) -> Any:
-    """The HTTP response that the client was reading when it failed; None if there was none."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    responses = (value for frame in reversed(frames) for value in frame.f_locals.values())
-    return next((value for value in responses if isinstance(value, _Response)), None)
 
 
 def _describe_response(response: Any, message: str | None) -> str:

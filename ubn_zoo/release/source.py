@@ -451,9 +451,7 @@ def _unfinished(rows: Sequence[EpochMetrics], recipe: Recipe) -> str | None:
     if {(row.model, row.norm, row.seed) for row in rows} != {(recipe.model, recipe.norm, recipe.seed)}:
         return f"{CSV} and the recipe are from different runs"
     if rows[-1].commit is not None and rows[-1].commit.endswith("+"):
-        return (
-            f"the code differed from its commit {rows[-1].commit[:-1]}, so the run cannot be repeated; train it again"
-        )
+        return f"the code differed from its commit {rows[-1].commit[:-1]}, so the run cannot be repeated; train again"
     return None
 
 

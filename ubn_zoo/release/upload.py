@@ -42,6 +42,7 @@ from ubn_zoo.utils.sanitize import find_secret
 __all__ = ["File", "Publication", "publish"]
 
 _NO_COMMIT = "0" * 40
+_INPUT = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
@@ -215,7 +216,6 @@ def _prepare(found: Source, repo_id: str, remeasure: str | os.PathLike[str] | No
         record = record_from_dict(_draft(found, found.model, config["pretrained_cfg"], repo_id))
     except ManifestError as error:
         reasons.append(str(error))
-        raise PublishError(found.label, reasons) from None
     if reasons:
         raise PublishError(found.label, reasons)
     contents = {WEIGHTS: found.weights, CONFIG: _json(config)}
@@ -292,9 +292,9 @@ def _check_weights(found: Source, model: nn.Module, state: dict[str, Any]) -> No
 
 def _check_secrets(found: Source, contents: Mapping[str, bytes]) -> None:
     """Refuse to publish text with a token or password."""
-    texts = {name: body for name, body in contents.items() if name.endswith((".json", ".yaml", ".csv", ".md"))}
-    for name, body in texts.items():
-        secret = find_secret(body.decode("utf-8", errors="replace"))
+    for name, body in contents.items():
+        text = name.endswith((".json", ".yaml", ".csv", ".md"))
+        secret = find_secret(body.decode("utf-8", errors="replace")) if text else None
         if secret is not None:
             found.problems.append(f"{name} would publish what looks like a secret, near {secret!r}; remove it")
     if found.problems:
@@ -311,13 +311,8 @@ def _remeasured(
     if top1 is None:
         raise PublishError(found.label, ["`remeasure`: there is no top1 metric to compare with"])
     if not agrees(top1.value, accuracy):
-        raise PublishError(
-            found.label,
-            [
-                f"top1 is {top1.value:g} in its record, but {accuracy.top1:g} measured again on {accuracy.images} "
-                f"images of {os.fspath(data_dir)}"
-            ],
-        )
+        again = f"{accuracy.top1:g} measured again on {accuracy.images} images of {os.fspath(data_dir)}"
+        raise PublishError(found.label, [f"top1 is {top1.value:g} in its record, but {again}"])
     command = validate_command(str(record.repo_id), recipe, found.split)
     measured = dataclasses.replace(
         top1, value=accuracy.top1, measured=dataclasses.replace(top1.measured, command=command)
@@ -359,14 +354,7 @@ def _draft(found: Source, model: nn.Module, cfg: Mapping[str, Any], repo_id: str
         "sha256": hashlib.sha256(found.weights).hexdigest(),
         "bytes": len(found.weights),
         "params": sum(parameter.numel() for parameter in model.parameters()),
-        "input": {
-            "size": cfg["input_size"],
-            "mean": cfg["mean"],
-            "std": cfg["std"],
-            "interpolation": cfg["interpolation"],
-            "crop_pct": cfg["crop_pct"],
-            "crop_mode": cfg["crop_mode"],
-        },
+        "input": {"size": cfg["input_size"], **{name: cfg[name] for name in _INPUT}},
         "num_classes": model.num_classes,
         "label_names": list(names) if 0 < len(names) <= MAX_ITEMS else None,
         "license": found.license or UNKNOWN,
