@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from huggingface_hub import (
     HfApi,
+    HfFileMetadata,
     constants,
     get_hf_file_metadata,
     hf_hub_download,
@@ -81,12 +82,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _MismatchError(Exception):
-    """A file had the wrong hash and has been deleted."""
-
-    def __init__(self, expected: str, found: str) -> None:
-        super().__init__(expected, found)
-        self.expected = expected
-        self.found = found
+    """A file had the wrong hash and has been deleted; the arguments are the expected hash and the one found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +103,6 @@ class _Request:
 
     def cached(self) -> Path | None:
         return cached_path(self.repo_id, self.filename, revision=self.revision, cache_dir=self.cache_dir)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Response:
-    """What the Hub reports about a file: its commit and hash."""
-
-    commit: str
-    etag: str | None
 
 
 def fetch(
@@ -165,14 +153,14 @@ def fetch(
         try:
             return _from_cache(request) or _obtain(request)
         except _MismatchError as first:
-            _logger.warning("%s: hash is %s instead of %s; downloading it again", request, first.found, first.expected)
+            _logger.warning("%s: expected hash %s, found %s; downloading it again", request, *first.args)
             return _obtain(request)
     except _MismatchError as second:
-        kind = _HASH_NAMES[len(second.expected)]
+        expected, found = second.args
         raise ChecksumError(
-            f"{request}: expected {kind} {second.expected}, found {second.found}, twice. The file was deleted. Either "
-            "the repository or mirror (HF_ENDPOINT) has a different file, or the network alters it: check the expected "
-            "hash, and try again later or from another network."
+            f"{request}: expected {_HASH_NAMES[len(expected)]} {expected}, found {found}, twice. The file was "
+            "deleted. Either the repository or mirror (HF_ENDPOINT) has a different file, or the network alters it: "
+            "check the expected hash, and try again later or from another network."
         ) from None
 
 
@@ -326,11 +314,11 @@ def _attempt(request: _Request) -> Path:
         return cached
     with _lock(request):
         path = _download(request, response)
-        _verify(path, request, response.etag if _commit(path, request) == response.commit else None)
+        _verify(path, request, response.etag if _commit(path, request) == response.commit_hash else None)
     return path
 
 
-def _download(request: _Request, response: _Response) -> Path:
+def _download(request: _Request, response: HfFileMetadata) -> Path:
     try:
         return Path(
             hf_hub_download(
@@ -346,7 +334,7 @@ def _download(request: _Request, response: _Response) -> Path:
         number = errno.ENOSPC if "No space left on device" in str(error) else getattr(error, "errno", None)
         if number is None or isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
             raise
-        cached = dataclasses.replace(request, revision=response.commit).cached()
+        cached = dataclasses.replace(request, revision=str(response.commit_hash)).cached()
         if cached is not None and number in _NOT_WRITABLE:
             return cached  # only the new commit of the branch could not be written
         advice = "Free some space there" if number == errno.ENOSPC else "Make it writable"
@@ -354,7 +342,7 @@ def _download(request: _Request, response: _Response) -> Path:
         raise OSError(number, f"{reason}`cache_dir` to another folder. Cache", str(request.cache_dir)) from error
 
 
-def _ask(request: _Request) -> _Response:
+def _ask(request: _Request) -> HfFileMetadata:
     """Ask the Hub about a file, bypassing huggingface_hub's own retries, which can take minutes."""
     url = hf_hub_url(request.repo_id, request.filename, revision=request.revision)
     try:
@@ -373,7 +361,7 @@ def _ask(request: _Request) -> _Response:
         largest = MAX_JSON_BYTES if request.filename.endswith(".json") else MAX_FILE_BYTES
         if response.size > largest:
             raise HubError(f"{request}: {response.size} bytes; valid: at most {largest}")
-    return _Response(commit=response.commit_hash, etag=response.etag)
+    return response
 
 
 def _commit(path: Path, request: _Request) -> str:
@@ -418,10 +406,9 @@ def _verify(path: Path, request: _Request, etag: str | None) -> None:
     try:
         _delete(path, request)
     except OSError as error:
-        kind = _HASH_NAMES[len(expected)]
         raise ChecksumError(
-            f"{request}: expected {kind} {expected}, found {found} in the cache, and the file cannot be deleted: "
-            f"{error}. Delete {path}, or set HF_HUB_CACHE or `cache_dir` to another folder"
+            f"{request}: expected {_HASH_NAMES[len(expected)]} {expected}, found {found} in the cache, and the file "
+            f"cannot be deleted: {error}. Delete {path}, or set HF_HUB_CACHE or `cache_dir` to another folder"
         ) from error
     raise _MismatchError(expected, found)
 
