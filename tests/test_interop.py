@@ -473,7 +473,7 @@ def test_convert_batchnorm_takes_filters_and_counts(caplog: pytest.LogCaptureFix
     ]
     assert isinstance(model.bn1, FrozenBatchNorm2d) and isinstance(model.layer4[0].bn2, FrozenBatchNorm2d)
     assert model.layer4[0].bn1.frozen and not model.extra[0].frozen
-    with pytest.raises(ValueError, match="leave none of the 3"):
+    with pytest.raises(ValueError, match="select none of the 3"):
         ubn_zoo.convert_batchnorm(model, include="fc")
 
 

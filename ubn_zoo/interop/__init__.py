@@ -1,7 +1,7 @@
 """UBN for tools that look for BatchNorm by class: freezing, re-estimated statistics, weight decay, synchronization.
 
-Each function here handles BatchNorm and UBN alike. :func:`install` makes the functions of torch, timm and other
-libraries that have the same purpose do so too, for scripts that cannot be changed.
+Each function here handles both BatchNorm and UBN. :func:`install` patches the corresponding functions of torch, timm
+and other libraries, for scripts that cannot be changed.
 """
 
 from .install import Installation, install, uninstall

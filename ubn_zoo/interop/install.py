@@ -1,4 +1,4 @@
-"""Replace parts of other libraries by versions that handle UBN, and undo it."""
+"""Patches other libraries with versions that handle UBN, and undoes the patches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _undo: list[Replacement] = []
 
 
 def _replace_functions(pairs: Iterable[tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
-    """Replaces functions in every imported module that holds them, this package excepted."""
+    """Replaces functions in every imported module that references them, except in this package."""
     new = {id(before): after for before, after in pairs}
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{__package__}.") or not isinstance(space := getattr(module, "__dict__", None), dict):
@@ -42,7 +42,7 @@ def _put(owner: Any, name: Any, value: Any) -> None:
 
 def _apply(replacements: Iterable[Replacement]) -> None:
     for owner, name, value in replacements:
-        # The descriptor itself, where it is a static or class method.
+        # Keeps the descriptor of a static or class method.
         space = owner if isinstance(owner, dict) else vars(owner)
         _undo.append((owner, name, space.get(name, _MISSING)))
         _put(owner, name, value)
@@ -80,7 +80,7 @@ _imports = _Imports()
 
 
 class Installation:
-    """What :func:`install` returns. As a context manager it uninstalls on exit what that call installed."""
+    """The result of :func:`install`. As a context manager, it undoes on exit what that call installed."""
 
     def __init__(self, first: bool) -> None:
         self._first = first
@@ -96,24 +96,25 @@ class Installation:
 
 
 def install() -> Installation:
-    """Makes other libraries handle UBN layers too, whether they are imported already or later.
+    """Patches other libraries to handle UBN layers, both those already imported and those imported later.
 
     - timm: ``freeze_batch_norm_2d``, ``unfreeze_batch_norm_2d``, ``freeze``, ``unfreeze``, ``convert_sync_batchnorm``,
       ``convert_splitbn_model`` and ``distribute_bn``, wherever they have been imported.
     - torch: ``update_bn`` and ``SyncBatchNorm.convert_sync_batchnorm``.
-    - Lightning: ``BaseFinetuning`` and ``StochasticWeightAveraging``; ``sync_batchnorm=True`` by torch's function.
-    - fastai: what ``Learner`` knows of norms (``train_bn``, ``wd_bn_bias``), and ``BnFreeze``.
-    - transformers: the backbones of DETR and its relatives are frozen; ``freeze_batch_norm_2d`` by timm's function.
-    - Opacus: its validator refuses UBN, and its fixer replaces it by GroupNorm.
+    - Lightning: ``BaseFinetuning`` and ``StochasticWeightAveraging``; ``sync_batchnorm=True`` works through torch's
+      function.
+    - fastai: the norm options of ``Learner`` (``train_bn``, ``wd_bn_bias``), and ``BnFreeze``.
+    - transformers: backbones of DETR and its variants are frozen through timm's ``freeze_batch_norm_2d``.
+    - Opacus: its validator rejects UBN, and its fixer replaces UBN with GroupNorm.
     - thop, ptflops, calflops: :func:`multiply_adds` of each layer.
 
-    For all other layers they do what they did before. References to functions of timm and torch that are held elsewhere
-    than in a module's namespace (an attribute of an object, a closure) are not found.
+    Other layers are handled as before. Only references in a module's namespace are patched; those in object attributes
+    or closures are not found.
 
-    Calling it again changes nothing. ``ubn-zoo exec`` calls it for a script.
+    Repeated calls have no effect. ``ubn-zoo exec`` calls it for a script.
 
     Returns:
-        A context manager that uninstalls on exit; without one the changes stay.
+        A context manager that uninstalls on exit. If it is not used, the patches stay.
     """
     global _installed
     first, _installed = not _installed, True

@@ -1,4 +1,4 @@
-"""Which parts of torch, timm and other libraries :func:`ubn_zoo.interop.install` replaces, and by what."""
+"""The parts of torch, timm and other libraries that :func:`ubn_zoo.interop.install` replaces, and the replacements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .operations import calflops_handler, ptflops_handler, thop_handler
 
 __all__ = ["FUNCTIONS", "LIBRARIES", "Replacement", "sync_of_torch"]
 
-# An object or a dict, the name of an attribute or a key, and the new value.
+# An object or dict, the name of its attribute or key, and the new value.
 Replacement = tuple[Any, Any, Any]
 
 _CLASSES = (UnifiedBatchNorm2d, UnifiedBatchNormAct2d)
@@ -69,7 +69,7 @@ def _torch_convert_sync(cls: Any, module: nn.Module, process_group: Any = None) 
 
 @functools.wraps(_split)
 def _convert_splitbn_model(module: nn.Module, num_splits: int = 2) -> nn.Module:
-    # timm's function calls this one again for every child.
+    # timm's function calls this one recursively for every child.
     if is_split(module):
         return module
     if has_ubn(module):
@@ -87,7 +87,7 @@ def _update_statistics(loader: Iterable[Any], model: nn.Module, device: Any = No
 
 @functools.wraps(_distribute_bn)
 def _distribute(model: nn.Module, world_size: int, reduce: bool = False) -> None:
-    # timm's function finds running means and variances by their names, UBN's too, but not the gates.
+    # timm's function finds running means and variances by name, including UBN's, but not the gates.
     _distribute_bn(model, world_size, reduce)
     for module in timm.utils.model.unwrap_model(model).modules():
         if isinstance(module, UnifiedBatchNorm2d) and module.feature_similarity is not None:
@@ -98,7 +98,7 @@ def _distribute(model: nn.Module, world_size: int, reduce: bool = False) -> None
                 torch.distributed.broadcast(module.feature_similarity, 0)
 
 
-# Not `freeze` and `unfreeze` themselves: `uninstall` would replace those wherever they were imported from here.
+# Wrappers instead of `freeze` and `unfreeze`: `uninstall` would also replace those where users imported them from here.
 def _freeze_model(root_module: nn.Module, submodules: Any = (), include_bn_running_stats: bool = True) -> None:
     freeze(root_module, submodules, include_bn_running_stats)
 
@@ -107,7 +107,7 @@ def _unfreeze_model(root_module: nn.Module, submodules: Any = (), include_bn_run
     unfreeze(root_module, submodules, include_bn_running_stats)
 
 
-# Functions that are imported by name into many modules.
+# Functions that many modules import by name.
 FUNCTIONS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
     (_freeze_norms, _freeze_batch_norm_2d),
     (_unfreeze_norms, _unfreeze_batch_norm_2d),
@@ -144,7 +144,7 @@ def _lightning_finetuning(library: Any) -> Iterator[Replacement]:
             # Lightning sets it on every BatchNorm.
             layer.track_running_stats = layer.running_mean is not None
 
-    # The class that `isinstance` asks for there.
+    # The class that `isinstance` checks for there.
     yield library, "_BatchNorm", (library._BatchNorm, UnifiedBatchNorm2d)
     yield base, "freeze_module", staticmethod(freeze_one)
     yield base, "make_trainable", staticmethod(unfreeze_all)
@@ -234,7 +234,7 @@ def _calflops(library: Any) -> Iterator[Replacement]:
         yield library.MODULE_HOOK_MAPPING, cls, calflops_handler
 
 
-# Modules by wildcard pattern, and what changes in each once it is imported.
+# Wildcard patterns of modules, and the changes to make in each once it is imported.
 LIBRARIES: dict[str, Callable[[Any], Iterator[Replacement]]] = {
     "lightning.pytorch.callbacks.finetuning": _lightning_finetuning,
     "pytorch_lightning.callbacks.finetuning": _lightning_finetuning,

@@ -1,4 +1,4 @@
-"""What torch and timm do to BatchNorm by class, done to BatchNorm and UBN alike."""
+"""Counterparts of torch's and timm's functions for BatchNorm that handle both BatchNorm and UBN."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["freeze", "unfreeze", "update_statistics", "weight_decay_groups"]
 _freeze = timm.utils.model.freeze
 _unfreeze = timm.utils.model.unfreeze
 
-# Cosines are larger, so that the gate is open whatever they are.
+# Below every cosine, so that the gate is always open.
 _ALWAYS_OPEN = -2.0
 
 
@@ -35,9 +35,9 @@ def _parts(model: nn.Module, submodules: str | Iterable[str]) -> list[nn.Module]
 
 
 def freeze(model: nn.Module, submodules: str | Iterable[str] = (), include_bn_running_stats: bool = True) -> None:
-    """Freezes a model or parts of it, the statistics and gates of BatchNorm and UBN layers included.
+    """Freezes a model or parts of it, including the statistics and gates of BatchNorm and UBN layers.
 
-    Like ``timm.utils.freeze``, which replaces ``BatchNorm2d`` by ``FrozenBatchNorm2d``. UBN layers stay the same
+    Like ``timm.utils.freeze``, which replaces ``BatchNorm2d`` with ``FrozenBatchNorm2d``. UBN layers stay the same
     objects, as after :func:`ubn_zoo.freeze_ubn`: fixed running statistics and no update of the gate, in training too.
 
     Args:
@@ -46,22 +46,22 @@ def freeze(model: nn.Module, submodules: str | Iterable[str] = (), include_bn_ru
         include_bn_running_stats: Whether to freeze statistics and gates, not only parameters.
 
     Raises:
-        AttributeError: The model has no submodule of that name.
+        AttributeError: The model has no submodule with one of these names.
         ValueError: A UBN layer to freeze has no running statistics.
     """
     names = [submodules] if isinstance(submodules, str) else list(submodules)
     if include_bn_running_stats:
         for part in _parts(model, names):
-            # Before timm freezes the parameters: the layers remember which of theirs were trainable.
+            # This precedes timm's freezing of parameters, because the layers record which of theirs were trainable.
             if has_ubn(part):
                 freeze_ubn(part)
     _freeze(model, names, include_bn_running_stats)
 
 
 def unfreeze(model: nn.Module, submodules: str | Iterable[str] = (), include_bn_running_stats: bool = True) -> None:
-    """Unfreezes a model or parts of it: every parameter becomes trainable, and statistics and gates move again.
+    """Unfreezes a model or parts of it: every parameter becomes trainable, and statistics and gates are updated again.
 
-    Like ``timm.utils.unfreeze``, which replaces ``FrozenBatchNorm2d`` by ``BatchNorm2d``.
+    Like ``timm.utils.unfreeze``, which replaces ``FrozenBatchNorm2d`` with ``BatchNorm2d``.
 
     Args:
         model: Changed in place.
@@ -69,7 +69,7 @@ def unfreeze(model: nn.Module, submodules: str | Iterable[str] = (), include_bn_
         include_bn_running_stats: Whether to unfreeze statistics and gates, not only parameters.
 
     Raises:
-        AttributeError: The model has no submodule of that name.
+        AttributeError: The model has no submodule with one of these names.
     """
     names = [submodules] if isinstance(submodules, str) else list(submodules)
     if include_bn_running_stats:
@@ -80,14 +80,14 @@ def unfreeze(model: nn.Module, submodules: str | Iterable[str] = (), include_bn_
 
 
 def _cumulative_similarity(layer: nn.Module, _: Any) -> None:
-    # Set anew before each call, since batches that are not finite do not count.
+    # Set before each call, because non-finite batches do not count.
     if isinstance(layer, UnifiedBatchNorm2d) and layer.num_batches_tracked is not None:
         layer.similarity_momentum = 1 / (int(layer.num_batches_tracked) + 1)
 
 
 @contextmanager
 def estimating(model: nn.Module, layers: list[Any]) -> Iterator[None]:
-    """Lets norms average cumulatively, with the model in training mode; restores buffers if the body fails."""
+    """Makes norms use cumulative averages, with the model in training mode; restores buffers if the body fails."""
     modes = {module: module.training for module in model.modules()}
     settings = [
         {
@@ -125,23 +125,24 @@ def estimating(model: nn.Module, layers: list[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def update_statistics(loader: Iterable[Any], model: nn.Module, device: torch.device | str | int | None = None) -> None:
-    """Re-estimates the running statistics of BatchNorm and UBN layers from data, as for averaged (SWA, EMA) weights.
+    """Re-estimates the running statistics of BatchNorm and UBN layers from data, for averaged (SWA, EMA) weights for
+    example.
 
     Like ``torch.optim.swa_utils.update_bn``: one pass over the data in training mode, dropout included, without
     gradients. Afterwards mean and variance are the averages over the batches.
 
-    A UBN layer normalizes with batch statistics during the whole pass, whatever its gate says: running statistics that
-    are to be replaced must not determine what later layers receive. Its gate is re-estimated too: afterwards
+    During the pass a UBN layer always normalizes with batch statistics, even if its gate is closed: outdated running
+    statistics must not affect the inputs of later layers. Its gate is re-estimated too: afterwards
     ``feature_similarity`` is the mean over the batches of the similarity that the layer measures, so the gate in
-    further training starts from the re-estimated value. Layers without a gate (``threshold=None``) start it at 1 again.
-    Batches whose statistics are not finite do not count. Frozen layers are left alone. Compiled models run eagerly.
+    further training starts from the re-estimated value. Layers without a gate (``threshold=None``) reset it to 1.
+    Batches with non-finite statistics do not count. Frozen layers stay unchanged. Compiled models run eagerly.
 
     The average is only as good as the batches: use the batch size of training, or larger, and shuffled data.
 
     Args:
         loader: Batches: tensors, or tuples and lists whose first element is the model's input.
         model: Changed in place; its training mode is kept.
-        device: Where batches are moved before they enter the model; by default they stay where they are.
+        device: Device to move batches to; by default they are not moved.
 
     Raises:
         InvalidArgumentError: No layer has running statistics to estimate, or the loader yields no batch. The statistics
@@ -174,15 +175,15 @@ def weight_decay_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: no weight decay for UBN's parameters, biases and vectors.
 
-    timm's and most hand-written rules go by the number of dimensions and would decay the depthwise kernels of UBN,
-    which stand where BatchNorm has its weight. This works for any model that contains UBN layers: converted ones,
+    timm's rule and most hand-written ones depend on the number of dimensions and would decay UBN's depthwise kernels,
+    which replace BatchNorm's weight. This works for any model that contains UBN layers: converted ones,
     ``features_only=True``, ``nn.Sequential(twin, head)``.
 
     Args:
         model: Its trainable parameters are grouped, each once.
-        weight_decay: Of all other parameters.
-        no_weight_decay: Names or wildcard patterns of further parameters without decay. What a module of the model
-            names in its own ``no_weight_decay()``, as in timm, needs no mention.
+        weight_decay: Weight decay of all other parameters.
+        no_weight_decay: Names or wildcard patterns of further parameters without decay. Parameters that a module lists
+            in ``no_weight_decay()``, as in timm, are included automatically.
 
     Returns:
         Two groups for the optimizer's first argument: without decay, and with it.

@@ -1,4 +1,4 @@
-"""How much a UBN layer computes, for counters that know layers by class."""
+"""Operation counts of UBN layers, for FLOP counters that look up layers by class."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["multiply_adds"]
 
 
 def multiply_adds(layer: UnifiedBatchNorm2d, input: Tensor) -> int:
-    """Multiply-accumulate operations of a UBN layer in evaluation; twice as many floating-point operations.
+    """Counts the multiply-accumulate operations of a UBN layer in evaluation, each of which is two FLOPs.
 
     Per element: one for the instance means where a calibration needs them, one to normalize, one for each tap of the
-    affine, and one for the scaling calibration. What is computed per channel only is left out.
+    affine, and one for the scaling calibration. Computations per channel are not counted.
 
     Args:
         layer: The layer.
-        input: Its input, (N, C, H, W); only the shape counts.
+        input: Its input, (N, C, H, W); only the shape matters.
     """
     calibrated = layer.center_weight is not None or layer.scale_weight is not None
     taps = 0 if layer.weight is None else layer.kernel_size**2

@@ -1,8 +1,8 @@
 """The equations of :mod:`ubn_zoo.layers.functional` with few passes over memory, for eager mode and ``torch.compile``.
 
-Statistics use the operations that are fastest for the memory format at hand. The input is the only tensor of its size
-that is saved for backward, which is a closed form in two sweeps. On a CPU a batch is processed in parts that stay in
-cache, and the number of small operations matters: on the small maps of a MobileNet they cost more than the arithmetic.
+Statistics use the fastest operations for the input's memory format. Backward is a closed form in two sweeps, and the
+input is the only tensor of its size that it needs saved. On a CPU a batch is processed in parts that stay in cache, and
+the number of small operations matters: on the small maps of a MobileNet they cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _WHOLE = (slice(None),)
 
 
 def chunks(input: Tensor) -> tuple[slice, ...]:
-    """Splits a batch into even runs of samples that stay in a CPU's cache between operations.
+    """Splits a batch into groups of samples small enough to stay in a CPU's cache between operations.
 
     Elementwise operations, sums and depthwise convolutions are bound by memory, and so is the allocation of large
-    results, for which the system provides fresh pages each time.
+    results, because the system maps new pages for each.
 
     Args:
         input: (N, C, H, W), not empty.
@@ -129,7 +129,7 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     if values.device.type != "cpu":
         squares = torch.var(values, (2, 3), correction=0).mul_(values.shape[2] * values.shape[3])
         return mean.flatten(1), squares
-    # On a CPU torch.var over (2, 3) takes twenty times as long as what follows.
+    # On a CPU torch.var over (2, 3) takes twenty times as long as the code below.
     deviations = values - mean
     if deviations.is_contiguous():
         squares = torch.linalg.vector_norm(deviations, dim=(2, 3)).square_()
@@ -157,10 +157,10 @@ def finalize(
     threshold: float | None,
     moving: bool,
 ) -> tuple[Tensor, Tensor, Tensor | bool]:
-    """Decides the gate, moves the state in place and selects the statistics to normalize with.
+    """Evaluates the gate, updates the state in place and selects the statistics to normalize with.
 
-    Statistics that are not finite move nothing. Gradients flow to the batch's statistics where those have any, as joint
-    statistics of several ranks do.
+    Non-finite statistics leave the state unchanged. Gradients flow to batch statistics that require them, such as
+    statistics joined across ranks.
 
     Args:
         mean: (C,) of the batch, centered.
@@ -171,7 +171,7 @@ def finalize(
         momentum: Weight of the batch in the running statistics; None for a cumulative average.
         similarity_momentum: Weight of the batch in the running similarity.
         threshold: The gate is open above it; None for a gate that is always open.
-        moving: False to decide by the present state and to leave it unchanged.
+        moving: If False, the current state decides the gate and stays unchanged.
 
     Returns:
         Mean (C,), variance (C,), and the gate: a boolean scalar on the device, or True.
@@ -183,7 +183,7 @@ def finalize(
         return *_select(gate, mean, var, state), gate
     new_mean = mean.detach().to(state.mean.dtype)
     new_var = (var.detach() * (count / (count - 1))).to(state.var.dtype)
-    # Multiples of 0 are 0 where a number is finite, otherwise NaN: fewer operations than asking each number.
+    # 0 * x is 0 for a finite x and NaN otherwise, which takes fewer operations than testing each number.
     probe = torch.mul(new_var, 0).add_(new_mean, alpha=0).sum()
     if similarity is not None and threshold is not None:
         moves = probe.add_(similarity, alpha=0) == 0
@@ -194,7 +194,7 @@ def finalize(
     else:
         moves = probe == 0
         state.batches.add_(moves)
-    # Interpolated towards itself, a buffer keeps its last bit.
+    # Interpolating a buffer toward itself leaves it bitwise unchanged.
     targets = torch.where(moves, new_mean, state.mean), torch.where(moves, new_var, state.var)
     if momentum is not None:
         state.mean.lerp_(targets[0], momentum)
@@ -207,7 +207,7 @@ def finalize(
 
 
 def _select(gate: Tensor | bool, mean: Tensor, var: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """The batch's statistics where the gate is open, otherwise the running ones."""
+    """Returns the batch statistics if the gate is open, otherwise the running ones."""
     if not isinstance(gate, Tensor):
         return mean, var
     return torch.where(gate, mean, state.mean.to(mean.dtype)), torch.where(gate, var, state.var.to(var.dtype))
@@ -321,12 +321,12 @@ class _Sums(NamedTuple):
 class _CalibratedAffine(torch.autograd.Function):
     """Steps 3 to 6, differentiated through the batch statistics where the gate is open.
 
-    ``mean`` and ``var`` are the statistics to normalize with, as constants; ``gate`` says whether they were computed
-    from this very batch or are running ones.
+    ``mean`` and ``var`` are the statistics to normalize with, as constants; ``gate`` says whether they come from this
+    batch or are the running ones.
     """
 
     # With a separate `setup_context` torch inspects the signature at every call, which takes longer than a small layer.
-    # The transforms of torch.func, which need it, get the plain equations.
+    # The transforms of torch.func need it, so they use the plain equations.
     @staticmethod
     def forward(
         ctx: Any,
@@ -409,8 +409,8 @@ def _sums(
 ) -> tuple[list[Tensor], _Sums, Tensor | None]:
     """Sweep 1: the gradient before the depthwise kernel (in chunks), the sums, and the kernel's gradient.
 
-    The calibration factor multiplies the features instead of the gradient. That is free, because it enters the (N, C)
-    factors that normalize them, and features only appear in products.
+    The calibration factor multiplies the features instead of the gradient. This costs nothing: the factor merges into
+    the (N, C) normalization factors, and features only appear in products.
     """
     scale, shift, offset, _, factor = scales
     if factor is None:
@@ -504,7 +504,7 @@ def differentiable_backward(
     needs_grad: tuple[bool, ...],
     grad_output: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """The gradient as a differentiable function (``create_graph=True``), through the reference."""
+    """Computes a differentiable gradient (``create_graph=True``) from the reference equations."""
     input, weight, bias, center_weight, scale_weight, scale_bias, _, mean, var = saved
     instance_mean, instance_var = reference.instance_moments(input)
     if gate is not False:

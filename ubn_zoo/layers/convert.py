@@ -33,9 +33,9 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-# The first is torchvision's class, as timm imports it.
+# The first is torchvision's class, which timm re-exports.
 _FROZEN = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
-# The classes of BatchNorm whose forward is known.
+# BatchNorm classes whose forward is known.
 BATCHNORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 
 _HOOKS = (
@@ -62,9 +62,9 @@ def ubn_layers(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[t
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters that optimizers should not decay: all of UBN layers, and what modules name themselves.
+    """Names of parameters to exclude from weight decay: those of UBN layers, and those that other modules list.
 
-    A rule by number of dimensions alone would decay the depthwise kernels, which stand where BatchNorm has its weight.
+    A rule based on the number of dimensions would decay the depthwise kernels, which replace BatchNorm's weight.
     """
     found: set[str] = set()
     for name, module in model.named_modules():
@@ -81,7 +81,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 
 
 def mark_no_weight_decay(model: nn.Module) -> None:
-    """Lets ``model.no_weight_decay()``, which timm's optimizers call, return :func:`no_weight_decay`."""
+    """Makes ``model.no_weight_decay()``, which timm's optimizers call, return :func:`no_weight_decay`."""
     setattr(model, "no_weight_decay", functools.partial(no_weight_decay, model))  # noqa: B010 - no submodule
 
 
@@ -89,8 +89,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
     """Converts a state dict of BatchNorm's or the authors' format for a UBN model of the same architecture.
 
     Args:
-        state_dict: The BatchNorm sibling's state dict, one in the authors' released format, or one that is UBN's
-            already. Not changed.
+        state_dict: A state dict of the BatchNorm model, in the authors' released format, or already in UBN's format.
+            Not modified.
         model: The UBN model.
 
     Returns:
@@ -117,18 +117,19 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         )
 
 
-# The bias of a residual branch that starts at zero: it survives float16 (2**-24 is its smallest number) after the
-# calibration factor, and is of the size of float32's rounding errors.
+# The bias of a residual branch that starts at zero: after the calibration factor it is still nonzero in float16 (whose
+# smallest number is 2**-24), and it is about as large as float32's rounding errors.
 _OFFSET = 2.0**-22
 
 
 def _offset(batchnorm: Any) -> Tensor:
-    """The offset (C,) that keeps a residual branch alive which starts at zero.
+    """Returns the offset (C,) that lets a zero-initialized residual branch receive gradients.
 
-    timm starts the last BatchNorm of a residual branch with weight and bias 0. If the shortcut is constant over the
-    batch as well, UBN normalizes it to exactly 0, while BatchNorm leaves rounding errors. The ReLU of their sum would
-    then pass no gradient, and the block would never change. A positive offset lets the gradient through. Only a fresh
-    BatchNorm gets it, one whose running statistics have never moved; a trained one converts exactly.
+    timm initializes the last BatchNorm of a residual branch with weight and bias 0. If the shortcut is also constant
+    over the batch, UBN normalizes it to exactly 0, while BatchNorm leaves rounding errors. The ReLU of their sum would
+    then pass no gradient, and the block would never change. A positive offset lets the gradient through. Only an
+    untrained BatchNorm, whose running statistics have their initial values, gets the offset; a trained one converts
+    exactly.
     """
     fresh = (batchnorm.running_mean == 0).all() & (batchnorm.running_var == 1).all()
     return fresh * (batchnorm.weight == 0) * (batchnorm.bias == 0) * _OFFSET
@@ -149,7 +150,7 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
         **settings,
     }
     if not affine:
-        # Without an affine nothing compensates the calibration factor, which starts at sigmoid(1).
+        # Without an affine nothing compensates for the calibration factor, which starts at sigmoid(1).
         arguments["scale_calibration"] = False
     layer: UnifiedBatchNorm2d
     if isinstance(batchnorm, (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)):
@@ -168,7 +169,7 @@ def _from_batchnorm(batchnorm: Any, settings: dict[str, Any]) -> UnifiedBatchNor
             if layer.kernel_init == "identity":
                 layer.set_affine(batchnorm.weight, batchnorm.bias)
             else:
-                # A channel that starts at zero (timm's zero_init_last) starts at zero with any kernel.
+                # A zero-initialized channel (timm's zero_init_last) stays zero with any kernel.
                 layer.weight.mul_((batchnorm.weight != 0)[:, None, None, None])
         if not frozen and layer.bias is not None and batchnorm.running_mean is not None:
             layer.bias.add_(_offset(batchnorm).to(layer.bias))
@@ -207,7 +208,7 @@ def _patterns(names: str | Iterable[str] | None) -> list[str]:
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
-    """Whether a pattern matches a module's name or that of a module around it."""
+    """Whether a pattern matches the name of a module or of one of its parents."""
     parts = name.split(".")
     names = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return any(fnmatchcase(around, pattern) for around in names for pattern in patterns)
@@ -254,32 +255,32 @@ def convert_batchnorm(
     The model gets a ``no_weight_decay()`` that names UBN's parameters, for timm's optimizers. If it becomes part of
     another model, use :func:`ubn_zoo.interop.weight_decay_groups`.
 
-    One line of the log, at level INFO, counts the layers converted and those left unchanged, with the reason.
+    Logs one line at level INFO with the numbers of layers converted and left unchanged, and the reasons.
 
     A BatchNorm without an affine gets no scaling calibration, which would change its function. Where a fresh BatchNorm
-    (running statistics at their start) has weight and bias 0, as the last one of timm's residual branches, the bias
-    starts at 2.4e-7 instead of 0, so that a branch beside a constant shortcut receives gradients.
+    (initial running statistics) has weight and bias 0, like the last one in timm's residual branches, the bias
+    starts at 2.4e-7 instead of 0, so that the branch receives gradients even if the shortcut is constant.
 
     Args:
-        model: Changed in place. A model that is itself a BatchNorm stays unchanged, and its UBN layer is returned.
+        model: Changed in place. If the model itself is a BatchNorm, it stays unchanged and a new UBN layer is returned.
         include: Names or wildcard patterns (``"backbone.*"``) of modules; only BatchNorm layers that one of them
             matches, or whose parent it matches, are converted. All by default.
-        exclude: Names or patterns of modules whose BatchNorm layers are left as they are.
+        exclude: Names or patterns of modules whose BatchNorm layers stay unchanged.
         **settings: Settings of :class:`UnifiedBatchNorm2d` for all layers: ``threshold``, ``similarity_momentum``,
             ``similarity_samples``, ``kernel_size``, ``kernel_init``, ``center_calibration``, ``scale_calibration``,
-            ``depthwise_affine``. With ``kernel_init="kaiming"`` the kernels start at random, as in the authors' code,
-            so the function changes; channels whose BatchNorm weight is 0 still start at 0.
+            ``depthwise_affine``. With ``kernel_init="kaiming"`` the kernels are drawn at random, as in the authors'
+            code, so the function changes; channels whose BatchNorm weight is 0 still start at 0.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: There is no BatchNorm in the model, or include and exclude leave none.
+        ValueError: The model has no BatchNorm, or include and exclude select none.
         TypeError: A BatchNorm has its own forward, or is lazy and not yet initialized; an unknown setting.
     """
     found: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_batchnorm(module)}
     if not found:
-        already = "it has UBN layers already" if any(ubn_layers(model)) else "other normalizations have no UBN variant"
+        already = "it already has UBN layers" if any(ubn_layers(model)) else "other normalizations have no UBN variant"
         raise ValueError(f"found no BatchNorm2d in {type(model).__name__}; {already}")
     included, excluded = _patterns(include), _patterns(exclude)
     filtered = [
@@ -288,8 +289,8 @@ def convert_batchnorm(
     left = [found.pop(name) for name in filtered]
     if not found:
         raise ValueError(
-            f"include={include!r} and exclude={exclude!r} leave none of the {len(left)} BatchNorm layers of "
-            f"{type(model).__name__}; their names are like {filtered[0]!r}"
+            f"include={include!r} and exclude={exclude!r} select none of the {len(left)} BatchNorm layers of "
+            f"{type(model).__name__}; one of them is named {filtered[0]!r}"
         )
     for name, module in found.items():
         _check_convertible(name, module)

@@ -1,4 +1,4 @@
-"""The layer across ranks: statistics of the joined batch, and equal buffers under plain DistributedDataParallel."""
+"""The layer across ranks: statistics of the joined batch, and identical buffers under plain DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 class SyncGroup:
     """The ranks that a layer shares its statistics with; ``None`` stands for all of them.
 
-    A process group can be neither copied nor pickled: copies of the layer keep the same group, and a layer that was
-    pickled shares with all ranks.
+    A process group cannot be copied or pickled: copies of the layer keep the same group, and an unpickled layer shares
+    with all ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -41,7 +41,7 @@ class SyncGroup:
         return SyncGroup, ()
 
     def active(self) -> bool:
-        """Whether there is another rank to share with."""
+        """Whether other ranks take part."""
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
 
 
@@ -84,7 +84,7 @@ def batch_statistics(
     if samples:
         mean, var = reference.batch_statistics(instance_mean, instance_var, center_weight)
     else:
-        # An empty share has weight 0; the sum keeps its parameters in the graph.
+        # An empty shard has weight 0; the sum keeps its parameters in the graph.
         mean = instance_mean.sum(0)
         if center_weight is not None:
             mean = mean * (1 + center_weight.to(mean.dtype))
@@ -122,7 +122,7 @@ def feature_similarity(input: Tensor, samples: int, rank_samples: Tensor, sync: 
     norms = torch.linalg.vector_norm(values, dim=1)
     units = (taken & (norms > 0)).to(values.dtype)
     total = torch.mv(values.t(), units / torch.where(norms > 0, norms, 1.0))
-    # A single all-reduce sums the unit vectors and counts them.
+    # One all-reduce returns both the sum of the unit vectors and their number.
     joined = torch.cat([total, units.sum()[None]])
     dist.all_reduce(joined, group=sync.group)
     n = rank_samples.sum().clamp(max=samples)
@@ -172,12 +172,12 @@ def _broadcast_buffers(ddp: DistributedDataParallel, buffers: dict[str, Tensor])
 
 
 def equalize_ddp_buffers() -> None:
-    """Lets the DistributedDataParallel module whose forward is running broadcast its buffers after it, not before.
+    """Makes the DistributedDataParallel module whose forward is running broadcast its buffers after the forward.
 
     Each rank gates on its share of the batch, so the ranks' buffers differ after a training step.
-    DistributedDataParallel broadcasts them at the start of the next forward, which does not happen after the last step
-    of a training run. Broadcasting at the end costs the same and leaves equal buffers after every step. Modules with
-    their own buffer hook, with ``broadcast_buffers=False`` or within ``join`` are left alone.
+    DistributedDataParallel broadcasts them at the start of the next forward, so they still differ after the last step
+    of a training run. Broadcasting at the end costs the same and leaves identical buffers after every step. Modules
+    with their own buffer hook, with ``broadcast_buffers=False`` or within ``join`` keep their behavior.
     """
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp._join_config.enable:
@@ -185,5 +185,6 @@ def equalize_ddp_buffers() -> None:
     if not hasattr(ddp, "buffer_hook"):
         ddp._register_buffer_comm_hook(ddp, _broadcast_buffers)
     if ddp.buffer_hook.buffer_comm_hook is _broadcast_buffers and ddp.require_backward_grad_sync:
-        # After steps under `no_sync` DDP would broadcast a forward later; share buffers whenever gradients are shared.
+        # After steps under `no_sync`, DDP would broadcast one forward later. Share buffers whenever gradients are
+        # shared.
         ddp.require_forward_param_sync = ddp.require_forward_param_sync or torch.is_grad_enabled()

@@ -1,15 +1,15 @@
-"""The equations of Unified Batch Normalization in plain torch: the definition that every faster path is tested against.
+"""The equations of Unified Batch Normalization in plain torch: the reference for every faster implementation.
 
-Source: Wang et al., "Unified Batch Normalization", arXiv 2311.15993. The gate on feature condensation is the paper's
-own; the centering and scaling calibrations are RBN (Gao et al., CVPR 2021), and the depthwise affine is BNET (Xu et
-al., arXiv 2011.14150).
+Source: Wang et al., "Unified Batch Normalization", arXiv 2311.15993. The paper introduces the gate on feature
+condensation; the centering and scaling calibrations are RBN (Gao et al., CVPR 2021), and the depthwise affine is BNET
+(Xu et al., arXiv 2011.14150).
 
 Everything here is differentiable, free of host synchronization, scriptable and exportable. Statistics are computed in
 float32 for half-precision inputs and in the input's precision otherwise.
 
-A training step whose statistics are not finite (an Inf or NaN in the input, or an overflow) leaves the whole state as
-it is: the running statistics, the running similarity and the count of batches. Its gate follows from the last finite
-similarity. The paper does not treat this case.
+A training step with non-finite statistics (an Inf or NaN in the input, or an overflow) leaves the state unchanged: the
+running statistics, the running similarity and the batch count. Its gate uses the last finite similarity. The paper does
+not cover this case.
 
 Shapes used throughout: ``input`` is (N, C, H, W); a *per-instance* quantity is (N, C), a *per-channel* quantity is
 (C,).
@@ -58,7 +58,7 @@ def feature_similarity(input: Tensor, samples: int = 16) -> Tensor:
     if n == 1:
         return torch.ones([], dtype=vectors.dtype, device=vectors.device)
     norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    # A zero vector divided by one stays zero: no cosine with anything, and |u_i|^2 = 0.
+    # A zero vector is divided by 1 and stays zero: its cosine with any other is 0, and |u_i|^2 = 0.
     total = (vectors / torch.where(norms > 0, norms, torch.ones_like(norms))).sum(0)
     return (total.square().sum() - (norms > 0).to(vectors.dtype).sum()) / (n * (n - 1))
 
@@ -98,7 +98,7 @@ def batch_statistics(
 
 
 def statistics_are_finite(mean: Tensor, var: Tensor, similarity: Optional[Tensor] = None) -> Tensor:
-    """Whether a batch may move the state: whether all of its statistics are finite.
+    """Whether a batch may update the state, that is, whether all of its statistics are finite.
 
     Args:
         mean: (C,) of the batch.
@@ -119,14 +119,14 @@ def update_similarity_gate(
     threshold: float,
     finite: Optional[Tensor] = None,
 ) -> Tensor:
-    """Moves the running similarity r in place (step 2) and returns the gate.
+    """Updates the running similarity r in place (step 2) and returns the gate.
 
     Args:
         running_similarity: Scalar buffer r, moved to (1 - momentum) r + momentum * similarity.
         similarity: Scalar similarity of this batch.
         momentum: Weight of this batch.
         threshold: Features count as condensed above it.
-        finite: From :func:`statistics_are_finite`; r stays as it is where False.
+        finite: From :func:`statistics_are_finite`; r stays unchanged where it is False.
 
     Returns:
         A boolean scalar on the device: True selects batch statistics, False the running ones.
@@ -146,7 +146,7 @@ def update_running_statistics(
     factor: Tensor,
     moves: Optional[Tensor] = None,
 ) -> None:
-    """Moves the running statistics in place, as BatchNorm does: the variance towards the unbiased one.
+    """Updates the running statistics in place, as BatchNorm does: the variance toward the unbiased one.
 
     Args:
         running_mean: (C,) buffer.
@@ -154,7 +154,7 @@ def update_running_statistics(
         mean: (C,) batch mean.
         unbiased_var: (C,) batch variance, the biased one times M / (M - 1) of M = N * H * W elements per channel.
         factor: Scalar weight of this batch.
-        moves: Boolean scalar; the buffers stay exactly as they are where False, whatever the batch holds.
+        moves: Boolean scalar; if False, the buffers stay bitwise unchanged, whatever the batch contains.
     """
     new_mean = mean.detach().to(running_mean.dtype)
     new_var = unbiased_var.detach().to(running_var.dtype)
@@ -174,7 +174,7 @@ def update_factor(momentum: Optional[float], num_batches_tracked: Optional[Tenso
         return torch.full([], momentum, dtype=like.dtype, device=like.device)
     if num_batches_tracked is None:
         raise ValueError("momentum=None averages over num_batches_tracked, which is None; pass both or give a momentum")
-    # It is still 0 where the first batch was not finite.
+    # The count is still 0 if the first batch was not finite.
     return num_batches_tracked.clamp(min=1).to(like.dtype).reciprocal()
 
 
@@ -194,7 +194,8 @@ def calibrated_affine(
 
     The normalized features are x_hat = a x + b with a = 1 / sqrt(var + eps) per channel and
     b = (center_weight * instance_mean - mean) a per instance; their mean over H and W follows from ``instance_mean``,
-    so the calibration factor f = sigmoid(scale_weight * mean_hw(x_hat) + scale_bias) needs no second look at them.
+    so the calibration factor f = sigmoid(scale_weight * mean_hw(x_hat) + scale_bias) does not need a second pass over
+    them.
 
     Args:
         input: (N, C, H, W).
@@ -214,9 +215,10 @@ def calibrated_affine(
     scale = torch.rsqrt(var + eps)
     shift = -mean
     if center_weight is not None:
-        # w m - mean, relative to an origin near the means: with large means, rounding errors would swamp w's gradient.
+        # w m - mean, computed relative to an origin near the means: rounding errors of large means would swamp w's
+        # gradient.
         origin = instance_mean.detach().sum(0) / max(instance_mean.shape[0], 1)
-        # One sample that is not finite must not spoil the others.
+        # One non-finite sample must not affect the others.
         origin = torch.where(torch.isfinite(origin), origin, torch.zeros_like(origin))
         weights = center_weight.to(mean.dtype)
         shift = weights * (instance_mean - origin) + (weights * origin - mean)
@@ -236,7 +238,7 @@ def calibrated_affine(
         normalized_mean = instance_mean * scale + offset
         factor = torch.sigmoid(scale_weight.to(mean.dtype) * normalized_mean + scale_bias.to(mean.dtype))
         output = output * factor[:, :, None, None].to(output.dtype)
-    # Under autocast the convolution may return a lower precision than its input's.
+    # Under autocast the convolution may return a lower precision than that of its input.
     return output.to(input.dtype)
 
 
@@ -262,11 +264,11 @@ def unified_batch_norm(
 
     Args:
         input: (N, C, H, W), not empty.
-        running_mean: (C,) buffer, or None to normalize with batch statistics always (training and evaluation).
+        running_mean: (C,) buffer, or None to always normalize with batch statistics, in evaluation too.
         running_var: (C,) buffer, goes with ``running_mean``.
         running_similarity: Scalar buffer r of the gate; None switches the gate off.
-        num_batches_tracked: Integer scalar buffer, grows by one with every training step whose statistics are finite,
-            whatever the gate says.
+        num_batches_tracked: Integer scalar buffer, incremented by every training step with finite statistics, whether
+            the gate is open or not.
         weight: (C, 1, k, k) depthwise kernel or None.
         bias: (C,) or None.
         center_weight: (C,) centering calibration or None.

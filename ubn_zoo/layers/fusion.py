@@ -21,8 +21,8 @@ __all__ = ["InferenceNorm2d", "fuse"]
 
 _VECTORS = ("slope", "shift", "center", "factor_slope", "factor_shift")
 _REFUSAL = (
-    "this model was made by ubn_zoo.fuse, for inference only: its norms are folded into its convolutions. Train the "
-    "model that it was made from, and fuse that again"
+    "this model was created by ubn_zoo.fuse for inference only: its norms are folded into its convolutions. Train the "
+    "original model and fuse it again"
 )
 
 
@@ -32,7 +32,7 @@ def _is_half(tensor: Tensor) -> bool:
 
 @register_notrace_module
 class InferenceNorm2d(nn.Module):
-    """The remainder of a norm that cannot fold completely: it depends on the instance, or no convolution feeds it.
+    """The part of a norm that cannot be folded: it depends on the instance, or no convolution feeds it.
 
     With m = mean_hw(input) it computes
 
@@ -40,13 +40,14 @@ class InferenceNorm2d(nn.Module):
         y = sigmoid(factor_slope * m + factor_shift) * (weight * x + bias)
 
     where the product with ``weight`` is a depthwise convolution with zero padding, and returns the activation of y.
-    Terms that are None are left out. On a GPU without gradients this reads the input once for m and once for the rest.
+    Terms that are None are left out. On a GPU, without gradients, the input is read once for m and once for the other
+    terms.
 
     Args:
         slope: (C,) factor of the input; None for 1.
         shift: (C,), None for 0.
         center: (C,), None for 0.
-        weight: (C, 1, k, k) depthwise kernel; None if it has a single tap, which is part of the other constants.
+        weight: (C, 1, k, k) depthwise kernel; None if it has a single tap, which the other constants include.
         bias: (C,), goes with ``weight``.
         factor_slope: (C,), None for no factor.
         factor_shift: (C,), goes with ``factor_slope``.
@@ -89,7 +90,7 @@ class InferenceNorm2d(nn.Module):
         self.register_buffer("factor_slope", factor_slope)
         self.register_buffer("factor_shift", factor_shift)
         self.overwrite = overwrite
-        # Without any of these the output is the input itself.
+        # Without any of these, the output is the input.
         present = [tensor is not None for tensor in (slope, shift, center, weight, factor_slope)]
         self._owns_output = overwrite or any(present)
         self.activation = activation
@@ -148,7 +149,7 @@ class InferenceNorm2d(nn.Module):
             if factor_slope is not None and factor_shift is not None:
                 factor = torch.addcmul(factor_shift, factor_slope, mean).sigmoid()
         if weight is None:
-            # With one tap the factor is part of slope and offset, and needs no separate pass.
+            # With one tap, slope and offset include the factor, which then needs no separate pass.
             if factor is not None:
                 slope = factor if slope is None else factor * slope
                 offset = None if offset is None else factor * offset
@@ -209,7 +210,7 @@ class _Constants(NamedTuple):
     """A norm in evaluation, in float64 on the CPU: f * (kernel * ((x - mean + center * mean_hw(x)) * scale) + bias).
 
     The factor is f = sigmoid(scale_weight * mean_hw(x_hat) + scale_bias), where x_hat is the input of the kernel, or 1.
-    A constant factor is already part of ``kernel`` and ``bias``, and borders of zeros are trimmed from the kernel.
+    A constant factor is already part of ``kernel`` and ``bias``, and zero borders are trimmed from the kernel.
     """
 
     mean: Tensor
@@ -266,7 +267,7 @@ def _depthwise_convolution(constants: _Constants, like: Tensor) -> nn.Module:
 
 
 def _inference_norm(constants: _Constants, norm: Any, folded: bool) -> nn.Module:
-    """The norm behind a convolution that scale and mean are folded into, or for the norm's original input."""
+    """A norm with scale and mean folded into the convolution before it, or a norm of its original input."""
     mean, scale, kernel, bias, center, scale_weight, scale_bias = constants
     # x_hat = slope * input + shift + centering * mean_hw(input)
     if folded:
@@ -326,7 +327,7 @@ def _replacements(norm: Any, conv: Optional[nn.Module]) -> Tuple[nn.Module, Opti
     if hasattr(norm, "act"):
         drop, act = copy.deepcopy(norm.drop), copy.deepcopy(norm.act)
         if isinstance(replaced, InferenceNorm2d) and norm.only_relu():
-            # An identity keeps the activation's name, by which feature extractors find its output.
+            # An identity keeps the activation's name, because feature extractors find its output by name.
             replaced.activation, act = "relu", nn.Identity()
         replaced = _NormAct(replaced, drop, act)
     return replaced.eval(), scaled
@@ -359,15 +360,14 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
     """Folds the norms of a model into its convolutions, for inference; the result computes the same function.
 
     A norm in evaluation is f * (K * x_hat + bias) with x_hat = (x + w mean_hw(x) - mean) / sqrt(var + eps) and
-    f = sigmoid(u mean_hw(x_hat) + v), where K is a depthwise kernel. If the output of a convolution goes to the norm
-    only:
+    f = sigmoid(u mean_hw(x_hat) + v), where K is a depthwise kernel. If only the norm uses the output of a convolution:
 
     - 1 / sqrt(var + eps) and the mean always fold into the convolution's weight and bias. The mean has to be
       subtracted before the kernel, which pads the normalized features with zeros; afterwards the shift would differ at
       the borders.
     - A constant calibration (w = 0, u = 0, as after conversion from BatchNorm, or switched off) folds into K and bias.
       A depthwise convolution remains; with a single tap nothing does, as with BatchNorm.
-    - A trained w or u depends on the instance and cannot fold. The instance means, which read the features once, and
+    - A trained w or u depends on the instance and cannot be folded. The instance means (one read of the features) and
       the factor f remain; w also needs an in-place sum before the kernel. With a single tap, f is part of the scale.
 
     A plain ReLU that follows the norm within the same layer becomes part of the remainder.
@@ -379,15 +379,15 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
     with their own forward stay unchanged, and so do convolutions of classes other than ``Conv2d``.
 
     To find the convolution that feeds a norm, a copy of the model runs once, and no other operation may use the
-    convolution's output (:func:`ubn_zoo.layers.tracing.feeding_convolutions`). Without ``example_inputs`` that copy has
-    no values, so the run is free. timm's ``forward_intermediates`` is traced likewise; other methods of a model have to
-    use its layers as ``forward`` does.
+    convolution's output (:func:`ubn_zoo.layers.tracing.feeding_convolutions`). Without ``example_inputs`` that copy is
+    on the "meta" device, where a run costs nothing. timm's ``forward_intermediates`` is traced too; other methods of a
+    model must use its layers as ``forward`` does.
 
     Constants are computed in float64 and rounded once to the dtype of the tensor they fold into. Outputs differ by
     rounding only. In float64 they agree to 1e-9 of the largest output on every architecture of the zoo with random
-    parameters (measured: 4e-11). In float32 every folded weight has one more rounding error (6e-8 of it): outputs agree
-    to 2e-6 of the largest for converted models; for trained ones they differ about as much as the unfused float32 model
-    does from its float64 version. In bfloat16 the additional rounding error is 4e-3 per weight.
+    parameters (measured: 4e-11). In float32 every folded weight has one more rounding error (6e-8 of it): outputs of
+    converted models agree to 2e-6 of the largest. Outputs of trained models differ about as much as the unfused float32
+    model differs from its float64 version. In bfloat16 the additional rounding error is 4e-3 per weight.
 
     Args:
         model: A model in evaluation mode. Not changed, and the result shares no memory with it.
@@ -397,7 +397,8 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
 
     Returns:
         A model of a class derived from the model's, with parameters that take no gradients; compilers and exporters
-        accept it as they do the original. ``train()`` raises RuntimeError. Its ``state_dict`` does not load into the
+        accept it as they accept the original. ``train()`` raises RuntimeError. Its ``state_dict`` does not load into
+        the
         original: keep that for training.
 
     Raises:
@@ -407,7 +408,7 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
     """
     wrappers = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
     if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        raise TypeError(f"cannot fuse a {type(model).__name__}; fuse the model that it was made from")
+        raise TypeError(f"cannot fuse a {type(model).__name__}; fuse the original model")
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise ValueError(f"{type(model).__name__} is on the 'meta' device, without values to fold; load weights first")
     found = {name: module for name, module in model.named_modules() if _is_norm(module)}
@@ -423,7 +424,7 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
     memo: Dict[int, Any] = {}
     for norm in norms:
         conv = pairs.get(norm)
-        # BatchNorm without a convolution to fold into cannot get faster.
+        # A BatchNorm without a convolution to fold into gains nothing.
         if conv is None and not isinstance(norm, UnifiedBatchNorm2d):
             continue
         replaced, scaled = _replacements(norm, conv)
@@ -437,7 +438,7 @@ def fuse(model: nn.Module, example_inputs: Optional[Any] = None) -> nn.Module:
         )
     result = copy.deepcopy(model, memo).requires_grad_(False)
     if result.training:
-        # Copies of the graphs of torchvision's feature extractors are in training mode.
+        # A copied graph of torchvision's feature extractors is in training mode.
         result.eval()
     result.__class__ = derive(_InferenceModel, type(result))
     return result

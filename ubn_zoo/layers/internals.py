@@ -1,4 +1,4 @@
-"""Every use of torch's private interfaces by the layer: what the running program is doing around a forward."""
+"""All uses of torch's private APIs by the layer, mostly to detect the context in which a forward runs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _autocast_available(device_type: str) -> bool:
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for a type of device; False for types that have no autocast."""
+    """Whether autocast is on for a type of device; False for types without autocast."""
     return _autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """Whether ``torch.export`` runs; unlike torch's own function, False under ``torch.compile`` in torch 2.11 too."""
+    """Whether ``torch.export`` runs; unlike torch's function, also False under ``torch.compile`` in torch 2.11."""
     return torch.compiler.is_exporting()
 
 
@@ -46,7 +46,7 @@ def is_transformed() -> bool:
 
 
 def is_capturing() -> bool:
-    """Whether the program is traced or exported to run elsewhere, or runs under a transform of ``torch.func``."""
+    """Whether the program is being traced or exported, or runs under a transform of ``torch.func``."""
     return torch.jit.is_tracing() or is_exporting() or is_transformed()
 
 
@@ -88,7 +88,7 @@ def has_saved_tensor_hooks() -> bool:
 
 
 def sequence_number() -> int:
-    """Autograd's count of the operations that it has recorded in this thread."""
+    """The number of operations that autograd has recorded in this thread."""
     return torch.autograd._get_sequence_nr()
 
 
@@ -99,7 +99,7 @@ def backward_node() -> tuple[str, int] | None:
 
 
 def without_modes() -> Any:
-    """A context in which tensors are real ones, whatever dispatch modes (of tracers, say) are active around it."""
+    """A context that disables all dispatch modes, such as those of tracers, so that new tensors hold values."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()

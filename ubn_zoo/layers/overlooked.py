@@ -1,4 +1,4 @@
-"""Warnings for tools that look for BatchNorm by class and pass UBN layers by without a message."""
+"""Warnings about tools that look for BatchNorm by class and silently skip UBN layers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["check_training", "check_walk"]
 
-_INSTALL = "or call ubn_zoo.interop.install() first, or run the script by `ubn-zoo exec`"
+_INSTALL = "or call ubn_zoo.interop.install() first, or run the script with `ubn-zoo exec`"
 _LIBRARIES = ("timm", "torch", "transformers")
 _DEPTH = 4
 
-# Functions that walk over a model in search of BatchNorm: whether a layer is as they should leave it, and the cure.
+# Functions that search a model for BatchNorm: whether a layer already has the intended state, and what to do if not.
 _WALKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "convert_sync_batchnorm": (
         lambda layer: layer._sync is not None,
@@ -49,7 +49,7 @@ def _warn_once(key: str, message: str) -> None:
 
 
 def check_walk(layer: nn.Module) -> None:
-    """Warns once if the caller of a layer's ``named_children`` looks for BatchNorm and leaves this layer as it is."""
+    """Warns once if the caller of a layer's ``named_children`` looks for BatchNorm and skips this layer."""
     if torch.compiler.is_compiling():
         return
     frame: Any = sys._getframe(2)
@@ -66,14 +66,14 @@ def check_walk(layer: nn.Module) -> None:
 
 
 def check_training(layer: Any) -> None:
-    """Warns once if parameters are frozen but statistics move, or if BatchNorm is synchronized but it is not."""
+    """Warns once if parameters are frozen but statistics are not, or if BatchNorm is synchronized but UBN is not."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         _warn_once(
             "frozen",
-            "the parameters of a UBN layer are frozen, but its running statistics and gate still move in training; "
+            "the parameters of a UBN layer are frozen, but its running statistics and gate still change in training; "
             f"call ubn_zoo.freeze_ubn(model) to stop them, {_INSTALL}",
         )
     ddp = DistributedDataParallel._active_ddp_module

@@ -1,4 +1,4 @@
-"""What a layer learns and what it tracks, as bundles that are passed to the implementations as a whole.
+"""The learned parameters and the buffers of a layer, as named tuples that implementations take as one argument.
 
 A new learned parameter is a new field of :class:`Parameters`, used in :mod:`.functional`, :mod:`.autograd` and the
 kernels.

@@ -1,7 +1,7 @@
-"""Activation checkpointing: recomputed forwards repeat what their first run decided.
+"""Activation checkpointing: recomputed forwards reuse the decisions of the first run.
 
-A checkpointed forward runs a second time in backward, when the layer's state has already moved. The second run must
-not move it again, and must normalize as the first one did.
+A checkpointed forward runs again in backward, after the layer's state has changed. The second run must not update the
+state, and must normalize as the first run did.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import internals
 
 __all__ = ["Records", "may_be_recomputed"]
 
-# How many checkpointed forwards of one layer may await their backward and still be recomputed exactly.
+# Number of checkpointed forwards of one layer that can be pending at once and still be recomputed exactly.
 _CAPACITY = 64
 
 
@@ -55,7 +55,7 @@ class Records:
         return len(self._records)
 
     def add(self, batch_mean: Tensor, gate: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Keeps the decision of a forward.
+        """Records the decision of a forward.
 
         Args:
             batch_mean: (C,) mean of its batch.
@@ -75,7 +75,7 @@ class Records:
         )
 
     def recall(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the first run of the forward that is being recomputed decided.
+        """Returns the decision of the first run of the forward that is being recomputed.
 
         Args:
             mean: (C,) mean of the batch, as recomputed.

@@ -1,4 +1,4 @@
-"""UBN with auxiliary norms for parts of a batch, as timm's ``convert_splitbn_model`` makes them of BatchNorm."""
+"""UBN with auxiliary norms for parts of a batch, the counterpart of timm's ``convert_splitbn_model``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["convert_split_ubn", "is_split"]
 
 
 class _Split(nn.Module):
-    """Normalizes each part of a training batch by a layer of its own; evaluation uses the first only."""
+    """Normalizes each part of a training batch with a separate layer; evaluation uses only the first."""
 
     aux_bn: nn.ModuleList
 
@@ -43,7 +43,7 @@ def is_split(module: nn.Module) -> bool:
 
 
 def convert_split_ubn(model: nn.Module, num_splits: int = 2) -> nn.Module:
-    """Gives every UBN layer auxiliary layers; in training each normalizes its part of the batch by its own statistics.
+    """Adds auxiliary layers to every UBN layer, which normalize separate parts of a batch in training.
 
     Like timm's ``convert_splitbn_model`` (AdvProp, ``--split-bn``): the batch consists of ``num_splits`` equal parts,
     such as clean and augmented images. Auxiliary layers start as copies, named ``aux_bn.0`` and so on as in timm.

@@ -1,4 +1,4 @@
-"""One layer's entries of a state dict, from the formats that mean the same layer."""
+"""Conversion of one layer's state dict entries from BatchNorm's and the authors' formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENTRIES = ("weight", "bias", "running_mean", "feature_similarity", *CALIBRATION
 
 
 def affine_gain(scale_calibration: bool) -> float:
-    """The factor by which the affine compensates an untrained calibration: 1 / sigmoid(1), or 1 without calibration."""
+    """The affine's factor that offsets an untrained calibration: 1 / sigmoid(1), or 1 without calibration."""
     return 1 + math.exp(-1) if scale_calibration else 1.0
 
 
@@ -86,5 +86,5 @@ def _upgrade_batchnorm(state_dict: MutableMapping[str, Any], prefix: str, layer:
             dtype = getattr(layer, name).dtype if weight is None else weight.dtype
             state_dict[prefix + name] = torch.full((layer.num_features,), start, dtype=dtype)
     if layer.num_batches_tracked is not None:
-        # Old checkpoints lack it: BatchNorm has not always counted batches.
+        # Old checkpoints lack it: early versions of BatchNorm did not count batches.
         state_dict.setdefault(prefix + "num_batches_tracked", torch.zeros([], dtype=torch.long))

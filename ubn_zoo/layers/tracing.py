@@ -1,4 +1,4 @@
-"""Finds the convolutions whose output goes to a norm only, by running the model rather than by names of modules."""
+"""Finds convolutions whose output is used only by a norm, by running the model instead of matching module names."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class _Convolution:
     Attributes:
         module: The convolution in the given model.
         ran: Whether it ran.
-        consumers: The norms in whose forward an operation used its output; None stands for any other place.
-        parameter_uses: How many operations used each parameter; two mean a use outside of the convolution.
-        output: Its output, as long as something holds a reference.
+        consumers: The norms whose forward used its output; None stands for any other use.
+        parameter_uses: How many operations used each parameter; two imply a use outside the convolution.
+        output: Its output, while something holds a reference to it.
     """
 
     module: nn.Module
@@ -47,8 +47,8 @@ class _Convolution:
 class _Watch(TorchDispatchMode):
     """Follows the outputs of convolutions, as objects, through one run of a model.
 
-    Every operation passes through this mode, including those of scripted code and autograd functions, so it sees
-    everything that is computed from an output.
+    This mode intercepts every operation, including those in scripted code and autograd functions, so it sees every use
+    of an output.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class _Watch(TorchDispatchMode):
             if isinstance(output, Tensor):
                 key = id(output)
                 self.outputs[key] = record
-                # Another tensor may get its id once it is freed.
+                # Another tensor may reuse the id of a freed one.
                 record.output = weakref.ref(output, lambda _: self.outputs.pop(key, None))
 
         module.register_forward_hook(after)
@@ -130,7 +130,7 @@ def _pairs_of_a_run(
     method: str,
     inputs: tuple[Any, ...],
 ) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
-    """Runs a copy of the model under a watch; returns convolutions by norm, and all watched modules that ran."""
+    """Runs a copy of the model and observes it; returns convolutions by norm, and all observed modules that ran."""
     valueless = all(leaf.is_meta for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
     twin = (_without_values(model) if valueless else copy.deepcopy(model)).eval()
     watch = _Watch()
@@ -152,7 +152,7 @@ def _pairs_of_a_run(
         alone = record.consumers == {norm} and max(record.parameter_uses.values()) == 1
         if alone and record.output is not None and record.output() is None:
             pairs[norm] = record.module
-    # The model's outputs have kept the convolutions' outputs in them alive until here.
+    # Until here the model's outputs kept the convolution outputs among them alive.
     del outputs
     return pairs, set(watch.norm_calls) | {record.module for record in records if record.ran}
 
@@ -163,12 +163,12 @@ def feeding_convolutions(
     is_convolution: Callable[[nn.Module], bool],
     example_inputs: tuple[Any, ...] | None = None,
 ) -> dict[nn.Module, nn.Module]:
-    """Finds the norms whose input is the output of a convolution that is used nowhere else.
+    """Finds the norms whose input is a convolution's output that nothing else uses.
 
     A copy of the model runs once. A convolution and a norm are a pair if each ran once, the norm received the object
     that the convolution returned, no operation outside of the norm used it, nothing holds it after the run (an output
     of the model, an attribute, a hook's list), and nothing else uses the convolution's parameters. For timm's models
-    the same has to hold in ``forward_intermediates``, which returns features that ``forward`` only passes on.
+    the same must hold in ``forward_intermediates``, which returns features that ``forward`` keeps internal.
 
     Args:
         model: A model in evaluation mode; not changed.

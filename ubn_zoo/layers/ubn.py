@@ -15,13 +15,13 @@ from .state import affine_gain, identity_kernel, upgrade_layer_state
 
 __all__ = ["MAX_KERNEL_SIZE", "UnifiedBatchNorm2d", "UnifiedBatchNormAct2d"]
 
-MAX_KERNEL_SIZE = 31  # A larger kernel would mostly cover padding on the maps of image models.
+MAX_KERNEL_SIZE = 31  # A larger kernel would mostly cover padding on the feature maps of image models.
 
 _STATISTICS = ("running_mean", "running_var", "feature_similarity")
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Whether no hook observes a module's inputs and outputs, so that calling the module may be skipped."""
+    """Whether no hook observes a module's inputs and outputs, so that its call can be skipped."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks)
 
@@ -36,15 +36,15 @@ class UnifiedBatchNorm2d(nn.Module):
     affine is a depthwise convolution. Source: Wang et al., arXiv 2311.15993; the equations are in
     :mod:`ubn_zoo.layers.functional`.
 
-    With parts switched off this layer is RBN, BNET or BatchNorm: see :data:`ubn_zoo.layers.variants.VARIANTS`.
+    With parts disabled, this layer is RBN, BNET or BatchNorm: see :data:`ubn_zoo.layers.variants.VARIANTS`.
 
     Statistics are computed and stored in float32 (float64 for float64 modules), also when the module is cast to half
     precision. The layer never synchronizes with the device.
 
-    A training step whose statistics are not finite, such as an overflowed batch under float16 that loss scaling skips,
-    changes no buffer, and ``num_batches_tracked`` does not count it; the gate follows the last finite similarity. The
-    layer cannot repair buffers that are already NaN, and ``load_state_dict`` does not look for them: the package's
-    functions that load weights refuse values that are not finite.
+    A training step with non-finite statistics, such as a float16 overflow that loss scaling skips, changes no buffer,
+    and ``num_batches_tracked`` does not count it; the gate uses the last finite similarity. The layer cannot repair
+    buffers that are already NaN, and ``load_state_dict`` does not check for them; this package's functions that load
+    weights reject non-finite values.
 
     Args:
         num_features: Channels C.
@@ -142,9 +142,9 @@ class UnifiedBatchNorm2d(nn.Module):
         self.frozen = False
         self._sync: Optional[distributed.SyncGroup] = None
         self._records = recompute.Records()
-        # Forces the plain equations, for comparisons with the other implementations.
+        # If True, the layer uses the plain equations, for comparison with the other implementations.
         self._equations_only = False
-        # The parameters' `requires_grad` before freezing.
+        # `requires_grad` of each parameter before freezing.
         self._trainable: Tuple[bool, ...] = ()
 
         def parameter(present: bool, *shape: int) -> Optional[nn.Parameter]:
@@ -177,7 +177,7 @@ class UnifiedBatchNorm2d(nn.Module):
             state.similarity.fill_(1)
 
     def reset_parameters(self) -> None:
-        """Resets all parameters and buffers to their initial values; "kaiming" kernels are drawn anew."""
+        """Resets all parameters and buffers to their initial values; "kaiming" kernels are redrawn."""
         self.reset_running_stats()
         for name, initial in CALIBRATIONS.items():
             parameter = getattr(self, name)
@@ -231,8 +231,8 @@ class UnifiedBatchNorm2d(nn.Module):
         self._check_shape(input)
         if self.training and not self.frozen and self._sync is not None and self._sync.active():
             return distributed
-        # Exported programs consist of the plain equations. So do the transforms of torch.func, which have no rules for
-        # the other implementations.
+        # Exported programs use the plain equations. So do the transforms of torch.func, for which the other
+        # implementations have no rules.
         if self._equations_only or internals.is_capturing():
             return functional
         return operators if operators.usable(input, self.kernel_size) else autograd
@@ -241,7 +241,7 @@ class UnifiedBatchNorm2d(nn.Module):
         """Computes the layer with the given module; only ``operators`` can include a ReLU."""
         device_type = input.device.type
         if internals.autocast_enabled(device_type):
-            # The layer handles precision itself; autocast would lower that of the affine for float32 inputs.
+            # The layer handles precision itself; autocast would run the affine of float32 inputs in lower precision.
             with torch.autocast(device_type, enabled=False):
                 return self._run(input, path, relu)
         if path is functional:
@@ -287,7 +287,7 @@ class UnifiedBatchNorm2d(nn.Module):
             return instance_mean, mean, var, True
         if recalling:
             return instance_mean, *self._records.recall(mean, var)
-        # A recomputation without a record does not move the state either.
+        # A recomputation without a record does not update the state either.
         settings = (self.momentum, self.similarity_momentum, self.threshold)
         used_mean, used_var, gate = path.finalize(mean, var, similarity, state, count, *settings, not recomputing)
         if gated and recompute.may_be_recomputed():
@@ -356,7 +356,8 @@ class UnifiedBatchNorm2d(nn.Module):
             after = self._buffers[name]
             if before is None or after is None:
                 continue
-            # Running averages stall in half precision, and float16 cannot hold a large variance: keep their dtype.
+            # Running averages stop changing in half precision, and float16 cannot hold a large variance: keep their
+            # dtype.
             if after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before.to(after.device)
             elif name == "feature_similarity" and after.dtype != torch.float32:
@@ -379,7 +380,7 @@ class UnifiedBatchNorm2d(nn.Module):
         )
 
     def __getstate__(self) -> Dict[str, Any]:
-        # Records belong to a step in progress: they are neither copied nor pickled.
+        # Records belong to a step in progress, so they are not copied or pickled.
         return {**self.__dict__, "_records": recompute.Records()}
 
 
@@ -441,6 +442,6 @@ class UnifiedBatchNormAct2d(UnifiedBatchNorm2d):
 
     @torch.jit.unused
     def only_relu(self) -> bool:
-        """Whether exactly a ReLU follows the normalization, so that one kernel can compute both."""
+        """Whether a plain ReLU follows the normalization, so that one kernel can compute both."""
         plain = type(self.act) is nn.ReLU and type(self.drop) is nn.Identity
         return plain and has_no_hooks(self.act) and has_no_hooks(self.drop)

@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["VARIANTS", "Variant", "variant_settings"]
 
-# Settings without effect once there is no depthwise kernel.
+# Settings that have no effect without a depthwise kernel.
 _KERNEL_SETTINGS = ("kernel_size", "kernel_init")
 
 
@@ -23,9 +23,9 @@ class Variant:
 
     Attributes:
         title: Its name in tables and figures.
-        about: What it consists of, and its source, in one line.
+        about: Its parts and its source, in one line.
         settings: Keyword settings of :class:`UnifiedBatchNorm2d` that the variant fixes.
-        plain: Whether the variant is a module of torch's own: a model of this variant keeps its BatchNorm layers.
+        plain: Whether the variant is torch's BatchNorm, so that a model of this variant keeps its layers.
     """
 
     title: str
@@ -82,8 +82,8 @@ def variant_settings(name: str, **settings: Any) -> dict[str, Any]:
 
     Args:
         name: A key of :data:`VARIANTS`.
-        **settings: Further settings of the layer. Those that the variant fixes, and those of a depthwise kernel that it
-            lacks, are dropped.
+        **settings: Further settings of the layer. Settings that the variant fixes, or that configure a depthwise kernel
+            it lacks, are dropped.
 
     Returns:
         Keyword settings of :class:`UnifiedBatchNorm2d`.

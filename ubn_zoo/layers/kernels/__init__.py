@@ -1,4 +1,4 @@
-"""The layer as Triton kernels; :mod:`.operators` makes torch operators of them and says when they are used.
+"""The layer as Triton kernels; :mod:`.operators` wraps them as torch operators and decides when to use them.
 
 Only :mod:`.operators` can be imported without Triton. Each of the other modules holds kernels and the functions that
 launch them.
@@ -10,14 +10,14 @@ order: partial results go through a workspace, without atomic operations, so res
 
 The normalized features are x_hat = a (x + shift) with a = 1 / sqrt(var + eps) per channel and
 shift = center_weight * instance_mean - mean per instance. The shift is added to the input before the product, whose
-rounding would otherwise swamp small deviations from a large mean. Norms prepared for inference are given as
+rounding would otherwise swamp small deviations from a large mean. Norms prepared for inference have the form
 x_hat = slope x + shift, which a fused multiply-add computes with a single rounding.
 
-The kernels with depthwise taps walk down the rows of a tile. A row is loaded once per horizontal tap, from the cache
+The kernels with depthwise taps iterate down the rows of a tile. A row is loaded once per horizontal tap, from the cache
 after the first time, and added to as many unfinished rows as there are vertical taps, which stay in registers: k loads
 for k * k products. Rows outside the image are skipped; columns outside are masked to zero. ROWS rows are loaded before
 the first of them is used, to keep enough loads in flight.
 
-Sizes are not specialized: a network has many, and each would compile anew. VECTOR says what the sizes are divisible by,
-so that loads can be widened.
+Kernels are not specialized on sizes: a network has many, and each would need its own compilation. VECTOR is a divisor
+of the sizes that lets the compiler widen loads.
 """

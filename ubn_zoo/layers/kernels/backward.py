@@ -183,7 +183,7 @@ def _instance_sums(sums, n, c, valid, N, C, strips):
 
 @triton.jit
 def _through_factor(c, C, n_mean, of_normalized, of_all, bias, scale_weight, scale_bias, DTYPE: tl.constexpr):
-    """The gradient with respect to the logit of the calibration factor, per instance, and the logit's slope."""
+    """Per instance: the gradient with respect to the calibration factor's logit, and the logit's slope."""
     present = c < C
     slope = tl.load(scale_weight + c, mask=present, other=0.0).to(DTYPE)[None, :]
     logit = slope * n_mean + tl.load(scale_bias + c, mask=present, other=0.0).to(DTYPE)[None, :]

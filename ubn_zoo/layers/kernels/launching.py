@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
         return triton.cdiv(columns, self.positions)
 
 
-# Cached because a network launches the same shapes again and again, and a launch takes only microseconds.
+# Cached because a network launches the same shapes repeatedly, and a launch itself takes only microseconds.
 @functools.lru_cache(maxsize=4096)
 def statistics_blocks(shape: Tuple[int, int, int, int], channels_last: bool) -> Blocks:
     """Tiles of 1024 values, 8 for each of 128 threads: one load of 16 bytes in half precision.
@@ -75,10 +75,10 @@ def tap_blocks(
 
     With channels last a tile has at least 64 channels (a cache line in half precision) if the tensor has as many;
     otherwise at most 64 columns. The number of columns is the power of two that covers a row at the least cost, where a
-    tile of b columns costs b + 8, because of the neighbors it loads and of partly used cache lines. Loads along columns
-    are not widened: the taps to the left and right are not aligned.
+    tile of b columns costs b + 8, because it loads neighbors and partly used cache lines. Loads along columns are not
+    widened: the taps to the left and right are not aligned.
 
-    Values per thread, and rows loaded together, are as many as registers allow. With channels last one load has all
+    Registers limit the values per thread and the rows loaded together. With channels last one load has all
     values of a thread; otherwise each value needs an address, and two values leave room for more threads.
 
     Args:
@@ -143,8 +143,8 @@ def is_channels_last(input: Tensor) -> bool:
 def parameter_blocks(samples: int, channels: int) -> Tuple[int, int]:
     """Channels and samples of a tile of the kernels over (N, C).
 
-    8 channels in float32 are the smallest memory transaction, and give enough programs for few channels. A tile covers
-    a common batch, because these kernels wait for one load after another. 4 values for each of 256 threads.
+    8 channels in float32 are the smallest memory transaction, and give enough programs even for few channels. A tile
+    covers a typical batch, because these kernels wait for each load in turn. 4 values for each of 256 threads.
     """
     return min(8, triton.next_power_of_2(channels)), min(128, triton.next_power_of_2(samples))
 

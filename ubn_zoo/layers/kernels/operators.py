@@ -28,7 +28,7 @@ from ..parameters import Parameters, State
 
 __all__ = ["calibrated_affine", "dense", "finalize", "folded_affine", "instance_means", "statistics", "usable"]
 
-# Types of devices whose tensors the kernels compute. Tests add "cpu", where Triton's interpreter runs them.
+# Device types that the kernels support. Tests add "cpu", where Triton's interpreter runs them.
 DEVICES = {"cuda"}
 KERNEL_SIZES = (1, 3, 5)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,17 +42,17 @@ def _is_supported(kind: str, index: int | None, dtype: torch.dtype) -> bool:
         return False
     if kind != "cuda":
         return True
-    # Triton supports no earlier devices, and bfloat16 came later. It supports AMD's GPUs too, where these kernels are
-    # untested.
+    # Triton supports no earlier devices, and bfloat16 came later. Triton also supports AMD GPUs, on which these kernels
+    # are untested.
     least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= least
 
 
 @functools.cache
 def _can_compile(kind: str, index: int | None) -> bool:
-    """Whether Triton builds and starts a kernel on a device; warns where it does not.
+    """Whether Triton can build and launch a kernel on a device; warns if it cannot.
 
-    Triton also needs a C compiler at run time, for the code that starts its kernels.
+    Triton also needs a C compiler at run time, for the code that launches its kernels.
     """
     try:
         with internals.without_modes():
@@ -78,8 +78,8 @@ def _is_enabled(kind: str, index: int | None, dtype: torch.dtype) -> bool:
 def usable(input: Tensor, kernel_size: int) -> bool:
     """Whether the kernels can compute an input.
 
-    They stay out of exported, traced and scripted programs, which have to run without this package, and have no rules
-    for the transforms of ``torch.func``: ask :func:`ubn_zoo.layers.internals.is_capturing` first.
+    Exported, traced and scripted programs must run without this package, and the kernels have no rules for the
+    transforms of ``torch.func``: check :func:`ubn_zoo.layers.internals.is_capturing` first.
 
     Args:
         input: (N, C, H, W).
@@ -116,7 +116,7 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
 
 
 def _absent(input: Tensor) -> Tensor:
-    """Stands for a missing result: an operator always returns tensors."""
+    """A placeholder for a missing result, because operators always return tensors."""
     return input.new_empty(0, dtype=_statistics_dtype(input))
 
 
@@ -132,7 +132,7 @@ _LAUNCHERS = {
 
 
 def _is_triton_failure(error: Exception) -> bool:
-    # Without a working C compiler Triton raises errors of Python's own kinds.
+    # Without a working C compiler Triton raises built-in exceptions.
     return (
         type(error).__module__.startswith("triton")
         or isinstance(error, subprocess.CalledProcessError)
@@ -141,7 +141,7 @@ def _is_triton_failure(error: Exception) -> bool:
 
 
 def _start(name: str, device: torch.device, *arguments: Any) -> Any:
-    """Calls a launcher with its tensors' device as the current one, which is the one that Triton takes."""
+    """Calls a launcher with the tensors' device as the current device, which Triton uses."""
     launcher = getattr(importlib.import_module(f"{__package__}.{_LAUNCHERS[name]}"), name)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
@@ -228,7 +228,7 @@ def _finalize(mean: Tensor, var: Tensor, similarity: Tensor | None, *arguments: 
             if values is not buffer:
                 buffer.copy_(values)
             elif not buffer.is_inference():
-                # Tells autograd that the buffer moved, in case a backward pass still needs its earlier values.
+                # Marks the buffer as modified, so that autograd detects a backward pass that needs its earlier values.
                 torch.autograd.graph.increment_version(buffer)
     return cast("tuple[Tensor, ...]", found)
 
@@ -293,7 +293,7 @@ def _(grad_output: Tensor, activated: Tensor | None, input: Tensor, *arguments: 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, eps, relu = inputs
-    # The ReLU's output tells where it let values through, and the next layer saves that output anyway.
+    # The ReLU's output shows where gradients pass, and the next layer saves that output anyway.
     ctx.save_for_backward(*tensors, output if relu else None)
     ctx.eps = eps
 

@@ -66,7 +66,7 @@ def _moments_kernel(
     channel_stride, _, position_stride = layout_strides(channels, positions, 1, CHANNELS_LAST)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_P)
-    # A span is a multiple of the block; saying so lets the compiler widen loads.
+    # A span is a multiple of the block; this hint lets the compiler widen loads.
     start = split * span // BLOCK_P * BLOCK_P
     end = tl.minimum(start + span, pixels)
     source = input + sample.to(tl.int64) * channels * positions + c[:, None] * channel_stride
@@ -195,7 +195,7 @@ def _similarity_kernel(
     result = tl.sum(total, 0)
     if index == 0:
         result -= tl.sum((squared > 0).to(DTYPE), 0)
-    # Slots beyond the number of programs are cleared by the others.
+    # The programs also clear the slots beyond their number.
     slot = tl.arange(0, SLOTS)
     values = tl.where(slot == index, result / pairs, 0.0)
     tl.store(partials + slot, values, mask=slot % tl.num_programs(0) == index)
@@ -247,7 +247,7 @@ def _finalize_kernel(
             skipped = tl.where(tl.abs(found) < float("inf"), skipped, 1)
             after = (before + similarity_momentum * (found - before)).to(tl.float32)
             after = tl.where(skipped == 0, after, before)
-            # All threads have read it before any of them writes.
+            # All threads must read it before any of them writes.
             tl.debug_barrier()
             tl.store(running_similarity, after)
         opened = tl.zeros([BLOCK_C], tl.float32) + after > threshold
@@ -257,7 +257,7 @@ def _finalize_kernel(
         tl.debug_barrier()
         tl.store(batches, number)
         if CUMULATIVE:
-            # It is still 0 where the first batch was not finite.
+            # The count is still 0 if the first batch was not finite.
             weight = tl.full([BLOCK_C], 1.0, tl.float64) / tl.maximum(number, 1).to(tl.float64)
     moves = opened & (tl.zeros([BLOCK_C], tl.int32) + skipped == 0)
     for start in tl.range(0, C, BLOCK_C):
@@ -270,7 +270,7 @@ def _finalize_kernel(
         if MOVING:
             new_mean = old_mean + weight * (batch_mean - old_mean)
             new_var = old_var + weight * (batch_var * unbiased - old_var)
-            # Behind a closed gate they keep their last bit, whatever the batch holds.
+            # Behind a closed gate the buffers stay bitwise unchanged, whatever the batch contains.
             tl.store(running_mean + c, new_mean.to(old_mean.dtype), mask=valid & moves)
             tl.store(running_var + c, new_var.to(old_var.dtype), mask=valid & moves)
 
@@ -403,7 +403,7 @@ def finalize(
     threshold: float,
     moving: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Moves the state in place; returns the statistics to normalize with and the gate.
+    """Updates the state in place; returns the statistics to normalize with and the gate.
 
     All tensors are contiguous.
 
@@ -419,7 +419,7 @@ def finalize(
         count: Elements per channel.
         similarity_momentum: Weight of the batch in ``running_similarity``.
         threshold: The gate is open above it.
-        moving: False to leave the buffers as they are.
+        moving: False to leave the buffers unchanged.
     """
     channels = mean.shape[0]
     mean_used, var_used = torch.empty_like(mean), torch.empty_like(var)
