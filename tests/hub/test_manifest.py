@@ -431,7 +431,7 @@ def test_adding_keeps_order_mode_and_link(tmp_path: Path) -> None:
     assert manifest.add_record(small, link).records == (small, other)
     assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o640
     assert path.read_bytes() == written(tmp_path / "sorted.json", other, small).read_bytes()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["manifest.json", "link.json", "sorted.json"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link.json", "manifest.json", "sorted.json"]
 
 
 def test_adding_twice_needs_replace(tmp_path: Path) -> None:
