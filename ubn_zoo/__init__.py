@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported on first use, as they need more than the layer and the models do.
+# Imported on first use, because they need more packages than the layer and the models.
 _FUNCTIONS = {
     "evaluate": "ubn_zoo.evaluation.evaluate",
     "load_recipe": "ubn_zoo.recipes.schema",

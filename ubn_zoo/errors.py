@@ -1,7 +1,7 @@
-"""Every error that the package raises on purpose, under one base class.
+"""All errors that the package raises deliberately, with one base class.
 
-Each is also the built-in error that it is by nature (`ValueError`, `LookupError`, ...), so either can be caught. The
-message names what was received, what is valid, and how to fix it.
+Each error also derives from the matching built-in error (`ValueError`, `LookupError`, ...), so either can be caught.
+The message names what was received, what is valid, and how to fix it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class UbnZooError(Exception):
-    """Base class of the errors of this package."""
+    """Base class of this package's errors."""
 
 
 class InvalidArgumentError(UbnZooError, ValueError):
@@ -50,7 +50,7 @@ class MissingPackageError(UbnZooError, ImportError):
 
 
 class RanksError(UbnZooError, RuntimeError):
-    """The environment does not describe a process group, or none can be formed; the message says how to start one."""
+    """The environment does not define a valid process group, or the group cannot be formed; the message has the fix."""
 
 
 class HubError(UbnZooError, RuntimeError):
@@ -58,7 +58,7 @@ class HubError(UbnZooError, RuntimeError):
 
 
 class HubUnavailableError(HubError):
-    """The Hub is unreachable or keeps failing, and the cache does not have the file."""
+    """The Hub is unreachable or keeps failing, and the file is not in the cache."""
 
 
 class HubNotFoundError(HubError):
@@ -94,7 +94,7 @@ class RecipeError(UbnZooError, ValueError):
 
 
 class UnknownModelError(UbnZooError, LookupError):
-    """The zoo has no such model or weights; the message lists similar names."""
+    """The zoo does not have the model or weights; the message lists similar names."""
 
 
 class CheckpointError(UbnZooError, RuntimeError):
@@ -105,20 +105,20 @@ class DataError(UbnZooError, ValueError):
     """Data cannot be used; the message names the file or folder and the fix."""
 
     def __init__(self, message: str) -> None:
-        # A loader's worker passes its error on as text that starts with the traceback.
+        # A loader worker forwards its error as text that starts with the traceback.
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 class ClassMismatchError(DataError):
-    """Data and model name their classes differently; the message has both names and the way to compare them anyway."""
+    """Data and model name their classes differently; the message shows both names and how to override the check."""
 
 
 class EvaluationError(UbnZooError, ValueError):
-    """Model, weights, images or results file do not fit each other; the message says what was received and is valid."""
+    """The model, weights, images or results file do not match; the message says what was received and what is valid."""
 
 
 class TrainingError(UbnZooError, RuntimeError):
-    """Training cannot start or continue; the message says what was found and what to change."""
+    """Training cannot start or continue; the message says why and what to change."""
 
 
 class SnapshotError(UbnZooError, ValueError):
@@ -126,11 +126,11 @@ class SnapshotError(UbnZooError, ValueError):
 
 
 class RunError(UbnZooError, RuntimeError):
-    """A run cannot start or continue; the message says why, what is kept, and what to do."""
+    """A run cannot start or continue; the message says why, which files are kept, and what to do."""
 
 
 class QuickstartError(UbnZooError, RuntimeError):
-    """The quickstart cannot run, or the model it saved does not read back; the message says what to do."""
+    """The quickstart cannot run, or its saved model cannot be reloaded; the message says what to do."""
 
 
 class BundleError(UbnZooError, ValueError):
@@ -138,10 +138,10 @@ class BundleError(UbnZooError, ValueError):
 
 
 class PublishError(UbnZooError, ValueError):
-    """A checkpoint is not fit for publication.
+    """A checkpoint does not meet the requirements for publication.
 
     Attributes:
-        reasons: Every reason; the message lists them all.
+        reasons: All reasons, which the message lists too.
     """
 
     def __init__(self, source: str, reasons: Sequence[str]) -> None:

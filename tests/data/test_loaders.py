@@ -568,7 +568,7 @@ def test_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"train.* has no images"):
             open_train(recipe_of(kind), root, Ranks())
         write_image(root / "train" / "1.png", pixels(1))
-        with pytest.raises(DataError, match=r"train/1\.png is in no folder of its class; valid: .*/CLASS/1"):
+        with pytest.raises(DataError, match=r"train/1\.png is not in a class folder; valid: .*/CLASS/1"):
             open_train(recipe_of(kind), root, Ranks())
         (root / "train" / "1.png").unlink()
         write_image(root / "train" / "a" / "b" / "1.png", pixels(1))
@@ -581,7 +581,7 @@ def test_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         open_train(PLAIN, tmp_path, Ranks())
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
         archive.add(tmp_path / "folder" / "train" / "a" / "b" / "1.png", "1.png")
-    with pytest.raises(DataError, match=r"1\.png is in no folder of its class; valid: CLASS/1\.png"):
+    with pytest.raises(DataError, match=r"1\.png is not in a class folder; valid: CLASS/1\.png"):
         open_train(PLAIN, tmp_path, Ranks())
 
 
@@ -630,7 +630,7 @@ def test_batches_that_cannot_be_made_say_why(written: Written) -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 def test_streams_say_what_they_need(written: Written, tmp_path: Path) -> None:
     shards, parquet = written("wds", pixels), written("hfids", pixels)
-    with pytest.raises(DataError, match=r"received 2 shards for 4 workers in all; valid: .* at most 1 workers with 2"):
+    with pytest.raises(DataError, match=r"received 2 shards for 4 workers in total; valid: .* at most 1 workers with 2"):
         open_train(recipe_of("wds", workers=2), shards, Ranks(0, 2))
     with pytest.raises(DataError, match=r"split validation not found"):
         open_eval(recipe_of("wds", test_split="validation"), shards, Ranks())

@@ -63,7 +63,7 @@ def test_image_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
             load_image_folder(tmp_path)
     (tmp_path / "a/2.png").unlink()
     write_image(tmp_path / "2.png", numpy.zeros((4, 4, 3), numpy.uint8))
-    with pytest.raises(ValueError, match=r"2\.png is in no folder of its class; valid: .*/CLASS/2"):
+    with pytest.raises(ValueError, match=r"2\.png is not in a class folder; valid: .*/CLASS/2"):
         load_image_folder(tmp_path)
 
 

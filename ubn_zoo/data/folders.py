@@ -1,8 +1,8 @@
 """Image folders: which files are images, and which class each one has.
 
-The class of an image is the name of the folder that it lies in (timm's rule), at any depth: both ``train/cat/1.jpg``
-and ``train/animals/cat/1.jpg`` are of class ``cat``. Images in a tar file follow the same rule. Classes are numbered in
-timm's order of names (``timm.utils.natural_key``), in which 2 comes before 10.
+The name of the folder that contains an image is its class (timm's rule), at any depth: ``train/cat/1.jpg`` and
+``train/animals/cat/1.jpg`` both have class ``cat``. Images in a tar file follow the same rule. Classes are numbered in
+timm's natural order of names (``timm.utils.natural_key``), in which 2 comes before 10.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 
 
 def name_order(names: Collection[str]) -> list[str]:
-    """Names in timm's natural order; those that are equal in it, such as ``1`` and ``01``, in the order of their text.
+    """Sort names in timm's natural order; names that tie, such as ``1`` and ``01``, are sorted as plain strings.
 
     Args:
-        names: Of classes, or of files.
+        names: Names of classes or files.
     """
     return sorted(names, key=lambda name: (natural_key(name), name))
 
@@ -31,19 +31,18 @@ def name_order(names: Collection[str]) -> list[str]:
 def find_images(folder: str | os.PathLike[str]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """List the images of a folder with their classes.
 
-    Classes, and the images of each, come in the order of `name_order`, so labels do not depend on the file system.
-    Hidden files and folders (``.ipynb_checkpoints``, ``._photo.jpg``) and files without an image's extension are left
-    out.
+    Classes and their images are sorted by `name_order`, so labels do not depend on the file system. Hidden files and
+    folders (``.ipynb_checkpoints``, ``._photo.jpg``) and files without an image extension are skipped.
 
     Args:
-        folder: One split of an image folder.
+        folder: Folder of one split.
 
     Returns:
-        Names of the classes, and the images' paths with their labels.
+        Class names, and the paths of the images with their labels.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it has no images.
-        ValueError: An image lies directly in `folder`, so that it has no class; the message names it.
+        FileNotFoundError: The folder does not exist or contains no images.
+        ValueError: An image is directly in `folder` and therefore has no class; the message names it.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -55,10 +54,10 @@ def find_images(folder: str | os.PathLike[str]) -> tuple[tuple[str, ...], list[t
         if any(part.startswith(".") for part in parts):
             continue
         if len(parts) == 1:
-            raise ValueError(f"{path} is in no folder of its class; valid: {root}/CLASS/{parts[-1]}; move or remove it")
+            raise ValueError(f"{path} is not in a class folder; valid: {root}/CLASS/{parts[-1]}; move or remove it")
         found.setdefault(parts[-2], []).append("/".join(parts))
     if not found:
-        raise FileNotFoundError(f"{root} has no images ({', '.join(EXTENSIONS)}) in folders of their class")
+        raise FileNotFoundError(f"{root} has no images ({', '.join(EXTENSIONS)}) in class folders")
     classes = tuple(name_order(found))
     return classes, [
         (str(root / path), label) for label, name in enumerate(classes) for path in name_order(found[name])

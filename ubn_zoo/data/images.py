@@ -1,15 +1,15 @@
-"""The one way to open an image file: upright, RGB, 8 bits per channel.
+"""Open image files as upright RGB with 8 bits per channel.
 
-Pillow reads the file by its content, whatever its name. Then:
+Pillow detects the format from the content, not the file name. Then:
 
 - the EXIF orientation is applied, unless a setting says otherwise;
 - 16-bit grayscale is scaled to 8 bits by its depth (65535 becomes 255), where Pillow's own conversion would clip it;
-- of an animation, the first frame is used;
-- CMYK is converted by Pillow's formula, without a color profile;
-- transparency is dropped: the colors stored below it are used, as timm does.
+- the first frame of an animation is used;
+- CMYK is converted with Pillow's formula, ignoring color profiles;
+- the alpha channel is dropped and the stored colors are kept, as in timm.
 
-Images of more than 178,956,970 pixels (Pillow's limit against decompression bombs), floating-point pixels and damaged,
-truncated or empty files are refused.
+Images with more than 178,956,970 pixels (Pillow's limit against decompression bombs), floating-point images, and
+damaged, truncated or empty files are rejected.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def open_image(
 
     Args:
         file: Path, or a binary file object.
-        exif_rotation: Whether to turn the image upright as its EXIF orientation says.
-        name: What errors call the file; by default its path.
+        exif_rotation: Whether to apply the EXIF orientation.
+        name: Name of the file in error messages; by default its path.
 
     Returns:
         The image in mode RGB.
 
     Raises:
-        DataError: It cannot be read, or its pixels have no 8-bit equivalent; the message names the file.
+        DataError: The image cannot be read, or its pixels have no 8-bit equivalent; the message names the file.
     """
     shown = name or (os.fspath(file) if isinstance(file, (str, os.PathLike)) else "image")
     try:
@@ -65,8 +65,8 @@ def to_rgb(image: Image.Image, *, exif_rotation: bool = True) -> Image.Image:
     """Convert an opened image to upright 8-bit RGB.
 
     Args:
-        image: In any mode of Pillow; of an animation, its current frame.
-        exif_rotation: Whether to turn the image upright as its EXIF orientation says.
+        image: Image in any Pillow mode; for an animation, the current frame is used.
+        exif_rotation: Whether to apply the EXIF orientation.
 
     Returns:
         The image in mode RGB.
@@ -88,7 +88,7 @@ def to_rgb(image: Image.Image, *, exif_rotation: bool = True) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF data says nothing; the pixels may still be whole
+    except Exception:  # damaged EXIF data has no orientation, but the pixels may still be intact
         return 1
 
 

@@ -1,8 +1,8 @@
-"""Batches of training and held-out images: `open_train` and `open_eval` open a data set once, then it is only read.
+"""Batches of training and held-out images; `open_train` and `open_eval` open a dataset once.
 
-Order and augmentation depend on the run's seed, the epoch and the image's place in it alone. So a batch is the same for
-any number of workers, and an epoch can be entered at any update. The batches of a stream are the same as long as the
-numbers of ranks and workers are.
+Order and augmentation depend only on the run's seed, the epoch and the image's position in the epoch. A batch is
+therefore the same for any number of workers, and training can resume at any update of an epoch. The batches of a stream
+also depend on the numbers of ranks and workers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
 
 
 class TrainBatches(Protocol):
-    """Training images in batches, a new order and augmentation each epoch."""
+    """Batches of training images, reshuffled and augmented differently in each epoch."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -70,11 +70,11 @@ class TrainBatches(Protocol):
         """Fingerprint of the set of training images."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over this rank's parts of the batches of one epoch, `accumulation` of them per update.
+        """Iterate over this rank's batches of one epoch, `accumulation` of them per update.
 
         Args:
-            epoch: From 0.
-            first_step: Updates of the epoch to skip, because they were made before.
+            epoch: Epoch, from 0.
+            first_step: Number of updates to skip because they are already done.
 
         Yields:
             Images (n, 3, H, W), normalized, float32, and labels (n,), int64, both on the rank's device.
@@ -101,13 +101,13 @@ class EvalBatches(Protocol):
         """Fingerprint of the set of held-out images."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over this rank's share of the images, in batches as those of `TrainBatches.epoch`.
+        """Iterate over this rank's share of the images, in batches like those of `TrainBatches.epoch`.
 
-        The shares of all ranks together have each image once. Some ranks may get fewer batches than others, or none.
+        Across ranks, each image appears exactly once. Some ranks may get fewer batches than others, or none.
         """
 
     def probe(self, count: int) -> Tensor:
-        """At most `count` of the images of all ranks, evenly spread; of a stream, the first ones.
+        """Return at most `count` of all ranks' images, evenly spaced; for a stream, the first ones.
 
         Returns:
             (n, 3, H, W), normalized, on the rank's device.
@@ -119,7 +119,7 @@ def _part_size(recipe: Recipe, ranks: Ranks) -> int:
     parts = ranks.count * recipe.accumulation
     if recipe.batch_size % parts:
         raise DataError(
-            f"batch_size: received {recipe.batch_size}; valid: a multiple of {parts}, as it is shared by {ranks.count} "
+            f"batch_size: received {recipe.batch_size}; valid: a multiple of {parts}, for {ranks.count} "
             f"ranks in {recipe.accumulation} parts each"
         )
     size = recipe.batch_size // parts
@@ -140,16 +140,16 @@ def _steps(recipe: Recipe, images: int) -> int:
 
 
 def _spread(total: int, wanted: int | None) -> list[int]:
-    """Indices of at most `wanted` of `total` items, evenly spread: of sorted images, the same share of every class."""
+    """Indices of at most `wanted` of `total` items, evenly spaced, so that sorted classes keep their shares."""
     count = total if wanted is None else min(total, wanted)
     return [index * total // count for index in range(count)]
 
 
 class _EpochOrder:
-    """Which images make up each batch, and which part of it is each rank's.
+    """Assigns images to batches, and parts of each batch to ranks.
 
-    Ranks take consecutive parts, so that their shares in the order of ranks are the batch of a single process. Repeated
-    copies of an image go to different ranks instead.
+    Ranks take consecutive parts, so concatenating them in rank order gives the batch of a single process. With repeated
+    augmentation, the copies of an image go to different ranks instead.
     """
 
     def __init__(self, recipe: Recipe, images: int, ranks: Ranks) -> None:
@@ -171,7 +171,7 @@ class _EpochOrder:
         return self._order[step * size : (step + 1) * size]
 
     def share(self) -> slice:
-        """This rank's places in a batch."""
+        """This rank's slice of a batch."""
         if self._recipe.repeats > 1:
             return slice(self._ranks.rank, None, self._ranks.count)
         mine = self._ranks.share(self._recipe.batch_size)
@@ -179,15 +179,15 @@ class _EpochOrder:
 
 
 class MemoryTrain:
-    """Training images held in memory: zero-padded random crop and flip, a batch at a time.
+    """Training images in memory, with zero-padded random crops and flips applied per batch.
 
     Args:
-        recipe: The run, complete: with ``img_size``, ``interpolation``, ``mean`` and ``std``.
+        recipe: The run's complete recipe, with ``img_size``, ``interpolation``, ``mean`` and ``std`` set.
         data: The images.
         ranks: This process.
 
     Raises:
-        DataError: The images are not square or do not fill a batch, or a batch cannot be shared by the ranks.
+        DataError: The images are not square or do not fill a batch, or a batch cannot be split over the ranks.
     """
 
     def __init__(self, recipe: Recipe, data: ImageSet, ranks: Ranks) -> None:
@@ -195,7 +195,7 @@ class MemoryTrain:
         self._recipe = recipe
         self._data = _chosen(data, recipe.train_samples)
         self._ranks = ranks
-        _part_size(recipe, ranks)  # fails where a batch cannot be shared
+        _part_size(recipe, ranks)  # raises if a batch cannot be split over the ranks
         self._normalize = Normalizer(*normalization(recipe), ranks.device)
         self.steps = _steps(recipe, len(self._data))
         self.classes = data.classes
@@ -207,7 +207,7 @@ class MemoryTrain:
         order = _EpochOrder(recipe, len(self._data), self._ranks)
         for step in range(first_step, self.steps):
             chosen = torch.tensor(order.batch(epoch, step))
-            # Of the whole batch, so that the random numbers do not depend on how many ranks share it.
+            # Augment the whole batch, so that the random numbers do not depend on the number of ranks.
             generator = torch.Generator().manual_seed(mixed_seed(recipe.seed, epoch, step, 1) % 2**63)
             images = random_crop_flip(self._data.images[chosen], recipe.crop_padding, recipe.hflip, generator)
             mine = order.share()
@@ -218,13 +218,13 @@ class MemoryTrain:
 
 
 class MemoryEval:
-    """Held-out images held in memory.
+    """Held-out images in memory.
 
     Args:
         recipe: As for `MemoryTrain`.
         data: The images.
         ranks: This process.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
 
     Raises:
         DataError: The images are not square.
@@ -267,7 +267,7 @@ def _chosen(data: ImageSet, wanted: int | None) -> ImageSet:
 
 
 class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
-    """Batches of this rank as (index, epoch, place in the epoch), from any update on."""
+    """Samples this rank's batches as (index, epoch, position in the epoch), starting at any update."""
 
     def __init__(self, recipe: Recipe, images: int, ranks: Ranks) -> None:
         self._order = _EpochOrder(recipe, images, ranks)
@@ -286,20 +286,20 @@ class _TrainSampler(Sampler[list[tuple[int, int, int]]]):
                 yield mine[start : start + self._part]
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """SIGTERM, SIGHUP and Ctrl-C often reach a whole process group: the run decides, and its workers end with it."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore signals that reach the whole process group: the run handles them, and its workers end with it."""
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _useful_workers(wanted: int) -> int:
-    """At most one worker per core; the batches of random access do not depend on their number."""
+    """At most one worker per core; with random access, batches do not depend on the number of workers."""
     return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _label_limit(settings: EvalSettings, reader: Any) -> int | None:
-    """Number of valid labels; None for any."""
+    """Number of valid labels; None accepts any label."""
     return settings.num_classes or len(reader.class_to_idx) or None
 
 
@@ -335,7 +335,7 @@ def _loader(dataset: Any, ranks: Ranks, *, workers: int, **batches: Any) -> Data
         pin_memory=ranks.device.type == "cuda",
         # Its own generator, so that loading does not advance the random state of the process.
         generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_ignore_signals,
         **batches,
     )
 
@@ -401,15 +401,15 @@ class _ReaderEval:
 
     def probe(self, count: int) -> Tensor:
         chosen = [self._indices[place] for place in _spread(len(self._indices), count)]
-        # In a worker if there are any: workers that start later must not share an open tar file.
+        # Use a worker if there are any: workers that start later must not inherit an open tar file.
         return torch.cat([images for images, _ in self._load(chosen, count, min(1, self._recipe.workers))])
 
 
 class _StreamTrain:
     """Training images of a stream.
 
-    An epoch that is entered late is read from its start, and what was used before is skipped. A stream with fewer
-    images than its epoch starts again from its first, as timm's readers do.
+    To resume within an epoch, the stream is read from the start and the images already used are skipped. A stream with
+    fewer images than the epoch needs wraps around, as with timm's readers.
     """
 
     def __init__(self, recipe: Recipe, dataset: IterableImageDataset, name: str, ranks: Ranks) -> None:
@@ -430,17 +430,14 @@ class _StreamTrain:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         recipe = self._recipe
         self._stream.start(epoch)
-        # The workers derive their own seeds from it.
+        # Workers derive their seeds from this epoch.
         self._loader.generator.manual_seed(mixed_seed(recipe.seed, epoch, self._ranks.rank) % 2**63)
         parts = itertools.islice(_prefetched(self._loader, recipe, self._ranks), self.steps * recipe.accumulation)
         yield from itertools.islice(parts, first_step * recipe.accumulation, None)
 
 
 class _StreamEval:
-    """Held-out images of a stream: every rank reads the whole stream and keeps its own batches.
-
-    So no image counts twice.
-    """
+    """Held-out images of a stream. Every rank reads the whole stream and keeps only its own batches."""
 
     files: tuple[str, ...] = ()
 
@@ -497,13 +494,13 @@ def open_train(recipe: Recipe, data_dir: str | os.PathLike[str], ranks: Ranks) -
     """Open the training images of a recipe.
 
     Args:
-        recipe: The run, complete: with ``img_size``, ``interpolation``, ``mean`` and ``std``.
-        data_dir: Folder of the data; with ``wds`` also an address, such as ``https://host/shards``; with Hugging Face
-            datasets, their cache folder, unless it has a folder of the dataset's name.
+        recipe: The run's complete recipe, with ``img_size``, ``interpolation``, ``mean`` and ``std`` set.
+        data_dir: Folder of the data. For ``wds``, also a URL such as ``https://host/shards``. For Hugging Face
+            datasets, the cache folder, or a folder that contains the dataset under its name.
         ranks: This process.
 
     Raises:
-        DataError: There are no images, they do not fill a batch, or a package that reads them is missing.
+        DataError: There are no images, they do not fill a batch, or a required package is missing.
     """
     source, split = DataSource.of(recipe, data_dir), recipe.train_split
     if source.kind == "memory":
@@ -531,14 +528,13 @@ def open_eval(
         recipe: As for `open_train`, or a `Feed`.
         data_dir: As for `open_train`.
         ranks: This process.
-        classes: Names of the classes in the order of their labels, as training has them; by default those of the
-            held-out images. Or a function that gives labels to the names of their classes. Labels that are
-            numbers without names stay as they are.
-        batch_size: Images at a time, on each rank.
-        crop_mode: timm's way of cropping: ``center``, ``squash`` or ``border``; None for ``center``.
+        classes: Class names in the order of the training labels, or a function that maps class names to labels; by
+            default the class names of the held-out images. Numeric labels without names are not changed.
+        batch_size: Images per batch on each rank.
+        crop_mode: timm's crop mode: ``center``, ``squash`` or ``border``; None for ``center``.
 
     Raises:
-        DataError: There are no images, one has an unknown class, or a package that reads them is missing.
+        DataError: There are no images, one has an unknown class, or a required package is missing.
     """
     source = DataSource.of(recipe, data_dir)
     split = recipe.test_split or source.eval_split()
@@ -566,15 +562,15 @@ def describe(train: TrainBatches, test: EvalBatches) -> dict[str, Any]:
 
 
 def class_names(train: TrainBatches, count: int) -> tuple[str, ...]:
-    """Names of a model's classes, one for each output.
+    """Class names of a model, one per output.
 
     Args:
         train: The training images.
         count: Outputs of the model.
 
     Returns:
-        The names in the data, then ``unused 10`` and so on for outputs that the data has no class for; numbers where
-        the data has no names.
+        The names in the data, then ``unused 10`` and so on for outputs without a class in the data; numbers if the data
+        has no names.
     """
     if not train.classes:
         return tuple(map(str, range(count)))

@@ -1,4 +1,4 @@
-"""Small images of one size held in memory: decoded once into bytes, augmented a batch at a time."""
+"""Small images of one size in memory: decoded once to uint8 and augmented per batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ImageSet:
         images: (N, 3, H, W), uint8, RGB.
         labels: (N,), int64, indices into ``classes``.
         classes: Names of the classes.
-        files: Names of the images' files; empty if they have none.
+        files: File names of the images; empty if the images do not come from files.
 
     Raises:
         ValueError: Shapes, dtypes or labels do not match.
@@ -62,11 +62,11 @@ class ImageSet:
         return len(self.images)
 
     def select(self, chosen: Tensor, labels: Tensor | None = None, classes: tuple[str, ...] | None = None) -> ImageSet:
-        """Some of the images, in another order or with other labels.
+        """Select images, optionally with new labels.
 
         Args:
-            chosen: Their indices, (n,), int64.
-            labels: Their labels, (n,); by default those that they have.
+            chosen: Indices of the images, (n,), int64.
+            labels: New labels, (n,); by default the current ones.
             classes: Names of the classes of `labels`.
         """
         return ImageSet(
@@ -83,16 +83,16 @@ def load_image_folder(
     exif_rotation: bool = True,
     report: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
-    """Decode a folder ``CLASS/IMAGE`` of images that all have one size.
+    """Decode a folder ``CLASS/IMAGE`` of images that all have the same size.
 
     Args:
-        folder: One split of an image folder; classes and images are those of `find_images`.
-        exif_rotation: Whether images are turned upright as their EXIF orientation says.
+        folder: Folder of one split, listed by `find_images`.
+        exif_rotation: Whether to apply the EXIF orientation of images.
         report: Called after every image with the number decoded and the total.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it has no images.
-        ValueError: An image is in no folder of a class, cannot be read, or differs in size from the first; the message
+        FileNotFoundError: The folder does not exist or contains no images.
+        ValueError: An image is not in a class folder, cannot be read, or differs in size from the first; the message
             names it.
     """
     classes, files = find_images(folder)
@@ -102,7 +102,7 @@ def load_image_folder(
         image = _decode(path, exif_rotation)
         if image.shape != first.shape:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (image.shape, first.shape)]
-            raise ValueError(f"{path} is {sizes[0]} pixels and {files[0][0]} is {sizes[1]}; all must have one size")
+            raise ValueError(f"{path} is {sizes[0]} pixels and {files[0][0]} is {sizes[1]}; all must have equal sizes")
         pixels[index] = image
         if report is not None:
             report(index + 1, len(files))
@@ -119,7 +119,7 @@ def open_memory(folder: Path, exif_rotation: bool) -> ImageSet:
     """Decode one split of an image folder.
 
     Raises:
-        DataError: There is no such folder, or its images cannot be used.
+        DataError: The folder does not exist, or its images cannot be used.
     """
     try:
         return load_image_folder(folder, exif_rotation=exif_rotation)
@@ -136,11 +136,11 @@ def image_set_fingerprint(data: ImageSet) -> str:
 
 
 def resize(images: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
-    """Resize square images as Pillow does, which timm's evaluation transforms use: antialiased, rounded to bytes.
+    """Resize square images as timm's evaluation transforms do with Pillow: antialiased, rounded to uint8.
 
     Args:
         images: (N, 3, H, W), uint8.
-        size: Side of the result in pixels.
+        size: Height and width of the result in pixels.
         interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
@@ -156,9 +156,9 @@ def random_crop_flip(images: Tensor, padding: int, hflip: float, generator: torc
 
     Args:
         images: (N, C, H, W), any dtype.
-        padding: Zero padding on each side in pixels; the crop has the image's own size.
+        padding: Zero padding on each side in pixels; the crop has the original image size.
         hflip: Probability of the flip.
-        generator: Source of the random numbers; how many it draws depends on N alone.
+        generator: Random number generator; the number of draws depends only on N.
 
     Returns:
         (N, C, H, W), a new tensor.
@@ -175,7 +175,7 @@ def random_crop_flip(images: Tensor, padding: int, hflip: float, generator: torc
 
 
 class Normalizer:
-    """Normalize bytes to what a model takes: (value / 255 - mean) / std, float32, channels last in memory.
+    """Normalizes uint8 images to model input: (value / 255 - mean) / std, float32, channels-last.
 
     Args:
         mean: Mean per channel, of pixel values scaled to 0..1.
@@ -188,6 +188,6 @@ class Normalizer:
         self._shift = (-torch.tensor(mean, device=device) / torch.tensor(std, device=device))[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalize (N, 3, H, W) of uint8."""
+        """Normalize uint8 images (N, 3, H, W)."""
         values = images.to(self._scale.device, memory_format=torch.channels_last)
         return torch.addcmul(self._shift, values.float(), self._scale)

@@ -1,7 +1,7 @@
-"""Splits with random access: folders, tar files and Hugging Face datasets, one image after another.
+"""Readers with random access: folders, tar files and Hugging Face datasets.
 
-All randomness of an image comes from a seed made of the run's seed, the epoch and the image's place in the epoch. An
-image that cannot be read is an error that names its file.
+The random augmentation of an image is seeded from the run's seed, the epoch and the image's position in the epoch. An
+image that cannot be read raises an error that names its file.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ __all__ = [
     "relabel_images",
 ]
 
-# Labels of classes by name; None for those whose images are left out.
+# Class name to label; images of classes with label None are skipped.
 Labels = Mapping[str, int | None]
-# Gives labels to the names of classes that data has; nothing for data whose own labels stay.
+# Maps the class names of the data to labels; returns None to keep the data's own labels.
 Labeler = Callable[[Sequence[str]], Labels]
 
-# Folders with more files than this are told apart by file names alone: reading all sizes would take long.
+# Fingerprints of folders with more files than this use file names only: reading all sizes would take too long.
 _SIZED_FILES = 200_000
 
 
 class _FolderReader(ReaderImageFolder):
-    """timm's reader of image folders, with the classes and images that `find_images` lists."""
+    """timm's image folder reader, with the classes and images that `find_images` lists."""
 
     def __init__(self, root: Path) -> None:
         classes, self.samples = find_images(root)
@@ -60,22 +60,22 @@ class _FolderReader(ReaderImageFolder):
         self.class_to_idx = {name: label for label, name in enumerate(classes)}
 
     def relabel(self, labels: Labels) -> None:
-        """Give the classes other labels, and leave out images of those without one."""
+        """Relabel the classes, and skip images of classes without a label."""
         names = list(self.class_to_idx)
         found = [(path, labels[names[label]]) for path, label in self.samples]
         self.samples = [(path, label) for path, label in found if label is not None]
         self.class_to_idx = _labeled(labels)
 
     def size(self, index: int) -> int:
-        """Size of an image's file in bytes; 0 in folders so large that reading all sizes would take long."""
+        """Size of an image file in bytes; 0 in folders so large that reading all sizes would take too long."""
         return Path(self.samples[index][0]).stat().st_size if len(self.samples) <= _SIZED_FILES else 0
 
 
 class _TarReader(ReaderImageInTar):
-    """timm's reader of tar files, without hidden files, in an order that does not depend on the file system.
+    """timm's tar reader, without hidden files, in an order that does not depend on the file system.
 
-    The class of an image is the folder that it lies in; an image at the top of its tar, also as ``./IMAGE``, has the
-    class that the tar is named for.
+    The class of an image is the name of its folder; an image at the top level of a tar, also as ``./IMAGE``, has the
+    name of the tar as its class.
     """
 
     def __init__(self, root: Path) -> None:
@@ -88,18 +88,18 @@ class _TarReader(ReaderImageInTar):
             outer = inner.name if inner is not None else archive or ""
             label = path.parent.name or PurePosixPath(outer).stem
             if not label:
-                raise ValueError(f"{member.path} is in no folder of its class; valid: CLASS/{path.name}")
+                raise ValueError(f"{member.path} is not in a class folder; valid: CLASS/{path.name}")
             found.append((outer, member.path, label, (member, archive, inner)))
         if not found:
             raise ValueError("all images are hidden files")
-        # By class within a tar, as in folders: a part of the images that is spread evenly has all classes.
+        # Sort by class within a tar, as in folders, so that an evenly spaced subset covers all classes.
         found.sort(key=lambda entry: (*(natural_key(entry[part]) for part in (0, 2, 1)), entry[:2]))
         self.class_to_idx = {name: label for label, name in enumerate(name_order({entry[2] for entry in found}))}
         self.samples = [entry[3] for entry in found]
         self.targets = [self.class_to_idx[entry[2]] for entry in found]
 
     def relabel(self, labels: Labels) -> None:
-        """Give the classes other labels, and leave out images of those without one."""
+        """Relabel the classes, and skip images of classes without a label."""
         names = list(self.class_to_idx)
         found = [(sample, labels[names[old]]) for sample, old in zip(self.samples, self.targets, strict=True)]
         self.samples = [sample for sample, label in found if label is not None]
@@ -107,7 +107,7 @@ class _TarReader(ReaderImageInTar):
         self.class_to_idx = _labeled(labels)
 
     def size(self, index: int) -> int:
-        """Size of an image's file in bytes."""
+        """Size of an image file in bytes."""
         return int(self.samples[index][0].size)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
@@ -121,11 +121,11 @@ class Samples(Dataset[tuple[Any, int]]):
 
     Args:
         reader: The reader.
-        transform: From an image to what is collated.
-        indices: The reader's images that are used, in their order.
+        transform: Maps an image to the value that is collated.
+        indices: Indices of the reader's images to use, in order.
         seed: The run's seed.
-        classes: Number of valid labels; None for any.
-        exif_rotation: Whether images are turned upright as their EXIF orientation says.
+        classes: Number of valid labels; None accepts any label.
+        exif_rotation: Whether to apply the EXIF orientation of images.
     """
 
     def __init__(
@@ -166,16 +166,16 @@ class Samples(Dataset[tuple[Any, int]]):
 
 
 def file_name(reader: Any, index: int, *, absolute: bool = False) -> str:
-    """Name of an image of a reader: its path, or its number where it has none."""
+    """Name of an image: its path, or its number if it has no path."""
     name = reader.filename(index, absolute=absolute)
     return str(name) if name else f"image {index} of {getattr(reader, 'split', 'the data')}"
 
 
 def check_label(target: Any, classes: int | None, name: str) -> int:
-    """A label as a number for which the model has an output; a GPU would report a wrong one without a name.
+    """Check that a label is valid for the model and return it as an integer; a GPU error would not name the image.
 
     Raises:
-        DataError: It is none.
+        DataError: The label is not a number or is out of range.
     """
     try:
         label = int(target)
@@ -191,7 +191,7 @@ def open_reader(source: DataSource, split: str) -> Any:
     """Open one split with random access.
 
     Raises:
-        DataError: There is no such split, it has no images, or the package that reads it is missing.
+        DataError: The split does not exist or has no images, or a required package is missing.
     """
     root = source.root
     if source.kind == "hfds":
@@ -220,16 +220,16 @@ def open_reader(source: DataSource, split: str) -> Any:
 
 
 def reader_classes(reader: Any) -> tuple[str, ...]:
-    """Names of a reader's classes; empty where its data does not name them."""
+    """Class names of a reader; empty if its data does not name them."""
     return tuple(reader.class_to_idx)
 
 
 def labels_as_trained(classes: Sequence[str], where: str) -> Labeler:
-    """Label classes by their places among those of training.
+    """Return a function that labels classes by their position among the training classes.
 
     Args:
-        classes: Names of the classes in the order of training's labels; empty if they have no names.
-        where: What errors call the data.
+        classes: Class names in the order of the training labels; empty if they have no names.
+        where: Name of the data in error messages.
     """
 
     def label(found: Sequence[str]) -> Labels:
@@ -252,10 +252,10 @@ def _labeled(labels: Labels) -> dict[str, int]:
 
 
 def relabel(reader: Any, labeler: Labeler) -> None:
-    """Give a reader's classes the labels that they have elsewhere.
+    """Relabel a reader's classes.
 
     Raises:
-        DataError: Images are to be left out of data that cannot be searched for them.
+        DataError: Images should be skipped, but the data is a stream or a Hugging Face dataset.
     """
     labels = labeler(reader_classes(reader))
     if not labels or labels == reader.class_to_idx:
@@ -264,14 +264,14 @@ def relabel(reader: Any, labeler: Labeler) -> None:
         reader.relabel(labels)
         return
     if None in labels.values():
-        raise DataError("received a stream or a Hugging Face dataset with images to leave out; valid: dataset folder")
-    # timm's readers of Hugging Face datasets map names themselves; given these names at the start, they would not
-    # report their own.
+        raise DataError("received a stream or a Hugging Face dataset with images to skip; valid: dataset folder")
+    # timm's readers of Hugging Face datasets map names themselves. If they got these names when opened, they would not
+    # report the names in the data.
     reader.class_to_idx, reader.remap_class = _labeled(labels), True
 
 
 def relabel_images(data: ImageSet, labeler: Labeler) -> ImageSet:
-    """Give the classes of images in memory the labels that they have elsewhere."""
+    """Relabel the classes of images in memory."""
     labels = labeler(data.classes)
     if not labels:
         return data
@@ -284,7 +284,7 @@ def relabel_images(data: ImageSet, labeler: Labeler) -> ImageSet:
 
 
 def reader_fingerprint(reader: Any, indices: list[int]) -> str:
-    """SHA-256 of the files' names and sizes; of a Hugging Face dataset's own fingerprint."""
+    """SHA-256 of file names and sizes, or of a Hugging Face dataset's own fingerprint."""
     digest = hashlib.sha256(str((len(reader), len(indices), sorted(reader.class_to_idx.items()))).encode())
     own = getattr(getattr(reader, "dataset", None), "_fingerprint", None)
     if own is not None:

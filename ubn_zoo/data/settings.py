@@ -1,4 +1,4 @@
-"""Settings of the data: what is read from where, and how held-out images are prepared."""
+"""Data settings: which data to read, where it is, and how to preprocess held-out images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["DataSource", "EvalSettings", "Feed"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
-    """Which held-out images a model gets, and how they are prepared; a recipe's keys of the same names explain more.
+    """Selection and preprocessing of held-out images; recipe keys of the same names have longer descriptions.
 
     Attributes:
-        img_size: Side in pixels.
+        img_size: Image side in pixels.
         interpolation: Resize filter, by timm's name.
         crop_pct: Side of the crop relative to the resized image.
         crop_mode: timm's crop mode: ``center``, ``squash`` or ``border``.
@@ -27,10 +27,10 @@ class Feed:
         dataset: Kind of data.
         test_split: Held-out split.
         test_samples: Largest number of images.
-        exif_rotation: Whether images are turned upright as their EXIF orientation says.
+        exif_rotation: Whether to apply the EXIF orientation of images.
         input_key: Column or file extension of the image.
         target_key: Column of the class.
-        workers: Processes that load data, per rank.
+        workers: Loader processes per rank.
     """
 
     img_size: int
@@ -55,25 +55,25 @@ class Feed:
 
     @property
     def seed(self) -> int:
-        """Fixed: held-out images are read without randomness."""
+        """Fixed seed, because held-out images are read without randomness."""
         return 0
 
 
-# A complete recipe has everything that a feed has.
+# A complete recipe has all attributes of a feed.
 EvalSettings = Recipe | Feed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
-    """A data set: where it is, and how its images are found and decoded. Readers and streams open its splits.
+    """Location of a dataset, and how its images are found and decoded. Readers and streams open its splits.
 
     Attributes:
         kind: Kind of data: ``folder``, ``memory``, ``wds``, ``hfds`` or ``hfids``.
         name: Name of a Hugging Face dataset; empty for other kinds.
-        place: Folder or address of the data.
+        place: Folder or URL of the data.
         input_key: Column or file extension of the image; None for the reader's default.
         target_key: Column of the class; None for the reader's default.
-        exif_rotation: Whether images are turned upright as their EXIF orientation says.
+        exif_rotation: Whether to apply the EXIF orientation of images.
     """
 
     kind: str
@@ -85,7 +85,7 @@ class DataSource:
 
     @classmethod
     def of(cls, settings: EvalSettings, data_dir: str | os.PathLike[str]) -> DataSource:
-        """The data set that a recipe or a feed names in a folder, or at an address."""
+        """The dataset of a recipe or a feed, in a folder or at a URL."""
         kind, _, name = settings.dataset.partition("/")
         return cls(
             kind=kind,
@@ -98,13 +98,13 @@ class DataSource:
 
     @property
     def root(self) -> Path:
-        """The folder of the data; not for addresses."""
+        """Folder of the data; not valid for URLs."""
         return Path(self.place)
 
     def eval_split(self) -> str:
         """Name of the held-out split.
 
         Raises:
-            DataError: The data has none.
+            DataError: The data has no held-out split.
         """
         return find_eval_split(self.place, f"{self.kind}/{self.name}" if self.name else self.kind)

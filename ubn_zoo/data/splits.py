@@ -1,4 +1,4 @@
-"""Splits of a data set: where each one is, and which one is held out."""
+"""Splits of a dataset: where each one is, and which one is held out."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ubn_zoo.errors import DataError
 
 __all__ = ["HELD_OUT_SPLITS", "find_eval_split", "hub_name", "require_package", "split_location"]
 
-# In order of preference: test images should not guide training if there are other held-out images.
+# In order of preference: test images should not guide training if the data has other held-out images.
 HELD_OUT_SPLITS = ("validation", "val", "test")
 _PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 
 
 def find_eval_split(data_dir: str | os.PathLike[str], dataset: str = "folder") -> str:
-    """Name of the held-out split: the first of ``validation``, ``val`` and ``test`` that the data has.
+    """Find the held-out split: the first of ``validation``, ``val`` and ``test`` that the data has.
 
     Args:
-        data_dir: Folder or address of the data.
+        data_dir: Folder or URL of the data.
         dataset: Kind of data, as in a recipe.
 
     Raises:
-        DataError: The data has none of them, or the package that reads it is missing.
+        DataError: The data has none of these splits, or a required package is missing.
     """
     where, root = os.fspath(data_dir), Path(data_dir)
     kind, _, name = dataset.partition("/")
@@ -42,7 +42,7 @@ def find_eval_split(data_dir: str | os.PathLike[str], dataset: str = "folder") -
 
 
 def split_location(root: Path, split: str) -> Path | None:
-    """Folder or tar file of a split; None if there is neither."""
+    """Folder or tar file of a split; None if neither exists."""
     return next((path for path in (root / split, root / f"{split}.tar") if path.exists()), None)
 
 
@@ -50,7 +50,7 @@ def require_package(kind: str) -> None:
     """Check that the package that reads a kind of data is installed.
 
     Raises:
-        DataError: It is not.
+        DataError: The package is not installed.
     """
     package = _PACKAGES[kind]
     if importlib.util.find_spec(package) is None:
@@ -58,7 +58,7 @@ def require_package(kind: str) -> None:
 
 
 def hub_name(name: str, root: Path) -> tuple[str, str | None]:
-    """What `datasets` loads, and its cache folder: a folder in the data's if there is one, otherwise the Hub's name."""
+    """Name or local folder to load with `datasets`, and the cache folder for a name."""
     local = root / name
     return (str(local), None) if local.exists() else (name, str(root))
 

@@ -1,8 +1,8 @@
-"""Streams: WebDataset shards and streamed Hugging Face datasets, read from front to back.
+"""Streams: WebDataset shards and streamed Hugging Face datasets, read sequentially.
 
-All randomness of an image comes from a seed made of the run's seed, the epoch, the rank, the worker and the image's
-place in what that worker reads. An image that cannot be decoded ends the run with an error, except in WebDataset
-shards: timm's reader skips it with a warning.
+The random augmentation of an image is seeded from the run's seed, the epoch, the rank, the worker and the image's
+position in the worker's part of the stream. An image that cannot be decoded raises an error, except in WebDataset
+shards, where timm's reader skips it with a warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ubn_zoo.utils.seeds import mixed_seed, seed_everything
 
 __all__ = ["Stream", "check_shards", "open_stream", "stream_fingerprint", "stream_images"]
 
-# timm's reader requires a number of images; this one stands for an unknown number.
+# timm's reader requires a number of images; this value means unknown.
 _UNKNOWN = 10**12
 
 
@@ -38,13 +38,13 @@ class Stream(IterableDataset[tuple[Any, int]]):
 
     Args:
         dataset: The stream.
-        transform: From an image to what is collated.
+        transform: Maps an image to the value that is collated.
         ranks: This process among those that share the stream.
-        name: What errors call the stream.
+        name: Name of the stream in error messages.
         seed: The run's seed.
         workers: Processes per rank that read the stream.
-        classes: Number of valid labels; None for any.
-        exif_rotation: Whether images are turned upright as their EXIF orientation says.
+        classes: Number of valid labels; None accepts any label.
+        exif_rotation: Whether to apply the EXIF orientation of images.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Stream(IterableDataset[tuple[Any, int]]):
         dataset.set_loader_cfg(num_workers=workers)
 
     def start(self, epoch: int) -> None:
-        """Make the next pass that of an epoch."""
+        """Set the epoch of the next pass."""
         self._epoch.value = epoch
         self._dataset.set_epoch(epoch)
         reader: Any = self._dataset.reader
-        # An existing pipeline would continue where it was, with the random numbers it had.
+        # An existing pipeline would continue from its current position and random state.
         reader.ds = None
         reader.worker_seed = mixed_seed(self._seed, epoch, self._rank) % 2**63
 
@@ -88,7 +88,7 @@ class Stream(IterableDataset[tuple[Any, int]]):
             name = f"{self._name}, image {number} of worker {worker_id}"
             try:
                 found = next(samples, None)
-            except Exception as error:  # what reads the stream raises errors of many classes
+            except Exception as error:  # readers of streams raise errors of many classes
                 raise DataError(f"{name}: {' '.join(str(error).split())}") from None
             if found is None:
                 return
@@ -103,7 +103,7 @@ class Stream(IterableDataset[tuple[Any, int]]):
         if hasattr(reader, "builder") and reader.ds is None:
             import datasets
 
-            # Undecoded: `datasets` would apply the EXIF orientation itself, and clip 16-bit grayscale.
+            # Keep images undecoded: `datasets` would apply the EXIF orientation and clip 16-bit grayscale.
             reader._lazy_init()
             stream: Any = reader.ds
             reader.ds = stream.cast_column(reader.input_key, datasets.Image(decode=False))
@@ -125,23 +125,23 @@ def open_stream(
     """Open one split as a stream.
 
     Args:
-        source: The data set.
-        split: The split, or names of shards.
-        samples: Largest number of images; the number of images where the data does not describe it.
-        batch_size: Images per batch of training; None for held-out images.
+        source: The dataset.
+        split: Name of the split, or names of shards.
+        samples: Maximum number of images; the number of images if the data does not state it.
+        batch_size: Training batch size; None for held-out images.
         seed: The run's seed.
 
     Returns:
-        timm's stream, and what errors call it.
+        timm's stream, and its name in error messages.
 
     Raises:
-        DataError: There is no such split, its number of images is unknown, or the package that reads it is missing.
+        DataError: The split does not exist, its number of images is unknown, or a required package is missing.
     """
     require_package(source.kind)
-    # An address stays a text: a path would drop one of its slashes.
+    # Keep a URL as a string: a path would drop one of its slashes.
     name, cache = ("", source.place) if source.kind == "wds" else hub_name(source.name, source.root)
     training = batch_size is not None
-    # Before it reads a Hugging Face dataset, timm requires the number of images; of held-out ones it does not use it.
+    # timm requires the number of images before it reads a Hugging Face dataset, but ignores it for held-out images.
     unknown = _UNKNOWN if source.kind == "hfids" and not training else None
     shown = f"{name or cache}, {split}"
     try:
@@ -168,7 +168,7 @@ def open_stream(
 
 
 def _described(reader: Any) -> int | None:
-    """How many images the split has, as its description says; None where nothing says it."""
+    """Number of images that the description of the split states; None if it states none."""
     builder = getattr(reader, "builder", None)
     if builder is None:
         return reader.split_info.num_samples or None
@@ -177,18 +177,18 @@ def _described(reader: Any) -> int | None:
 
 
 def stream_images(reader: Any, samples: int | None) -> int | None:
-    """Number of held-out images in a stream that is read up to a number of them; None if unknown."""
+    """Number of held-out images in a stream of at most `samples` images; None if unknown."""
     described = _described(reader)
     return described if described is None or samples is None else min(described, samples)
 
 
 def _shards(reader: Any) -> Sequence[str]:
-    """Names of the shards that a reader knows before it reads."""
+    """Names of the shards, if the reader knows them before reading."""
     return getattr(getattr(reader, "split_info", None), "filenames", ())
 
 
 def check_shards(reader: Any, workers: int, ranks: Ranks, name: str) -> None:
-    """Refuse WebDataset shards that leave a worker without any; timm refuses those of Hugging Face datasets.
+    """Check that every worker gets a WebDataset shard; timm checks Hugging Face datasets itself.
 
     Raises:
         DataError: There are fewer shards than workers.
@@ -197,12 +197,12 @@ def check_shards(reader: Any, workers: int, ranks: Ranks, name: str) -> None:
     needed = ranks.count * max(1, workers)
     if 0 < shards < needed:
         raise DataError(
-            f"{name}: received {shards} shards for {needed} workers in all; valid: at least one for each, so at most "
+            f"{name}: received {shards} shards for {needed} workers in total; valid: at least one for each, so at most "
             f"{shards // ranks.count} workers with {ranks.count} ranks, or more and smaller shards"
         )
 
 
 def stream_fingerprint(dataset: str, reader: Any, images: int | None) -> str:
-    """SHA-256 of what a stream's description says before it is read."""
+    """SHA-256 of a stream's description, without reading its images."""
     said = (dataset, images, tuple(_shards(reader)), reader_classes(reader))
     return hashlib.sha256(str(said).encode()).hexdigest()

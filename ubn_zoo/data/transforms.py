@@ -1,4 +1,4 @@
-"""Transforms of training and held-out images, as a complete recipe or a feed asks for."""
+"""Transforms of training and held-out images from a complete recipe or a feed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["eval_input", "eval_transform", "normalization", "train_input", "trai
 
 
 def normalization(recipe: EvalSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of a complete recipe."""
+    """Per-channel mean and standard deviation of a complete recipe."""
     if recipe.mean is None or recipe.std is None:
         raise ValueError("received a recipe without mean or std; valid: a complete one, from `training.build.complete`")
     return recipe.mean, recipe.std
@@ -36,7 +36,7 @@ def _complete_input(size: int | None, interpolation: str | None) -> tuple[int, s
 
 
 def train_transform(recipe: Recipe) -> Any:
-    """Timm's augmentation of training images, up to a uint8 array."""
+    """Timm's training augmentation, which returns uint8 arrays."""
     size, interpolation = train_input(recipe)
     return create_transform(
         input_size=size,
@@ -54,7 +54,7 @@ def train_transform(recipe: Recipe) -> Any:
 
 
 def eval_transform(recipe: EvalSettings, crop_mode: str | None) -> Any:
-    """Timm's preparation of held-out images, up to a uint8 array."""
+    """Timm's evaluation preprocessing, which returns uint8 arrays."""
     size, interpolation = eval_input(recipe)
     return create_transform(
         input_size=size,

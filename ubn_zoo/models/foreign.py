@@ -1,4 +1,4 @@
-"""Checkpoints of other projects with key names of their own, renamed to timm's."""
+"""Rename the keys of other projects' checkpoints to timm's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["rename_keys"]
 
 _BLOCK = re.compile(r"_blocks\.(\d+)\.(\w+)\.(.+)")
 _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-# A block that starts with a 1x1 expansion has three convolutions, the first block of a network has two.
+# A block with a 1x1 expansion has three convolutions; the first block of a network has two.
 _EXPANDED = {
     "_expand_conv": "conv_pw",
     "_bn0": "bn1",
@@ -34,14 +34,14 @@ _PLAIN = {
 
 
 def rename_keys(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Renames the keys of a checkpoint in the format of ``efficientnet_pytorch`` to timm's; others are left alone.
+    """Rename the keys of an ``efficientnet_pytorch`` checkpoint to timm's; other checkpoints are returned unchanged.
 
-    That format numbers blocks through the network (``_blocks.3._bn0``) where timm counts stages and blocks
-    (``blocks.2.0.bn1``). Keys that fit neither stay as they are, for the strict check to report.
+    ``efficientnet_pytorch`` numbers blocks across the network (``_blocks.3._bn0``); timm numbers stages and blocks
+    within them (``blocks.2.0.bn1``). Unknown keys are kept, and the strict check reports them.
 
     Args:
-        state_dict: From a file.
-        model: The model that it is for.
+        state_dict: State dict from a file.
+        model: Model to load it into.
 
     Returns:
         A new dict.

@@ -1,4 +1,4 @@
-"""Weights for UBN models: where they come from, and the checks they pass before anything is copied into a model."""
+"""Locate, read, convert and check weights before copying them into UBN models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 _SAFE_NAME = "model.safetensors"
 PICKLE_ENDINGS = (".pth", ".pt", ".bin", ".tar")
 _SOURCE_FIELDS = ("source", "url", "file", "hf_hub_id", "hf_hub_filename", "state_dict")
-_SHOWN = 5  # keys of one kind of problem that an error lists
+_SHOWN = 5  # maximum number of keys that an error lists per kind of problem
 
 
 class CheckedState(dict[str, Any]):
@@ -51,10 +51,10 @@ class CheckedState(dict[str, Any]):
 
 
 def safetensors_filename(filename: str | None) -> str:
-    """The safetensors file beside a weights file of a Hub repository, by the Hub's naming.
+    """Name of the safetensors file that belongs to a weights file of a Hub repository.
 
     Args:
-        filename: What timm's configuration names; None where it leaves the name to the default.
+        filename: File name in timm's configuration; None for timm's default.
     """
     if filename is None:
         return _SAFE_NAME
@@ -66,22 +66,22 @@ def safetensors_filename(filename: str | None) -> str:
 
 
 def bundled_file(record: manifest.Record) -> str:
-    """Where a bundled record's file belongs. That it is there is for loading to see: importing must not fail by it."""
+    """Path of a bundled record's file. Loading checks that it exists, because a missing file must not break imports."""
     return str(manifest.BUNDLED_WEIGHTS / record.file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a local checkpoint without running any code that it may hold.
+    """Read a local checkpoint without executing code in it.
 
     Args:
-        path: A ``.safetensors`` file, or a ``.pth``, ``.pt``, ``.bin`` or ``.tar`` file of torch, read with
-            ``weights_only=True`` and taken out of the containers that training loops save them in.
+        path: A ``.safetensors`` file, or a torch file (``.pth``, ``.pt``, ``.bin``, ``.tar``), which is loaded with
+            ``weights_only=True``. State dicts are extracted from the containers that training loops save.
 
     Returns:
         The state dict.
 
     Raises:
-        CheckpointError: There is no such file, it is of another kind, damaged, or not a state dict.
+        CheckpointError: The file does not exist, has another type, is damaged, or is not a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,7 +117,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def file_in_folder(folder: Path) -> Path:
-    """The weights in a folder: ``model.safetensors``, or the only file that can be weights."""
+    """Find the weights in a folder: ``model.safetensors``, or the only file of weights."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
     if (folder / _SAFE_NAME).is_file():
@@ -133,7 +133,7 @@ def file_in_folder(folder: Path) -> Path:
 
 
 def _record_of(cfg: PretrainedCfg) -> manifest.Record | None:
-    """The manifest's record of these weights, if the configuration still points at them."""
+    """Manifest record of these weights, if the configuration still refers to them."""
     for record in manifest.load_manifest().find(architecture=cfg.architecture, tag=cfg.tag):
         if record.source == "bundled" and cfg.file == bundled_file(record):
             return record
@@ -144,7 +144,7 @@ def _record_of(cfg: PretrainedCfg) -> manifest.Record | None:
 
 
 def _read_source(cfg: PretrainedCfg, cache_dir: str | Path | None) -> tuple[dict[str, Any], str]:
-    """The state dict that a configuration points at, and what to call it in errors. Precedence is timm's."""
+    """Read the state dict that a configuration refers to; return it with its name for errors. Precedence is timm's."""
     if cfg.source == "local-dir":
         path = file_in_folder(Path(cfg.file or ""))
         return read_checkpoint(path), str(path)
@@ -167,7 +167,7 @@ def _read_source(cfg: PretrainedCfg, cache_dir: str | Path | None) -> tuple[dict
     what = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else str(cfg.architecture)
     if cfg.url:
         raise CheckpointError(
-            f"{what}: received the address {cfg.url}, which proves nothing about what it serves; download the file and "
+            f"{what}: received the URL {cfg.url}, whose content cannot be verified; download the file and "
             "pass pretrained_cfg_overlay=dict(file=...), or name a Hub repository by hf_hub_id"
         )
     with_weights = timm.list_pretrained(f"{cfg.architecture}.*")
@@ -176,15 +176,15 @@ def _read_source(cfg: PretrainedCfg, cache_dir: str | Path | None) -> tuple[dict
 
 
 def to_ubn_format(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Turns a state dict in UBN's, BatchNorm's or the authors' format into UBN's; a new dict.
+    """Convert a state dict in UBN, BatchNorm or the authors' format to UBN format; returns a new dict.
 
-    Keys of other projects are renamed, see :mod:`ubn_zoo.models.foreign`. Checkpoints wholly in half precision are
-    widened first: what the conversion computes would be rounded otherwise. Counters of batches stored as floats with a
-    whole value, as timm's ``avg_checkpoints.py`` writes them, become integers.
+    Keys of other projects are renamed, see :mod:`ubn_zoo.models.foreign`. Checkpoints entirely in half precision are
+    converted to float32 first, so that the conversion does not round. Batch counters stored as floats with integer
+    values, as timm's ``avg_checkpoints.py`` writes them, become integers.
 
     Args:
-        state_dict: Of the model's architecture.
-        model: The UBN model it is for.
+        state_dict: State dict of the model's architecture.
+        model: UBN model to load it into.
     """
     state_dict = {
         key: value.long() if key.endswith("num_batches_tracked") and _is_whole(value) else value
@@ -209,7 +209,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _missing_keys(state_dict: Mapping[str, Any], model: nn.Module, expected: Mapping[str, Any]) -> list[str]:
-    """The keys that a file lacks, in its own format: what BatchNorm's file lacks of a layer is BatchNorm's."""
+    """Keys that a file lacks, named in the format of the file: UBN's own keys are not missing from a BatchNorm file."""
     missing = [key for key in expected if key not in state_dict]
     for name, layer in model.named_modules() if missing else ():
         if isinstance(layer, UnifiedBatchNorm2d):
@@ -236,7 +236,7 @@ def _same_dtype(found: torch.dtype, wanted: torch.dtype, weights: torch.dtype | 
         return True
     if not (found.is_floating_point and wanted.is_floating_point):
         return False
-    # A checkpoint wholly in a lower precision widens without loss; a model in half precision was asked for.
+    # Casting up from a lower precision is lossless, and half-precision models are created only on request.
     widens = found == weights and torch.promote_types(found, wanted) == wanted
     return widens or (found == torch.float32 and wanted in (torch.float16, torch.bfloat16))
 
@@ -250,20 +250,20 @@ def check_state_dict(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     optional: frozenset[str] = frozenset(),
 ) -> None:
-    """Checks that a state dict in UBN's format has exactly a model's keys, shapes and dtypes, and finite values.
+    """Check that a state dict in UBN format matches a model's keys, shapes and dtypes exactly and has finite values.
 
-    Floating-point checkpoints may be in a lower precision than the model throughout, not in parts.
+    A checkpoint may have a lower floating-point precision than the model, but only uniformly.
 
     Args:
-        state_dict: What would be loaded.
-        model: What it would be loaded into; not changed.
-        source: The file, for the error, or a function that returns it.
-        architecture: The model's name, for the error.
-        shapes: Shapes other than the model's, by key, where a later step adapts them.
+        state_dict: State dict to check.
+        model: Model to compare with; not changed.
+        source: Name of the file in errors, or a function that returns it.
+        architecture: Name of the model in errors.
+        shapes: Expected shapes by key that differ from the model's because a later step adapts them.
         optional: Keys whose presence and shape are not compared.
 
     Raises:
-        CheckpointError: It does not fit; the message names the source, the keys and both shapes.
+        CheckpointError: The state dict does not match; the message names the source, the keys and both shapes.
     """
     expected = model.state_dict()
     wanted = {key: tuple(value.shape) for key, value in expected.items()} | dict(shapes or {})
@@ -317,7 +317,7 @@ def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _adapted_shapes(model: nn.Module, cfg: PretrainedCfg, in_chans: int) -> dict[str, tuple[int, ...]]:
-    """Shapes that the file has and the model does not, where timm adapts the first convolution to other channels."""
+    """File shapes of the first convolutions that timm adapts to another number of input channels."""
     source_chans = cfg.input_size[0]
     shapes = {}
     if in_chans != source_chans:
@@ -328,9 +328,9 @@ def _adapted_shapes(model: nn.Module, cfg: PretrainedCfg, in_chans: int) -> dict
 
 
 def _check_replaced_head(state_dict: Mapping[str, Any], cfg: PretrainedCfg, source: str) -> None:
-    """A file whose classifier is not the one its configuration speaks of is a mistake, not a head to replace.
+    """Check that the file's classifier matches its configuration before the classifier is replaced.
 
-    timm's ``train.py --pretrained-path`` says ``num_classes=-1`` for a file with any classifier.
+    timm's ``train.py --pretrained-path`` sets ``num_classes=-1``, which accepts any classifier.
     """
     if cfg.num_classes < 0:
         return
@@ -354,22 +354,22 @@ def load_weights(
     allow_extra: bool = False,
     cache_dir: str | Path | None = None,
 ) -> None:
-    """Loads the weights that a configuration points at, whole or not at all.
+    """Load the weights that a configuration refers to; if any check fails, the model is not changed.
 
-    Only two things may differ between file and model, and only if asked for: the classifier where the model has another
-    number of classes, and the first convolution where it has another number of input channels. timm adapts both.
+    File and model may differ only in two requested ways: the classifier for another number of classes, and the first
+    convolution for another number of input channels. timm adapts both.
 
     Args:
-        model: A UBN model, before it is wrapped for features.
-        cfg: Where the weights are, and for which classes and channels.
+        model: UBN model, before it is wrapped as a feature extractor.
+        cfg: Source of the weights, and their numbers of classes and channels.
         in_chans: Input channels of the model.
-        checkpoint_filter: The architecture's own renaming of foreign checkpoints.
-        allow_extra: Whether keys that the model lacks are left out: a feature extractor has no head.
-        cache_dir: Where downloads are kept, if not in huggingface_hub's cache.
+        checkpoint_filter: The architecture's function that renames keys of other projects.
+        allow_extra: Whether to drop keys that the model does not have, such as the head for a feature extractor.
+        cache_dir: Cache folder for downloads; by default huggingface_hub's.
 
     Raises:
-        CheckpointError: There are no weights, they cannot be read, or they do not fit; the model is unchanged.
-        HubError: They cannot be fetched.
+        CheckpointError: There are no weights, or they cannot be read or do not match; the model is unchanged.
+        HubError: The weights cannot be fetched.
     """
     state_dict, source = _read_source(cfg, cache_dir)
     architecture = str(cfg.architecture)

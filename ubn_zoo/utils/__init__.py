@@ -1,1 +1,1 @@
-"""Helpers without knowledge of models: processes, seeds, progress, provenance, files."""
+"""General helpers: processes, seeds, progress, provenance, files."""

@@ -15,20 +15,20 @@ class Derived(nn.Module):
     """Base of the mixins; a pickle refers to the mixin and the original class, because the derived one has no name.
 
     Attributes:
-        prefix: Starts the names of derived classes.
+        prefix: Prefix of the names of derived classes.
     """
 
     prefix = "Ubn"
 
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Further attributes of the class derived from ``base``."""
+        """Additional attributes of the class derived from ``base``."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base: Any
         mixin, base = type(self).__bases__
-        # The original class may have no name either: it can be derived itself, or belong to a traced graph.
+        # The original class may not be importable either: it can be derived itself, or belong to a traced graph.
         return _new, (mixin, *base.__new__(base).__reduce_ex__(protocol)[:2]), vars(self)
 
 
@@ -37,13 +37,13 @@ def _new(mixin: type[Derived], make: Any, arguments: tuple[Any, ...]) -> nn.Modu
     return cls.__new__(cls)
 
 
-# A class lives as long as its instances; every traced graph has a class of its own.
+# Cached classes live only as long as their instances, because every traced graph creates a new class.
 _classes: weakref.WeakValueDictionary[tuple[type[Derived], type[nn.Module]], type[nn.Module]]
 _classes = weakref.WeakValueDictionary()
 
 
 def derive(mixin: type[Derived], base: type[nn.Module]) -> type[nn.Module]:
-    """Returns the class that puts a mixin before ``base``, the same one for the same two."""
+    """Return the class that puts a mixin before ``base``; repeated calls return the same class."""
     key = mixin, base
     cls = _classes.get(key)
     if cls is None:

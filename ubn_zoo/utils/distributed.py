@@ -1,4 +1,4 @@
-"""The processes of one run: who this one is among those that torchrun started, and what they agree on."""
+"""The processes of a run: rank, device, and collective operations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Ranks", "RanksError", "joined"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that train together.
+    """This process's rank, the number of processes, and the device.
 
     Attributes:
         rank: This process, from 0.
-        count: How many there are; 1 without torchrun.
-        device: Where this process computes.
+        count: Number of processes; 1 without torchrun.
+        device: Device of this process.
     """
 
     rank: int = 0
@@ -35,17 +35,17 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what the run leaves."""
+        """Whether this is rank 0, which writes the run's files."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all processes; every one of them must call it. The argument is changed in place."""
+        """Sum over all processes, in place; every process must call it."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
 
     def max(self, value: float) -> float:
-        """The largest of all processes' values; every one of them must call it."""
+        """Maximum over all processes; every process must call it."""
         if self.count == 1:
             return value
         found = torch.tensor(float(value), device=self.device)
@@ -53,13 +53,13 @@ class Ranks:
         return found.item()
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process; every one of them must call it."""
+        """Whether `flag` is true in any process; every process must call it."""
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def gather(self, value: Any) -> list[Any]:
-        """All processes' values in the order of ranks; every one of them must call it."""
+        """Values of all processes in rank order; every process must call it."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
@@ -67,12 +67,12 @@ class Ranks:
         return found
 
     def share(self, total: int) -> range:
-        """This process's part of `total` things: all parts together are all of them, and differ by at most one."""
+        """This process's range of `total` items; the ranges of all processes differ in length by at most one."""
         return range(self.rank * total // self.count, (self.rank + 1) * total // self.count)
 
     @torch.no_grad()
     def equalize_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers: statistics differ where layers are not synchronized."""
+        """Broadcast rank 0's buffers: statistics differ between ranks if layers are not synchronized."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -110,19 +110,19 @@ def _device(name: str, local: int) -> torch.device:
         return device
     available = torch.accelerator.current_accelerator(check_available=True)
     if available is None or available.type != device.type:
-        raise RanksError(f"device: received {name!r}, and torch {torch.__version__} sees none; valid here: cpu, auto")
+        raise RanksError(f"device: received {name!r}, but torch {torch.__version__} finds none; valid here: cpu, auto")
     index = local if device.index is None else device.index
     if index >= torch.accelerator.device_count():
-        raise RanksError(f"device: {device.type}:{index} is not there; there are {torch.accelerator.device_count()}")
+        raise RanksError(f"device: {device.type}:{index} does not exist; {torch.accelerator.device_count()} found")
     return torch.device(device.type, index)
 
 
 def _store(rank: int, count: int, timeout: datetime.timedelta) -> dict[str, Any]:
-    """Where processes find each other, if torch's own choice would mislead them.
+    """Arguments of `init_process_group` for a store that survives restarts.
 
-    torchrun's store outlives a restart, and processes that it starts again find the addresses of those that died
-    (https://github.com/pytorch/pytorch/issues/135712). On one machine the number of the restart tells them apart; on
-    several it need not be the same everywhere.
+    torchrun keeps its store across restarts, so restarted processes find the addresses of dead ones
+    (https://github.com/pytorch/pytorch/issues/135712). On one machine, the restart count distinguishes them; across
+    machines, the count may differ.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if restarts is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
@@ -133,18 +133,18 @@ def _store(rank: int, count: int, timeout: datetime.timedelta) -> dict[str, Any]
 
 @contextmanager
 def joined(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, for the length of a ``with`` block; alone without torchrun.
+    """Join torchrun's process group for the duration of a ``with`` block; without torchrun, run as a single process.
 
     Args:
-        device: ``auto`` (the accelerator if there is one), or torch's name of it; without an index, each process of a
-            machine takes its own.
-        timeout: Seconds that a process waits for the others before it gives up.
+        device: ``auto`` (the accelerator if there is one), or a torch device name; without an index, each process of a
+            machine uses its own device.
+        timeout: Seconds to wait for the other processes.
 
     Yields:
-        This process's place.
+        The rank and device of this process.
 
     Raises:
-        RanksError: The environment is incomplete, the device is not there, or the processes do not find each other.
+        RanksError: The environment is incomplete, the device does not exist, or the processes cannot connect.
     """
     rank, count, local = _environment(os.environ)
     place = Ranks(rank, count, _device(device, local))

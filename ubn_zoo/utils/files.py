@@ -24,16 +24,16 @@ else:
 __all__ = ["atomic_write", "locked", "sync_folder", "write_file"]
 
 _PART = ".part"
-_ABANDONED_SECONDS = 3600.0  # since the last write to a temporary file; by then its writer is gone
+_ABANDONED_SECONDS = 3600.0  # time since the last write after which a temporary file counts as abandoned
 
 
 def write_file(path: str | os.PathLike[str], content: bytes | str, *, durable: bool = True) -> None:
-    """Write a file atomically: readers see the old file or the new one, never a part of it.
+    """Write a file atomically: readers see the old or the new file, never a partial one.
 
     Args:
         path: The file; its folder must exist. If it is a symbolic link, the file it points to is replaced.
         content: The new content; a string is encoded as UTF-8, its line endings unchanged.
-        durable: Whether to wait until the content is on the disk.
+        durable: Whether to wait until the content is on disk.
 
     Raises:
         OSError: The file cannot be written, for example because the disk is full. The error names `path`, and an
@@ -47,11 +47,11 @@ def write_file(path: str | os.PathLike[str], content: bytes | str, *, durable: b
 def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the ``with`` block ends without an exception.
 
-    A new file gets the permissions of any new file (666 less the umask); a replaced file keeps its own.
+    A new file gets default permissions (666 minus the umask); a replaced file keeps its permissions.
 
     Args:
         path: The file; its folder must exist. If it is a symbolic link, the file it points to is replaced.
-        durable: Whether the new content must be on the disk (``fsync``) before it replaces the old.
+        durable: Whether the new content must be on disk (``fsync``) before it replaces the old content.
 
     Yields:
         The temporary file, open for writing bytes.
@@ -61,7 +61,7 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Itera
     """
     target = Path(os.path.realpath(path))
     _remove_leftovers(target)
-    # Random, so that processes which write the same file at the same time do not share it.
+    # A random name, so that concurrent writers of the same file do not share the temporary file.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PART}")
     try:
         try:
@@ -87,10 +87,10 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Itera
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str], *, timeout: float = 60.0) -> Iterator[None]:
-    """Hold an exclusive lock on an existing file that `atomic_write` may replace, for the length of a ``with`` block.
+    """Hold an exclusive lock on an existing file during a ``with`` block; `atomic_write` may replace the file.
 
-    The file itself is locked, so no lock file is left behind, and the lock ends with its process. Where the system has
-    no such locks (Windows), the lock is a file in the folder of temporary files.
+    The file itself is locked, so no lock file is left behind, and the lock is released when its process ends. On
+    systems without such locks (Windows), the lock is a file in the folder of temporary files.
 
     Args:
         path: The file.
@@ -117,7 +117,7 @@ def locked(path: str | os.PathLike[str], *, timeout: float = 60.0) -> Iterator[N
                         errno.ETIMEDOUT, f"another process has held its lock for {timeout:g} s", os.fspath(path)
                     ) from None
             else:
-                # The holder before may have replaced the file: then this lock is on a file that is gone.
+                # The previous holder may have replaced the file; then this lock is on a file that no longer exists.
                 if os.path.samestat(os.fstat(file.fileno()), target.stat()):
                     yield
                     return
@@ -125,14 +125,14 @@ def locked(path: str | os.PathLike[str], *, timeout: float = 60.0) -> Iterator[N
 
 
 def _naming(error: OSError, path: str | os.PathLike[str]) -> OSError:
-    """The same error, naming the file that the caller asked for instead of a temporary one or none."""
+    """Return the same error with the name of the requested file instead of the temporary one."""
     if error.errno is None:
         return OSError(f"{error}: {os.fspath(path)!r}")
     return OSError(error.errno, error.strerror or os.strerror(error.errno), os.fspath(path))
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote `target`."""
+    """Remove temporary files of processes that were killed while writing `target`."""
     with contextlib.suppress(OSError):
         for path in target.parent.glob(f".{glob.escape(target.name)}.*{_PART}"):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
@@ -140,13 +140,13 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Wait until the names of a folder's files are on the disk, where the file system supports that.
+    """Flush a folder's entries to disk, if the file system supports it.
 
     Args:
         folder: The folder.
 
     Raises:
-        OSError: The disk fails.
+        OSError: Syncing failed.
     """
     if os.name != "posix":
         return

@@ -23,13 +23,13 @@ def duration(seconds: float) -> str:
 class Progress:
     """Shows the progress of a loop, its rate and the time left.
 
-    A terminal shows one line, which is updated in place and removed when the loop ends. A log file or a pipe shows
-    nothing unless an interval is given. The rate counts from the first call, since a loop may start midway.
+    On a terminal, one line is updated in place and removed when the loop ends. A log file or a pipe gets no output
+    unless `interval` is given. The rate is measured from the first call, because a loop may start midway.
 
     Args:
         label: Name of the loop.
         unit: Unit of the count, for the rate.
-        stream: Output stream; by default standard error, so that standard output has only results.
+        stream: Output stream; by default standard error, to keep standard output free for results.
         interval: Seconds between lines if the stream is not a terminal; by default there are no lines.
     """
 
@@ -49,8 +49,8 @@ class Progress:
 
         Args:
             done: Units done.
-            total: Units in all.
-            text: Returns what to show in place of count, rate and time left; called only when a line is due.
+            total: Total number of units.
+            text: Returns text to show instead of count, rate and time left; called only when a line is printed.
         """
         now = time.monotonic()
         before, start = self._first = self._first or (done, now)

@@ -1,4 +1,4 @@
-"""Where a result comes from: commit and hardware."""
+"""Provenance of a result: commit and hardware."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["device_name", "source_commit"]
 
 
 def source_commit() -> str | None:
-    """Commit of the project's working tree that this package runs from, with ``+`` behind it if files differ from it.
+    """Commit of the project's working tree that contains this package, followed by ``+`` if files have changed.
 
-    None if it is not run from one.
+    None if the package does not run from a working tree.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
@@ -21,7 +21,7 @@ def source_commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            found = subprocess.run(  # the program that PATH names is the user's own
+            found = subprocess.run(  # the user controls which git is on PATH
                 ["git", "-C", str(root), *arguments],  # noqa: S607
                 capture_output=True,
                 text=True,

@@ -13,7 +13,7 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
 _BLOCK_START = re.compile(r"^([#+=-]|\d+(?=[.)]))")
 _HIDDEN = "***"
 
-# Each pattern's group ``secret`` is what must not be shown.
+# The group ``secret`` of each pattern must not be shown.
 _SECRETS = (
     # NAME=VALUE, as a shell sets a variable, and --name VALUE, as a command takes an option.
     re.compile(
@@ -25,30 +25,30 @@ _SECRETS = (
     re.compile(r"\b(?P<secret>hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[A-Za-z0-9]{16,}))"),
     re.compile(r"\b(?P<secret>gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,})"),
     re.compile(r"\b(?P<secret>AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,})"),
-    # User and password of an address.
+    # User and password in a URL.
     re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://(?P<secret>[^\s/@*]+)@"),
 )
 
 
 def escape(text: str) -> str:
-    """Escape a text for the body of a Markdown page: it is shown as it is, on one line, whatever it holds.
+    """Escape text for a Markdown page, so that it is shown literally and on one line.
 
     Args:
-        text: Any text, for example the name of a dataset. White space becomes single blanks.
+        text: Any text, for example the name of a dataset. Whitespace is collapsed to single spaces.
     """
     line = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     line = _MARKDOWN.sub(r"\\\1", html.escape(line, quote=False))
     line = _BLOCK_START.sub(lambda match: f"{match[1]}\\" if match[1].isdigit() else f"\\{match[1]}", line)
-    # Addresses become links by themselves unless their colon is written as an entity.
+    # Write the colon as an entity, because URLs would become links.
     return line.replace("://", "&#58;//")
 
 
 def code(text: str, *, cell: bool = False) -> str:
-    """Format a text as a Markdown code span.
+    """Format text as a Markdown code span.
 
     Args:
-        text: Any text, for example a command. White space becomes single blanks.
-        cell: Whether the span is in a cell of a table, where ``|`` has to be escaped even in code.
+        text: Any text, for example a command. Whitespace is collapsed to single spaces.
+        cell: Whether the span is in a table cell, where ``|`` must be escaped even in code.
     """
     line = " ".join(text.split())
     line = line.replace("|", r"\|") if cell else line
@@ -58,10 +58,10 @@ def code(text: str, *, cell: bool = False) -> str:
 
 
 def hide_secrets(text: str) -> str:
-    """Replace what looks like a token, a password or another secret by ``***``.
+    """Replace tokens, passwords and other apparent secrets with ``***``.
 
     Args:
-        text: For example a command line.
+        text: Text, for example a command line.
     """
     for pattern in _SECRETS:
         text = pattern.sub(lambda match: match[0].replace(match["secret"], _HIDDEN), text)
@@ -70,7 +70,7 @@ def hide_secrets(text: str) -> str:
 
 
 def find_secret(text: str) -> str | None:
-    """Find a text's first secret, and give its surroundings without it; None if there is none.
+    """Find the first secret in a text and return its context with the secret hidden; None if there is none.
 
     Args:
         text: The content of a file.

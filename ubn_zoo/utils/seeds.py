@@ -16,7 +16,7 @@ def mixed_seed(*parts: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the random numbers of Python, NumPy and torch, on every device."""
+    """Seed the random number generators of Python, NumPy and torch on all devices."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
