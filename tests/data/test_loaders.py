@@ -630,7 +630,7 @@ def test_batches_that_cannot_be_made_say_why(written: Written) -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 def test_streams_say_what_they_need(written: Written, tmp_path: Path) -> None:
     shards, parquet = written("wds", pixels), written("hfids", pixels)
-    with pytest.raises(DataError, match=r"received 2 shards for 4 workers in total; valid: .* at most 1 workers with 2"):
+    with pytest.raises(DataError, match=r"2 shards for 4 workers in total; valid: .* at most 1 workers with 2"):
         open_train(recipe_of("wds", workers=2), shards, Ranks(0, 2))
     with pytest.raises(DataError, match=r"split validation not found"):
         open_eval(recipe_of("wds", test_split="validation"), shards, Ranks())
