@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Runs timm's own tests of models over UBN twins: those of the source distribution of the timm that is installed.
+# Runs timm's own model tests on UBN twins. The tests come from the source distribution of the installed timm version.
 #
-#   bash scripts/timm_tests.sh                 a sample of families, some minutes
-#   bash scripts/timm_tests.sh resnet50_ubn    twins by (a part of) their names
-#
-# Tests that download pretrained weights are left out.
+#   bash scripts/timm_tests.sh                 a sample of families, a few minutes
+#   bash scripts/timm_tests.sh resnet50_ubn    twins whose names contain this text
+# Tests that download pretrained weights are skipped.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 use_venv test
@@ -21,7 +20,7 @@ trap 'rm -rf "$folder"' EXIT
 tar -xzf "$folder/timm-$version.tar.gz" -C "$folder"
 chosen=$(printf ' or %s' "$@")
 cd "$folder/timm-$version"
-# A plugin is imported before timm's tests list the models. The installed timm is tested, not the one beside them.
+# The plugin registers UBN before timm's tests list the models. Remove the source tree's timm to test the installed one.
 rm -rf timm
 HF_HUB_OFFLINE=1 "$python" -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider -p ubn_zoo -W ignore \
     tests/test_models.py -k "(${chosen# or }) and not pretrained"

@@ -539,7 +539,7 @@ def test_sigterm_saves_and_ends_cleanly(workers: int, images: Path, tmp_path: Pa
     os.killpg(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "stopped by SIGTERM; the state is saved, and the same command resumes" in out
+    assert "stopped by SIGTERM; the state is saved; run the same command to resume" in out
     assert "Traceback" not in errors
     found = newest_snapshot(folder / "checkpoints")
     assert found is not None
@@ -627,7 +627,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(
     with pytest.raises(
         RunError,
         match=r"optimizer\.safetensors: No space left on device \([0-9]+ MB free in .*\); "
-        "the last checkpoint, after update 8, is kept; the same command resumes from it",
+        "the last checkpoint, after update 8, is kept; run the same command to resume from it",
     ):
         run(RECIPE, images, folder)
     monkeypatch.undo()
@@ -641,7 +641,7 @@ def test_a_full_disk_before_the_first_checkpoint(images: Path, tmp_path: Path, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(snapshots, "write_file", full)
-    with pytest.raises(RunError, match="there is no checkpoint yet; the same command starts again"):
+    with pytest.raises(RunError, match="there is no checkpoint yet; the same command starts over"):
         run(RECIPE, images, tmp_path / "run")
 
 

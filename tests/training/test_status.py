@@ -104,7 +104,7 @@ def test_a_process_is_known_by_more_than_its_id(folder: Path) -> None:
     assert other.is_alive() is False
     found = read_status(folder)
     assert (found.state, found.left) == ("interrupted", None)
-    assert "its process was killed or crashed; the same command resumes" in str(found.message)
+    assert "its process was killed or crashed; run the same command to resume" in str(found.message)
 
 
 def test_a_silent_process_elsewhere_is_unknown(folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_command_follows_a_run(images: Path, tmp_path: Path, capsys: pytest.
         assert re.search(line, text), text
     text = shown(capsys, folder)
     assert "run: interrupted\n" in text
-    assert "stopped by SIGTERM; the state is saved, and the same command resumes" in text
+    assert "stopped by SIGTERM; the state is saved; run the same command to resume" in text
     assert 'class="state interrupted"' in (folder / "report.html").read_text(encoding="utf-8")
     before = read_status(folder).elapsed
 

@@ -1,11 +1,11 @@
 """The command ``ubn-zoo``.
 
-Every module in this folder whose name has no leading underscore is a command of that name. It has a docstring (the
-text of ``--help``; its first line is the summary), ``add_arguments(parser)`` and ``run(options)``, which returns the
-exit code. Commands parse and print; the work is done elsewhere, and imported when the command runs.
+Every module in this folder without a leading underscore is a command of the same name. Its docstring is the text of
+``--help``, and the first line is the summary. ``add_arguments(parser)`` declares the options, and ``run(options)``
+returns the exit code. Commands only parse and print; they import the implementation when they run.
 
-Exit codes: 0 success; 1 the command failed, with one message and no traceback; 2 the command line is wrong; 3
-`predict` left out images that it could not read, or `validate` failed for some of its models; 130 interrupted.
+Exit codes: 0 success; 1 the command failed and printed one message without a traceback; 2 invalid command line; 3
+`predict` skipped unreadable images, or `validate` failed for some models; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Arguments after the program's name; by default those of the process.
+        arguments: Arguments after the program name; by default ``sys.argv[1:]``.
 
     Returns:
         The exit code.
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options._run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (`| head`) has closed the pipe; Python would report that again when it closes the stream at exit.
+        # The reader (`| head`) closed the pipe; Python would report it again when it closes the stream at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UbnZooError, OSError) as error:

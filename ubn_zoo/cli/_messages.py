@@ -1,4 +1,4 @@
-"""Messages in the caller's language: arguments of Python functions as options of the command line."""
+"""Rewrite the messages of Python functions in terms of command-line options."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _ARGUMENT = re.compile(r"`(?P<name>[a-z][a-z_]*)(?:=(?P<value>[^`]*))?`")
 
 
 def in_options(message: str, options: argparse.Namespace) -> str:
-    """Rewrite the arguments that a message names in backquotes as options: ```replace=True``` becomes ``--replace``.
+    """Replace Python arguments in backquotes with options: ```replace=True``` becomes ``--replace``.
 
     Args:
-        message: Of an error that a Python function raised.
-        options: The parsed command line; only names that it has are rewritten.
+        message: Message of an error that a Python function raised.
+        options: Parsed command line; only names of its options are rewritten.
     """
 
     def option(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Text that several commands print: aligned tables, and an entry of the catalog in words."""
+"""Text output shared by commands: aligned tables and catalog entries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def print_table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -
     """Print rows in aligned columns.
 
     Args:
-        rows: The header and the rows, one text per column.
-        right: Columns that are aligned to the right, such as those of numbers.
+        rows: Header and rows, with one string per column.
+        right: Indices of right-aligned columns, such as numbers.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     template = "  ".join(f"{{:{'>' if column in right else '<'}{width}}}" for column, width in enumerate(widths))
@@ -26,12 +26,12 @@ def print_table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -
 
 
 def json_of(entry: Entry) -> dict[str, Any]:
-    """An entry as JSON: its name and all of its fields."""
+    """Name and all fields of an entry, for JSON."""
     return {"name": entry.name, **dataclasses.asdict(entry)}
 
 
 def source_of(entry: Entry) -> str:
-    """Where the weights are stored."""
+    """Location of the weights."""
     if entry.source == "hub":
         return f"hub {entry.repository}"
     return "bundled" if entry.source == "bundled" else "no weights"

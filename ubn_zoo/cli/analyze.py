@@ -1,15 +1,15 @@
 """Measure feature condensation at every norm layer.
 
-Features are condensed where those of different images point the same way.
+Features are condensed if different images have similar feature vectors.
 
 Examples:
     ubn-zoo analyze --model regnetx_002_ubn.cifar10 --data-dir data/cifar10
     ubn-zoo analyze --runs runs/bn runs/ubn --output runs/analysis
     ubn-zoo analyze --redraw runs/bn runs/ubn
 
-With --model, measures any model of timm on held-out images and writes similarity.csv; with --runs, compares what runs
-measured while training. Both print a table and write similarity.png. --redraw draws the plots of runs again, into their
-folders.
+With --model, measures any timm model on held-out images and writes similarity.csv; with --runs, compares measurements
+recorded during training. Both print a table and write similarity.png. --redraw redraws the plots in the folders of
+runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="timm's name, with or without a tag; also local-dir:FOLDER and hf-hub:NAME")
+    source.add_argument("--model", help="timm name, with or without a tag; also local-dir:FOLDER and hf-hub:NAME")
     source.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="folders of training runs to compare")
     source.add_argument("--redraw", type=Path, nargs="+", metavar="RUN", help="folders of runs whose plots to redraw")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default: the pretrained ones)")
@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=64, metavar="N", help="images compared with each other (default: 64)"
     )
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="image side (default: the model's)")
-    parser.add_argument("--device", default="cpu", help="torch's name of the device (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="torch device name (default: cpu)")
     parser.add_argument("--output", type=Path, default=Path("runs/analysis"), metavar="DIR", help="results folder")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure or read, draw, print."""
+    """Measure or read similarity, draw it and print a table."""
     import dataclasses
 
     from ubn_zoo.evaluation import analysis, plots

@@ -1,6 +1,6 @@
-"""Time a UBN model beside its BatchNorm sibling on this machine.
+"""Compare the speed of a UBN model and its BatchNorm sibling on this machine.
 
-Takes about a minute, and needs neither data nor weights.
+Takes about a minute. Needs no data and no weights.
 
 Examples:
     ubn-zoo benchmark resnet50_ubn
@@ -8,9 +8,9 @@ Examples:
     ubn-zoo benchmark regnety_032_ubn --device cuda --amp bfloat16 --batch-size 256
 
 The two models alternate, in training (forward, loss and backward, without the optimizer), in inference, and in
-inference after `ubn_zoo.fuse`. TIME RATIO is the UBN model's time over the BatchNorm model's in the same turn: the
-median, and the quartiles in parentheses. Peak memory is shown where the device reports it. Other programs that run at
-the same time make the figures worse.
+inference after `ubn_zoo.fuse`. TIME RATIO is the UBN model's time divided by the BatchNorm model's time in the same
+turn: the median, with quartiles in parentheses. Peak memory is shown if the device reports it. Other programs running
+at the same time distort the results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="either model of the pair, such as resnet50_ubn or resnet50")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per step (default: 8 on a CPU, else 64)")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="image side (default: the model's)")
-    parser.add_argument("--device", default="auto", help="auto (default), or torch's name of the device")
+    parser.add_argument("--device", default="auto", help="auto (default), or a torch device name")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), help="autocast to this dtype (default: off)")
     parser.add_argument(
         "--channels-last",
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="channels-last memory format (default: on)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads (default: torch's choice)")
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="time to take (default: 60)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file to write the table to, in full")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="total time in seconds (default: 60)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file for the full table")
 
 
 def run(options: argparse.Namespace) -> int:

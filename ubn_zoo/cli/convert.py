@@ -1,6 +1,6 @@
 """Convert weights to a UBN safetensors file.
 
-Reads weights of BatchNorm models, UBN models and the paper's authors, saved by safetensors or torch. The converted
+Reads weights of BatchNorm models, UBN models and the paper's authors, in safetensors or torch format. The converted
 model computes the same function.
 
 Examples:
@@ -15,16 +15,16 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("name", metavar="NAME", help="a model or model.tag, whose weights are converted")
+    parser.add_argument("name", metavar="NAME", help="model or model.tag to convert")
     parser.add_argument("--checkpoint", metavar="FILE", help="convert this file instead of the pretrained weights")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="classes of the file, if not the model's")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="classes in the file (default: the model's)")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: NAME.safetensors in this folder)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--cache-dir", metavar="DIR", help="cache folder (default: huggingface_hub's)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the file's name."""
+    """Convert the weights and print the name of the file."""
     from ubn_zoo.models import catalog
     from ubn_zoo.release import convert
 

@@ -1,6 +1,6 @@
 """Download checkpoints into the cache.
 
-Prints their paths. Every file is pinned to a revision and its hash is checked.
+Prints the paths. Every file is pinned to a revision and checked against its hash.
 
 Examples:
     ubn-zoo download resnet50_ubn
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one path per name."""
+    """Download the checkpoints and print one path per name."""
     from ubn_zoo.models import catalog
     from ubn_zoo.release import verify
 

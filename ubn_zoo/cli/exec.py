@@ -1,14 +1,14 @@
-"""Run a Python script that does not know UBN.
+"""Run a Python script with UBN support added.
 
-timm finds the models of the zoo in it, and what timm, torch, Lightning and other libraries do to BatchNorm by class
-(freeze, synchronize, re-estimate statistics) they do to UBN layers too: see `ubn_zoo.interop.install`.
+In the script, timm can create the zoo's models. Operations that timm, torch, Lightning and other libraries apply to
+BatchNorm classes (freeze, synchronize, re-estimate statistics) also apply to UBN layers: see `ubn_zoo.interop.install`.
 
 Examples:
     ubn-zoo exec train.py --model resnet10t_ubn --data-dir photos --sync-bn
     ubn-zoo exec -m my_project.train --model resnet50_ubn
     torchrun --nproc-per-node 8 -m ubn_zoo exec train.py --model resnet50_ubn
 
-Processes that the script starts get the same when they import timm, unless they are started with another PYTHONPATH or
+Child processes of the script get the same support when they import timm, unless they start with another PYTHONPATH or
 with Python's options -E, -I or -S.
 """
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
 
     script = Path(options.script)
     if not options.module and not script.exists():
-        raise InvalidArgumentError(f"there is no file {options.script}; for the name of a module use -m")
+        raise InvalidArgumentError(f"file {options.script} does not exist; use -m to run a module by name")
     startup = str(Path(__file__).parent / "_startup")
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([startup, inherited] if inherited else [startup])
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (OSError, UbnZooError):
-        # Errors of the script, which `main` would print without the traceback that Python prints.
+        # Print errors of the script with their traceback, which `main` would omit.
         traceback.print_exc()
         return 1
     finally:

@@ -1,6 +1,6 @@
 """Show one model.
 
-Prints its weights, license, input, recipe and metrics.
+Prints weights, license, input, recipe and metrics.
 
 Examples:
     ubn-zoo info resnet50_ubn
@@ -65,7 +65,7 @@ def _weights(entry: Entry) -> str:
         return f"none{f' (tag {entry.tag})' if entry.tag else ''}"
     default = f"{entry.tag}, the default" if entry.default else entry.tag
     if entry.converted_from:
-        return f"{default}; those of timm's {entry.converted_from}, converted on load to the same function"
+        return f"{default}; converted exactly from timm's {entry.converted_from} on load"
     return f"{default}; trained with UBN"
 
 

@@ -9,9 +9,8 @@ and results files: those of `ubn-zoo validate --results`, and speed tables of `u
 index.html (one page that needs no network), a CSV file for each test set, README.md and model-index.json. --markdown
 replaces the tables in a page of the documentation.
 
-`check` refuses rows that are not complete, whose weights are not those that the manifest or a file here has, or that
-cannot be right; it names each row and the reason, and exits with 1. With --reproduce it also evaluates the models
-again.
+`check` rejects rows that are incomplete or implausible, or whose weights do not match the manifest or a local file. It
+prints each rejected row with the reason and exits with 1. With --reproduce, it also evaluates the models again.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build = actions.add_parser("build", help="write the leaderboard's page and tables")
     build.add_argument("--results", nargs="+", default=[], metavar="FILE", help="results files and speed tables")
     build.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the files")
-    build.add_argument("--markdown", type=Path, metavar="FILE", help="Markdown page that gets the tables too")
-    check = actions.add_parser("check", help="check a results file of somebody else")
+    build.add_argument("--markdown", type=Path, metavar="FILE", help="Markdown page whose tables are replaced")
+    check = actions.add_parser("check", help="check somebody else's results file")
     check.add_argument("file", type=Path, metavar="FILE", help="results file of `ubn-zoo validate --results`")
     check.add_argument("--reproduce", type=int, metavar="N", help="evaluate every model on N images again")
     check.add_argument("--data-dir", metavar="DIR", help="folder of the test set, with --reproduce")

@@ -1,6 +1,6 @@
 """List models and their weights.
 
-Shows every model with its default weights, and all weights that were trained with UBN.
+Shows every model with its default weights, plus all weights trained with UBN.
 
 Examples:
     ubn-zoo list

@@ -1,18 +1,18 @@
 """Predict the classes of images.
 
-Of image files and folders (searched recursively), with any model of timm or the zoo, a run, or a checkpoint.
+Takes image files and folders (searched recursively). Works with any timm or zoo model, a run, or a checkpoint.
 
 Examples:
     ubn-zoo predict regnetx_002_ubn.cifar10 photos --output predictions.csv --picture sheet.png
     ubn-zoo predict runs/photos a.jpg b.png --top-k 3
     ubn-zoo predict resnet18_ubn --checkpoint model.safetensors photos --features embeddings.safetensors
 
-Prints one line per image, or with --output writes a table. Classes have the names that the run or the model gives them,
-ImageNet's names for a model of 1000 classes without names, and else numbers. Images are prepared as the model's
-configuration says, and turned upright; of an animation the first frame counts. Images that cannot be read are named on
-standard error and left out.
+Prints one line per image, or writes a table with --output. Class names come from the run or the model, or from ImageNet
+for a model with 1000 unnamed classes; otherwise classes are numbered. Images are preprocessed according to the model's
+configuration and rotated by their EXIF orientation. Only the first frame of an animation is used. Unreadable images are
+skipped and reported on standard error.
 
-Exit codes: 0 every image was read; 1 nothing was predicted; 3 some images were left out.
+Exit codes: 0 every image was read; 1 nothing was predicted; 3 some images were skipped.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SKIPPED = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="timm's name and tag, hf-hub: name, run or checkpoint")
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="timm name and tag, hf-hub: name, run or checkpoint")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, and folders of images")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights of the architecture MODEL_OR_RUN")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights for the architecture MODEL_OR_RUN")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument("--output", metavar="FILE", help="table to write: .csv, .json or .parquet")
-    parser.add_argument("--picture", metavar="FILE", help="contact sheet of the first 100 images to write: .png")
+    parser.add_argument("--picture", metavar="FILE", help="contact sheet to write, with the first 100 images: .png")
     parser.add_argument("--features", metavar="FILE", help="embeddings to write: .safetensors")
     parser.add_argument("--batch-size", type=int, default=64, help="images per batch (default: 64)")
-    parser.add_argument("--device", default="auto", help="auto (default), or torch's name of the device")
+    parser.add_argument("--device", default="auto", help="auto (default), or a torch device name")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
     lines = options.output is None
     subject = load_subject(options.model, checkpoint=options.checkpoint)
-    # On a terminal the lines show the progress themselves.
+    # On a terminal, the printed lines already show the progress.
     progress = None if lines and sys.stdout.isatty() else Progress(subject.name)
     count = skipped = 0
 

@@ -15,29 +15,27 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    text = "a run's folder, a folder in timm's format, a file of `ubn-zoo convert`, or the name of a manifest record"
+    text = "folder of a run, folder in timm's format, file from `ubn-zoo convert`, or name of a manifest record"
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=text)
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="Hub repository; created if missing")
     parser.add_argument("--tag", help="tag of these weights in model.tag (default: the checkpoint's)")
     parser.add_argument("--private", action="store_true", help="create a private repository")
-    parser.add_argument("--dry-run", action="store_true", help="check and show only; nothing is sent or written")
+    parser.add_argument("--dry-run", action="store_true", help="only check and show; sends and writes nothing")
     parser.add_argument("--license", metavar="ID", help="license of the weights, for example apache-2.0")
     parser.add_argument("--dataset", metavar="NAME", help="training and test data, for example CIFAR-10")
-    parser.add_argument("--split", help="split that a run was measured on (default: what the run recorded)")
+    parser.add_argument("--split", help="split used to evaluate the run (default: the recorded split)")
     parser.add_argument("--recipe", metavar="FILE", help="recipe of the run, if the checkpoint has none")
     parser.add_argument("--metrics", metavar="FILE", help="metrics.csv of the run, or a .json list of metrics")
     parser.add_argument("--description", metavar="TEXT", help="one sentence for the model card")
     parser.add_argument("--base-model", metavar="OWNER/NAME", help="Hub model that training started from")
     parser.add_argument("--manifest", metavar="FILE", help="manifest (default: the package's weights_manifest.json)")
-    parser.add_argument("--remeasure", metavar="DATA", help="measure the files on this data folder first")
-    parser.add_argument(
-        "--replace", action="store_true", help="replace other weights of this name, and files this command did not make"
-    )
+    parser.add_argument("--remeasure", metavar="DATA", help="first evaluate the files on this data folder")
+    parser.add_argument("--replace", action="store_true", help="replace other weights with this name, and other files")
     parser.add_argument("--cache-dir", metavar="DIR", help="cache folder (default: huggingface_hub's)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what was uploaded, or with --dry-run what would be."""
+    """Publish, and print the files that were uploaded or, with --dry-run, would be."""
     from ubn_zoo.release.upload import publish
 
     done = publish(
@@ -62,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     for file in done.files:
         print(f"{file.name:20}  {len(file.content):>11,}  {file.sha256}")
     if options.dry_run:
-        print(f"\n{done.card}\n{record.id}: may be published in {options.repo}; nothing was sent or written")
+        print(f"\n{done.card}\n{record.id}: ready to publish in {options.repo}; nothing was sent or written")
         return 0
     state = "a new commit" if done.committed else "unchanged, no new commit"
     noted = "recorded" if done.recorded else "recorded before"

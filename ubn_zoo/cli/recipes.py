@@ -20,7 +20,7 @@ from ubn_zoo.cli._text import print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to show, or a .yaml file")
-    parser.add_argument("--fields", action="store_true", help="list every key with type, default, values and meaning")
+    parser.add_argument("--fields", action="store_true", help="list all keys with type, default, values and meaning")
     parser.add_argument("--json", action="store_true", help="print all values as JSON, including defaults")
 
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.fields:
         if options.name is not None:
-            options._error("--fields lists the keys of all recipes; leave out NAME")
+            options._error("--fields lists the keys of all recipes; omit NAME")
         keys = fields()
         if options.json:
             print(json.dumps([dataclasses.asdict(field) for field in keys], indent=2))
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
                 print(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
         return 0
     if options.name is not None:
-        recipe = load_recipe(options.name)  # only a valid file is shown
+        recipe = load_recipe(options.name)  # show only valid files
         if options.json:
             print(json.dumps({"name": options.name, **dataclasses.asdict(recipe)}, indent=2))
         else:
@@ -60,5 +60,5 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _brief(text: str) -> str:
-    """The first sentence, shortened to the width of a column."""
+    """First sentence, shortened to the column width."""
     return textwrap.shorten(text.partition(". ")[0], 60, placeholder="...")

@@ -1,13 +1,14 @@
-"""Show how far a run is.
+"""Show the progress of a run.
 
-Works from any shell: for a run in progress, interrupted, failed or finished.
+Works from any shell, while a run is in progress or after it has ended.
 
 Examples:
     ubn-zoo status runs/photos
     ubn-zoo status runs/photos runs/digits --json
 
-The state is running, finished, interrupted (by a signal, or killed), failed, or unknown: then the process is on another
-host or in another container and has been silent for five minutes. report.html in the run's folder has the curves.
+The state is running, finished, interrupted (by a signal, or killed), failed, or unknown. Unknown means that the process
+is on another host or in another container and has written nothing for five minutes. report.html in the run's folder
+shows the curves.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _lines(run: dict[str, Any]) -> dict[str, str | None]:
         "process": None if process is None else f"{process['pid']} on {process['host']}",
     }
     if run["written"] is not None:
-        lines["process"] = f"{lines['process']}, last sign {duration(max(time.time() - run['written'], 0.0))} ago"
+        lines["process"] = f"{lines['process']}, last update {duration(max(time.time() - run['written'], 0.0))} ago"
     return lines
 
 

@@ -1,15 +1,15 @@
-"""Train a model by a recipe.
+"""Train a model with a recipe.
 
-The same command again resumes an interrupted run.
+Repeat the command to resume an interrupted run.
 
 Examples:
     ubn-zoo train --recipe cifar10_small --data-dir data/cifar10 --output runs/cifar10
     ubn-zoo train --recipe finetune_full --data-dir photos --output runs/photos --set model=resnet50 epochs=20
     torchrun --nproc-per-node 8 -m ubn_zoo train --recipe rsb_a2 --data-dir imagenet --output runs/rsb_a2
 
-`ubn-zoo recipes` lists the recipes, and `ubn-zoo recipes --fields` every key that --set changes. The data is an image
-folder with train/CLASS/IMAGE and one of validation/, val/, test/, unless the recipe names another kind. SIGTERM
-and SIGHUP save the state and end the command with exit code 0.
+`ubn-zoo recipes` lists the recipes, and `ubn-zoo recipes --fields` lists the keys for --set. The data is an image
+folder with train/CLASS/IMAGE and one of validation/, val/ or test/, unless the recipe sets another kind. On SIGTERM or
+SIGHUP, the command saves the state and exits with code 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, showing progress on the first rank."""
+    """Train and show progress on rank 0."""
     from ubn_zoo.recipes.schema import load_recipe
     from ubn_zoo.training.run import run as train
     from ubn_zoo.utils.distributed import joined
@@ -64,16 +64,16 @@ def run(options: argparse.Namespace) -> int:
                 )
                 print(f"{reached}: {done.folder}")
     except KeyboardInterrupt:
-        print("ubn-zoo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("ubn-zoo: interrupted; run the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
 
-_STOPPED = "stopped by {}; the state is saved, and the same command resumes"
+_STOPPED = "stopped by {}; the state is saved; run the same command to resume"
 
 
 class _Reporter:
-    """Shows a run: a line per epoch, and its progress as a bar on a terminal or a line a minute in a log."""
+    """Prints one line per epoch, and shows progress as a bar on a terminal or as one line per minute in a log."""
 
     def start(self, recipe: Recipe, updates: int) -> None:
         self.label = f"{recipe.model} {recipe.norm} seed {recipe.seed}"

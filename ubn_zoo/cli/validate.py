@@ -1,4 +1,4 @@
-"""Measure accuracy on held-out images, of one model or many.
+"""Evaluate the accuracy of one or many models on held-out images.
 
 Examples:
     ubn-zoo validate --model regnetx_002_ubn.cifar10 --data-dir data/cifar10
@@ -10,14 +10,14 @@ Examples:
 
 A model is a timm or hf-hub: name, a wildcard for pretrained names, a file of names (.txt), the folder of a run, or a
 checkpoint with its config.json. The data is an image folder with validation/CLASS/IMAGE (or val/, test/, or tar files
-instead), or CLASS/IMAGE, unless --dataset names another kind. Images are prepared as the model's configuration says, at
-its test size if it has one; what is used is printed on standard error. If the images have only some of the model's
-classes, the model chooses among those. Every image counts once, whatever the number of processes.
+instead), or CLASS/IMAGE, unless --dataset names another kind. Images are preprocessed according to the model's
+configuration, at its test size if it has one; the settings are printed on standard error. If the images cover only some
+of the model's classes, predictions are restricted to those. Every image counts once, for any number of processes.
 
-Test sets that are known by name, and checked: imagenet, imagenet-real, imagenetv2-matched-frequency, imagenet-a,
+Known test sets, whose classes are checked: imagenet, imagenet-real, imagenetv2-matched-frequency, imagenet-a,
 imagenet-a-clean, imagenet-r, imagenet-r-clean, sketch.
 
-Exit codes: 0 all models were evaluated; 1 none was; 3 some failed, and have rows with the error.
+Exit codes: 0 all models were evaluated; 1 none was evaluated; 3 some failed, and their rows contain the error.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--samples", dest="test_samples", type=int, metavar="N", help="use at most N images")
     data.add_argument("--input-key", help="column or file extension of the image")
     data.add_argument("--target-key", help="column of the class")
-    data.add_argument("--test-set", metavar="NAME", help="name of the test set (default: the folder's)")
+    data.add_argument("--test-set", metavar="NAME", help="name of the test set (default: the folder name)")
     data.add_argument("--real-labels", metavar="FILE", help="real.json of imagenet-real (default: timm's copy)")
-    data.add_argument("--valid-labels", metavar="FILE", help="classes to use, one name or place per line")
-    data.add_argument("--class-map", metavar="FILE", help="name of each output's folder, one per line")
+    data.add_argument("--valid-labels", metavar="FILE", help="classes to use, one name or index per line")
+    data.add_argument("--class-map", metavar="FILE", help="folder name of each output, one per line")
     data.add_argument(
         "--allow-class-mismatch",
         action="store_true",
-        help="where class names differ or the model has none, take the data's, in order, as the model's outputs",
+        help="if class names differ or the model has none, map the data's classes to outputs in order",
     )
-    data.add_argument("--all-outputs", action="store_true", help="choose among all outputs of the model")
+    data.add_argument("--all-outputs", action="store_true", help="predict over all outputs of the model")
     input_ = parser.add_argument_group("preprocessing (default: the model's)")
     input_.add_argument("--img-size", type=int, metavar="PIXELS", help="image side")
     input_.add_argument("--crop-pct", type=float, help="side of the crop relative to the resized image")
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=256, help="images per batch and process, halved if memory runs out (256)"
     )
     machine.add_argument("--workers", type=int, default=4, help="loader processes per process (default: 4)")
-    machine.add_argument("--device", default="auto", help="auto (default), or torch's name of the device")
+    machine.add_argument("--device", default="auto", help="auto (default), or a torch device name")
     machine.add_argument("--amp", choices=("bfloat16", "float16"), help="autocast to this dtype (default: off)")
     machine.add_argument("--fuse", action="store_true", help="fold norms into convolutions first")
     machine.add_argument("--compile", action="store_true", help="compile the model first")
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--resume", action="store_true", help="skip models that the results file already has")
     output.add_argument("--sort", metavar="COLUMN", help="sort the results file, for example by top1")
     output.add_argument("--details", metavar="DIR", help="folder for predictions, classes and confusion matrix")
-    output.add_argument("--compare", nargs=2, metavar="FILE", help="compare two files of predictions, and do no more")
+    output.add_argument("--compare", nargs=2, metavar="FILE", help="only compare two files of predictions")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -113,9 +113,9 @@ def run(options: argparse.Namespace) -> int:
             name = models[0] if models else None
             models = [load_subject(name, checkpoint=options.checkpoint, num_classes=options.num_classes)]
         if not models:
-            raise EvaluationError("received no model; valid: one of them or more: --model, --run, --checkpoint")
+            raise EvaluationError("received no model; valid: one or more of --model, --run, --checkpoint")
         if options.ema and not any(isinstance(model, str) and Path(model).is_dir() for model in models):
-            raise EvaluationError("`ema`: valid with a run; as a checkpoint, name the run's model_ema.safetensors")
+            raise EvaluationError("`ema`: valid with a run; for a checkpoint, name the run's model_ema.safetensors")
         progress: Progress | None = None
 
         def say(text: str) -> None:

@@ -1,6 +1,6 @@
 """Check checkpoints.
 
-Checks hash, size, exact keys, shapes and dtypes, finite values, and a forward pass.
+Checks the hash, size, keys, shapes, dtypes and finite values, and runs a forward pass.
 
 Examples:
     ubn-zoo verify
@@ -16,7 +16,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a model or model.tag (default: the bundled and the cached ones)"
+        "names", nargs="*", metavar="NAME", help="model or model.tag (default: bundled and cached checkpoints)"
     )
     parser.add_argument("--all", action="store_true", help="also download and check the manifest's Hub checkpoints")
     parser.add_argument("--cache-dir", metavar="DIR", help="cache folder (default: huggingface_hub's)")

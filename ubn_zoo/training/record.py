@@ -192,7 +192,7 @@ class Recorder:
     def fail(self, error: BaseException) -> None:
         """Write that an error has ended the run."""
         if isinstance(error, KeyboardInterrupt):
-            state, message = "interrupted", "interrupted; the same command resumes from the last checkpoint"
+            state, message = "interrupted", "interrupted; run the same command to resume from the last checkpoint"
         else:
             state = "failed"
             message = str(error) if isinstance(error, (UbnZooError, OSError)) else f"{type(error).__name__}: {error}"

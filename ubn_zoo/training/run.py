@@ -218,8 +218,8 @@ def _reason(error: OSError, folder: Path) -> str:
 def _kept(folder: Path) -> str:
     names = checkpoints(folder)
     if not names:
-        return "there is no checkpoint yet; the same command starts again"
-    return f"the last checkpoint, after update {int(names[-1])}, is kept; the same command resumes from it"
+        return "there is no checkpoint yet; the same command starts over"
+    return f"the last checkpoint, after update {int(names[-1])}, is kept; run the same command to resume from it"
 
 
 def _open(
@@ -360,7 +360,7 @@ def _train(
         recorder.end("finished")
     elif recorder is not None:
         signal_name = stopped_by or "a signal to another rank"
-        recorder.end("interrupted", f"stopped by {signal_name}; the state is saved, and the same command resumes")
+        recorder.end("interrupted", f"stopped by {signal_name}; the state is saved; run the same command to resume")
     ranks.barrier()
     return Run(
         folder=folder, metrics=outcome.metrics, finished=outcome.finished, updates=updates, stopped_by=stopped_by

@@ -292,7 +292,7 @@ def read_status(folder: str | os.PathLike[str]) -> Status:
             message = f"no sign of process {found.process.pid} on {found.process.host} for {duration(age)}"
             found = dataclasses.replace(found, state="unknown", message=message, left=None)
         elif alive is False:
-            message = "its process was killed or crashed; the same command resumes from the last checkpoint"
+            message = "its process was killed or crashed; run the same command to resume from the last checkpoint"
             found = dataclasses.replace(found, state="interrupted", message=message, left=None)
     if found.state in ("interrupted", "unknown") and is_finished(place):
         found = dataclasses.replace(found, state="finished", message=None, epoch=found.epochs)

@@ -1,7 +1,7 @@
 """Python runs this file at the start of a child process of `ubn-zoo exec`, which puts its folder on ``PYTHONPATH``.
 
-Once the process imports timm, the zoo is registered and :func:`ubn_zoo.interop.install` is called. A process that never
-imports timm pays nothing.
+When the process imports timm, the zoo is registered and :func:`ubn_zoo.interop.install` is called. Processes that never
+import timm have no overhead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads timm as usual, then the zoo."""
+    """Loads timm, then registers the zoo."""
 
     def __init__(self) -> None:
         self._loader: importlib.abc.Loader | None = None
@@ -44,7 +44,7 @@ class _AfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _run_next() -> None:
-    """Runs the sitecustomize of the environment, which this one hides."""
+    """Run the environment's own sitecustomize, which this file shadows."""
     here = Path(__file__).resolve().parent
     spec = PathFinder.find_spec("sitecustomize", [entry for entry in sys.path if Path(entry).resolve() != here])
     if spec is not None and spec.loader is not None:
