@@ -309,7 +309,7 @@ def test_only_the_same_images_are_compared(tmp_path: Path) -> None:
     assert read_predictions(path) == tuple(strange)
     for text in ("a,b\n", path.read_text(encoding="utf-8").replace("0.25", "high"), "file,label\n"):
         (tmp_path / "other.csv").write_text(text, encoding="utf-8")
-        with pytest.raises(EvaluationError, match=r"other\.csv: not a file of predictions"):
+        with pytest.raises(EvaluationError, match=r"other\.csv: not a predictions file"):
             read_predictions(tmp_path / "other.csv")
 
 

@@ -1,1 +1,1 @@
-"""Measurements of models: accuracy, feature condensation, and their tables and plots."""
+"""Evaluate models: accuracy, feature condensation, speed, tables and plots."""

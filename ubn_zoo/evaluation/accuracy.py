@@ -1,4 +1,4 @@
-"""Accuracy of a model on images; each image counts once, whatever the number of processes."""
+"""Accuracy of a model on images; each image counts once, for any number of processes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = [
 
 _BINS = 15
 _RESIZES = ("bilinear", "bicubic")
-_Z = 1.959963984540054  # 95 % of a normal distribution are within this many standard deviations
-# Messages of torch's allocators; only the GPU's has its own class of errors.
+_Z = 1.959963984540054  # 95 % of a normal distribution lies within this many standard deviations
+# Messages of torch's allocators; only out-of-memory on a GPU has its own exception class.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate", "alloc_failed")
 
 
@@ -38,12 +38,12 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "fa
 class Accuracy:
     """Measured accuracy.
 
-    An image may have several right classes (ReaL labels); then a prediction of any of them is right, and the loss is
-    the negative logarithm of the sum of their probabilities.
+    An image may have several correct classes (ReaL labels). A prediction of any of them is then correct, and the loss
+        is the negative log of the sum of their probabilities.
 
     Attributes:
-        top1: Percentage of images whose most probable class is right.
-        top5: Percentage of images with the right class among the five most probable; None for fewer than six classes.
+        top1: Percentage of images whose most probable class is correct.
+        top5: Percentage of images with a correct class among the five most probable; None for fewer than six classes.
         loss: Mean cross-entropy in nats.
         calibration_error: Expected calibration error in percent: mean over images of the gap between confidence and
             accuracy in their bin, 15 equal bins of confidence (Guo et al., arXiv 1706.04599).
@@ -62,11 +62,11 @@ class ImageResults:
     """Results for each of n images; tensors (n,) on the CPU.
 
     Attributes:
-        labels: The right class, int64; -1 for an image with several.
-        predictions: The most probable class, int64.
-        confidences: Its probability, float64 (float32 from MPS).
-        right: Whether it is right.
-        right_in_five: Whether the right class is among the five most probable.
+        labels: Correct class, int64; -1 for an image with several.
+        predictions: Most probable class, int64.
+        confidences: Probability of that class, float64 (float32 from MPS).
+        right: Whether the prediction is correct.
+        right_in_five: Whether a correct class is among the five most probable.
     """
 
     labels: Tensor
@@ -77,15 +77,15 @@ class ImageResults:
 
 
 def wilson(percent: float, images: int, deviations: float = _Z) -> tuple[float, float]:
-    """Wilson's interval of a proportion (Wilson, JASA 1927), for images drawn independently.
+    """Wilson score interval of a proportion (Wilson, JASA 1927), for independently drawn images.
 
     Args:
         percent: The proportion, in percent.
         images: Number of images, at least 1.
-        deviations: Standard deviations to either side; by default those of 95 %.
+        deviations: Half-width in standard deviations; by default a 95 % interval.
 
     Returns:
-        Lower and upper end, in percent.
+        Lower and upper bound, in percent.
     """
     share, square = percent / 100, deviations * deviations / images
     middle = (share + square / 2) / (1 + square)
@@ -94,10 +94,10 @@ def wilson(percent: float, images: int, deviations: float = _Z) -> tuple[float, 
 
 
 class _Counts:
-    """Sums over images, which add up over batches and ranks."""
+    """Sums over images, accumulated over batches and ranks."""
 
     def __init__(self, device: torch.device, outputs: Sequence[int] | None) -> None:
-        # images, right at first, right in five, loss; float64 where the device has it
+        # images, correct in top 1, correct in top 5, loss; float64 if the device supports it
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(4 + 3 * _BINS, dtype=kind, device=device)
         self.outputs = None if outputs is None else torch.tensor(outputs, device=device)
@@ -128,8 +128,8 @@ class _Counts:
         self.sums[1] += right.sum()
         self.sums[2] += five.sum()
         self.sums[3] += loss
-        # Confidence of exactly 1 belongs to the last bin.
-        # Images with NaN count in the first bin; the loss is then NaN too.
+        # A confidence of exactly 1 belongs to the last bin. Images with NaN count in the first bin, and the loss is NaN
+        # too.
         bins = (probability * _BINS).long().clamp(0, _BINS - 1)
         for start, weights in enumerate((torch.ones_like(probability), probability, right.to(kind))):
             self.sums[4 + start * _BINS : 4 + (start + 1) * _BINS].index_add_(0, bins, weights)
@@ -157,7 +157,7 @@ class _Counts:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the accelerator or the CPU has no memory left."""
+    """Whether an error means that the accelerator or the CPU is out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
@@ -174,22 +174,22 @@ def measure(
     on_batch: Callable[[int], None] | None = None,
     on_results: Callable[[ImageResults], None] | None = None,
 ) -> Accuracy:
-    """Measure accuracy over the images of all ranks; the model's mode is left as it was found.
+    """Measure accuracy over the images of all ranks; the model's training mode is restored.
 
-    Every rank must call it, each with its own share; a share may be empty. If one rank fails, all ranks raise an error.
+    Every rank must call this function with its own share of the images, which may be empty. If one rank fails, all
+    ranks raise an error.
 
     Args:
-        model: Takes the images on the ranks' device, gives (n, classes).
-        batches: Images (n, 3, H, W), normalized, and labels, on the ranks' device: (n,), int64, or for images with
-            several right classes (n, classes), bool.
+        model: Maps images on the rank's device to logits (n, classes).
+        batches: Normalized images (n, 3, H, W) and labels, on the rank's device. Labels are (n,), int64, or (n,
+            classes), bool, for images with several correct classes.
         ranks: This process.
         amp: Autocast's dtype; None for the model's own precision.
         outputs: Classes to compare, in ascending order; the model's other outputs are ignored. None for all.
-        on_batch: Called after every batch with the images that this rank has done.
+        on_batch: Called after every batch with the number of images that this rank has processed.
         on_results: Called after every batch with the results of each image.
 
-    Returns:
-        The same on every rank.
+    Returns: The accuracy, equal on every rank.
 
     Raises:
         EvaluationError: There are no images on any rank, a label is not among `outputs`, or another rank failed.
@@ -220,13 +220,13 @@ def measure(
     finally:
         del failure
     ranks.sum(counts.sums)
-    # A rank without images does not know how many classes there are.
+    # A rank without images does not know the number of classes.
     counts.classes = int(ranks.max(counts.classes))
     return counts.accuracy()
 
 
 def agree_on(failure: Exception | None, ranks: Ranks) -> None:
-    """Raise an error on every rank if one of them failed, so that none waits for it; every rank must call it.
+    """Raise an error on every rank if one failed, so that no rank waits for it; every rank must call this function.
 
     Args:
         failure: This rank's error; None for success.
@@ -246,7 +246,7 @@ def agree_on(failure: Exception | None, ranks: Ranks) -> None:
         if worst:
             raise EvaluationError("another rank failed; its message says why") from failure
     finally:
-        # The error holds this frame: without this, they would hold each other, and the tensors of the failed batch.
+        # The error refers to this frame. Break the reference cycle, which would keep the failed batch in memory.
         del failure
 
 
@@ -260,15 +260,15 @@ def logits_of(
     interpolation: str = "bilinear",
     batch_size: int = 256,
 ) -> Tensor:
-    """Logits of a model in evaluation mode; the model's mode is left as it was found.
+    """Compute logits in evaluation mode; the model's training mode is restored.
 
     Args:
-        model: Takes (N, 3, img_size, img_size), gives (N, classes).
+        model: Maps (N, 3, img_size, img_size) to (N, classes).
         images: (N, 3, H, W), uint8.
-        normalize: Turns bytes into what the model takes.
-        img_size: Side in pixels that images are resized to, as timm's evaluation transforms do.
+        normalize: Maps uint8 images to model input.
+        img_size: Image side in pixels; images are resized as timm's evaluation transforms do.
         interpolation: Filter of that resize.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
 
     Returns:
         (N, classes), float32, on the CPU.
@@ -288,19 +288,19 @@ def logits_of(
 
 
 def logits_as_configured(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> Tensor:
-    """Logits of a timm model with the preprocessing that its own configuration asks for.
+    """Compute logits of a timm model with the preprocessing in its configuration.
 
     Args:
-        model: A model of timm whose configuration has square images, a `crop_pct` of 1, a bilinear or bicubic resize.
-            Its weights are put into the channels-last format.
+        model: A timm model whose configuration has square images, a `crop_pct` of 1, and a bilinear or bicubic resize.
+            Its weights are converted to the channels-last format.
         images: (N, 3, H, W), uint8, square.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
 
     Returns:
         (N, classes), float32, on the CPU.
 
     Raises:
-        ValueError: The images or the configuration are of another kind.
+        ValueError: The images or the configuration do not meet these requirements.
     """
     config = timm.data.resolve_model_data_config(model)
     _, height, width = config["input_size"]

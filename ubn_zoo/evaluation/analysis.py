@@ -1,4 +1,4 @@
-"""Feature condensation from the name of a model and a folder of images, or from the folders of runs."""
+"""Measure feature condensation of a named model on a folder of images, or read it from the folders of runs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def load_model(
     checkpoint: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a model with pretrained weights, or with those of a file, which sets the number of classes.
+    """Build a model with pretrained weights or weights from a file; the file sets the number of classes.
 
     Args:
-        name: timm's name of the model, with or without a tag; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
-        checkpoint: Weights to use instead of the pretrained ones; BatchNorm's are converted for a UBN model.
-        settings: Further arguments of ``timm.create_model``.
+        name: timm name of the model, with or without a tag; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
+        checkpoint: Weights to use instead of the pretrained ones; BatchNorm weights are converted for a UBN model.
+        settings: Additional arguments of ``timm.create_model``.
 
     Raises:
-        EvaluationError: There is no such model, or the weights do not fit it.
+        EvaluationError: The model does not exist, or the weights do not match it.
     """
     try:
         model: Any = timm.create_model(name, pretrained=checkpoint is None, **(settings or {}))
@@ -59,12 +59,12 @@ def held_out_images(
     batch_size: int = 64,
     img_size: int | None = None,
 ) -> Iterator[Tensor]:
-    """Batches of held-out images, prepared as timm prepares them for a model.
+    """Load batches of held-out images with the preprocessing of a timm model.
 
     Args:
-        model: A model of timm.
+        model: A timm model.
         data_dir: Image folder with ``validation/``, ``val/`` or ``test/``.
-        images: How many, drawn at random but always the same.
+        images: Number of images; the same random sample in every call.
         batch_size: Images in a batch.
         img_size: Side in pixels; None for the model's.
 
@@ -78,17 +78,17 @@ def held_out_images(
     transform = create_transform(**resolve_model_data_config(model, args=size))
     folder = Path(data_dir) / find_eval_split(data_dir)
     data = create_dataset("", root=str(folder), search_split=False, transform=transform)
-    # A folder is sorted by class: its first images, or a batch in its order, are more alike than images usually are.
+    # A folder is sorted by class, so its first images, or consecutive ones, are more similar than a random sample.
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
     for batch, _ in DataLoader(Subset(data, chosen), batch_size=batch_size):
         yield batch
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Sequence[LayerSimilarity]]:
-    """The similarity that runs measured, by the part of their paths in which they differ.
+    """Read the similarity that runs recorded; keys are the parts of their paths that differ.
 
     Args:
-        folders: Of runs, each with ``similarity.csv``.
+        folders: Folders of runs, each with ``similarity.csv``.
     """
     paths = [Path(folder).resolve() for folder in folders]
     common = Path(os.path.commonpath(paths)) if len(set(paths)) > 1 else paths[0].parent

@@ -1,7 +1,7 @@
 """Feature condensation, the measurement of Unified Batch Normalization (arXiv 2311.15993), for any model and images.
 
-Features are condensed where those of different images point the same way. What is measured is the mean cosine
-similarity over pairs of images, at the input of every norm layer, with the model in evaluation.
+Features are condensed if different images have similar feature vectors. The measure is the mean cosine similarity over
+pairs of images at the input of every norm layer, with the model in evaluation mode.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _NORMS = (UnifiedBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SimilaritySummary:
-    """Feature condensation over all norm layers of one source, at one epoch.
+    """Feature condensation over all norm layers of one model or run, at one epoch.
 
     Attributes:
-        label: The source.
+        label: Label of the model or run.
         epoch: Epochs done.
-        layers: Norm layers measured.
-        mean: Mean similarity over the layers, each counted once.
+        layers: Number of norm layers measured.
+        mean: Mean similarity over the layers, with equal weights.
         min: Smallest similarity.
         max: Largest similarity.
-        above: Share of the layers whose similarity is above the threshold, from 0 to 1.
-        gates_open: Share of the gates that are open, from 0 to 1; None if no layer has a gate.
+        above: Fraction of layers whose similarity is above the threshold, from 0 to 1.
+        gates_open: Fraction of gates that are open, from 0 to 1; None if no layer has a gate.
     """
 
     label: str
@@ -63,16 +63,16 @@ class SimilaritySummary:
 
 
 def norm_layers(model: nn.Module, images: Tensor | None = None) -> dict[str, nn.Module]:
-    """The norm layers that are measured: UBN, and BatchNorm over images, timm's and the synchronized kinds included.
+    """Find the norm layers to measure: UBN and 2D BatchNorm, including timm's and synchronized variants.
 
     Args:
-        model: Any model; one wrapped for data parallelism or compilation is looked into.
-        images: (N, 3, H, W), N >= 1, what the model takes. With them the model runs once, in evaluation and without
-            trace, for the order in which it calls its layers.
+        model: Any model; wrappers for data parallelism or compilation are removed.
+        images: Model input, (N, 3, H, W), N >= 1. If given, the model runs once in evaluation mode, without side
+            effects, to find the order in which it calls its layers.
 
     Returns:
-        Modules by their name in the model. With `images` in the order of their first call, without those that are not
-        called; otherwise all of them in the order of registration, which for most models is the same.
+        Modules by name. With `images`, only modules that were called, in the order of their first call; otherwise all
+        modules in registration order, which is the same for most models.
     """
     inner = _unwrap(model)
     layers: dict[str, nn.Module] = {
@@ -98,30 +98,29 @@ def measure_similarity(
     batch_size: int = 64,
     samples: int | None = None,
 ) -> tuple[LayerSimilarity, ...]:
-    """Feature similarity at the input of every norm layer, on given images.
+    """Measure feature similarity at the input of every norm layer on given images.
 
-    Images of one batch are compared in pairs, every pair counts the same, and a layer that is called several times
-    gets the mean over its calls. The model runs in evaluation and without gradients; its training modes, hooks and
-    buffers are afterwards what they were, also after an error. Statistics are computed in float32 for features in
-    half precision, as the layer itself does.
+    All pairs of images within a batch are compared, with equal weights, and a layer that is called several times gets
+    the mean over its calls. The model runs in evaluation mode without gradients; its training modes, hooks and buffers
+    are restored, even after an error. For half-precision features, statistics are computed in float32, as in the layer.
 
     Args:
-        model: Any model with norm layers, on any device. Wrapped by `torch.compile` or DistributedDataParallel it is
-            measured uncompiled and by this rank alone.
-        images: Normalized images, (N, 3, H, W), floating point; or batches of them, which are taken as they are. A
-            batch of one image has no pairs and is passed over. They are moved to the model's device; their dtype has
-            to be what the model takes.
-        epoch: Epochs done, for the rows.
-        batch_size: Most images at a time, at least 2, where `images` is one tensor; it is split evenly.
-        samples: How many leading images of each batch are compared; None for all of them.
+        model: Any model with norm layers, on any device. A model wrapped by `torch.compile` or DistributedDataParallel
+            is measured uncompiled and on this rank only.
+        images: Normalized images, (N, 3, H, W), floating point; or batches of them, which are used unchanged. A batch
+            of one image has no pairs and is skipped. Images are moved to the model's device, but must have the dtype
+            that the model expects.
+        epoch: Completed epochs, recorded in the rows.
+        batch_size: Maximum batch size, at least 2, if `images` is one tensor; the tensor is split evenly.
+        samples: Number of images to compare from the start of each batch; None for all.
 
     Returns:
-        One row per norm layer that was called, in the order of their first call. A UBN layer with a gate fills
-        `running`, `threshold` and `gate`; one that is frozen has a closed gate, as it never takes batch statistics.
+        One row per norm layer that was called, in the order of their first call. UBN layers with a gate set `running`,
+        `threshold` and `gate`; the gate of a frozen layer is closed, because it never uses batch statistics.
 
     Raises:
-        ValueError: No batch has two images, images are of another kind, `batch_size` or `samples` is below 2, or the
-            model calls no norm layer.
+        ValueError: No batch has two images, the images have the wrong shape or dtype, `batch_size` or `samples` is
+            below 2, or the model calls no norm layer.
     """
     for name, value in (("batch_size", batch_size), ("samples", samples)):
         if value is not None and value < 2:
@@ -159,7 +158,7 @@ def _row(epoch: int, name: str, depth: int, layer: nn.Module, similarity: float)
     running = threshold = gate = None
     if isinstance(layer, UnifiedBatchNorm2d) and layer.threshold is not None and layer.feature_similarity is not None:
         running, threshold = float(layer.feature_similarity), layer.threshold
-        # Compared as a tensor: in float32, like the layer does.
+        # Compare as a float32 tensor, as the layer does.
         opened = not layer.frozen and bool(layer.feature_similarity > layer.threshold)
         gate = "open" if opened else "closed"
     return LayerSimilarity(
@@ -168,7 +167,7 @@ def _row(epoch: int, name: str, depth: int, layer: nn.Module, similarity: float)
 
 
 def _weighted_mean(values: Sequence[tuple[Tensor, int]]) -> float:
-    # The one place that waits for the device.
+    # The only synchronization with the device.
     similarities = torch.stack([similarity for similarity, _ in values]).tolist()
     pairs = [count for _, count in values]
     return sum(s * n for s, n in zip(similarities, pairs, strict=True)) / sum(pairs)
@@ -194,7 +193,7 @@ def _check_images(images: Tensor) -> None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model itself: names without prefixes, no collective operations of DDP, no compiled code without hooks."""
+    """Remove wrappers, which add name prefixes, DDP's collective operations, or compiled code without hooks."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -210,7 +209,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    # Compiled code does not look for hooks that came later.
+    # Compiled code ignores hooks that are registered later.
     parts = model.modules()
     if any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in parts):
         return torch.compiler.set_stance("force_eager")
@@ -221,8 +220,8 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 def _observed(
     model: nn.Module, layers: Mapping[str, nn.Module], on_input: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Tells of every layer's input while the model is in evaluation, and puts everything back."""
-    # Flags are set one by one: a model may have a `train` of its own that does more, or less.
+    """Call `on_input` for the input of every layer with the model in evaluation mode, and restore the model's state."""
+    # Set the flags directly, because a model may override `train` with more or fewer effects.
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -240,7 +239,7 @@ def _observed(
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for module, _ in modes:
             module.training = False
-        # Not inference_mode: what a module keeps from this forward has to be good for training.
+        # Not inference_mode: tensors that a module keeps from this forward must remain usable in training.
         with torch.no_grad(), _uncompiled(model):
             yield
     finally:
@@ -250,14 +249,14 @@ def _observed(
             module.training = training
         with torch.no_grad():
             for module, name, buffer, before in buffers:
-                # UBN and BatchNorm move none in evaluation; other modules may, in place or by a new tensor.
+                # UBN and BatchNorm change no buffers in evaluation mode; other modules may, in place or by assignment.
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 
 def _rows_at(label: str, rows: Sequence[LayerSimilarity], epoch: int | None) -> list[LayerSimilarity]:
-    """The rows of one epoch, by default the last, in the order of depth."""
+    """Select the rows of one epoch, by default the last, sorted by depth."""
     epochs = sorted({row.epoch for row in rows})
     if not epochs:
         raise EvaluationError(f"{label!r}: received no rows of feature similarity; valid: at least one")
@@ -277,16 +276,16 @@ def _layer_means(rows: Iterable[LayerSimilarity]) -> dict[str, float]:
 def compare_layers(
     sources: Mapping[str, Sequence[LayerSimilarity]], *, epoch: int | None = None
 ) -> list[dict[str, str | int | float | None]]:
-    """Feature similarity per layer, of several models or runs side by side.
+    """Compare feature similarity per layer across models or runs.
 
     Args:
         sources: Rows by label, such as ``{"BatchNorm": ..., "UBN": ...}``; rows of several seeds under one label are
             averaged.
-        epoch: Which one; by default the last of each source.
+        epoch: Epoch to compare; by default the last of each source.
 
     Returns:
-        One row per layer, in the order they run: ``depth``, ``layer``, and the similarity under each label, None where
-        a source lacks the layer. Layers are matched by name.
+        One row per layer, in execution order: ``depth``, ``layer``, and the similarity for each label, or None if a
+        source lacks the layer. Layers are matched by name.
 
     Raises:
         ValueError: A source has no rows, or none at that epoch.
@@ -306,12 +305,12 @@ def compare_layers(
 def summarize_similarity(
     sources: Mapping[str, Sequence[LayerSimilarity]], *, epoch: int | None = None, threshold: float = DEFAULT_THRESHOLD
 ) -> tuple[SimilaritySummary, ...]:
-    """Feature similarity over all layers, of several models or runs.
+    """Summarize feature similarity over all layers of models or runs.
 
     Args:
         sources: As for `compare_layers`.
         epoch: As for `compare_layers`.
-        threshold: Features count as condensed above it.
+        threshold: Similarity above which features count as condensed.
 
     Returns:
         One summary per source, in their order.
@@ -340,10 +339,10 @@ def summarize_similarity(
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of `compare_layers`, or summaries by `dataclasses.asdict`, as a Markdown table.
+    """Format rows of `compare_layers`, or summaries converted by `dataclasses.asdict`, as a Markdown table.
 
     Args:
-        rows: All with the same keys, which become the header; numbers are rounded to 3 decimals, None is a dash.
+        rows: Rows with equal keys, which become the header. Numbers are rounded to 3 decimals; None becomes a dash.
     """
     if not rows:
         return ""

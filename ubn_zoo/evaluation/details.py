@@ -1,4 +1,4 @@
-"""Results per image and per class as files, and the paired comparison of two models on the same images."""
+"""Write results per image and per class to files, and compare two models on the same images."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _Z = 1.959963984540054
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageRow:
-    """A model's result for one image; a row of a file of predictions.
+    """A model's result for one image; a row of a predictions file.
 
     Attributes:
-        file: The image's file, relative to its split; its number in data without files.
-        label: Its class; empty for an image with several right classes.
-        prediction: The most probable class.
+        file: Path of the image relative to its split; its index in data without files.
+        label: Correct class; empty for an image with several correct classes.
+        prediction: Most probable class.
         confidence: Probability of that class.
-        correct: Whether it is right.
-        correct5: Whether a right class is among the five most probable.
+        correct: Whether the prediction is correct.
+        correct5: Whether a correct class is among the five most probable.
     """
 
     file: str
@@ -46,15 +46,15 @@ class ImageRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Two models on the same images.
+    """Paired comparison of two models on the same images.
 
     Attributes:
         images: Number of images.
-        both: Images that both classify correctly.
-        only_first: Images that only the first one does.
-        only_second: Images that only the second one does.
-        neither: The rest.
-        p_value: Exact McNemar test, two-sided: how probable a difference as large as this is if both are equally good.
+        both: Images that both models classify correctly.
+        only_first: Images that only the first model classifies correctly.
+        only_second: Images that only the second model classifies correctly.
+        neither: Images that neither model classifies correctly.
+        p_value: Two-sided p-value of the exact McNemar test.
     """
 
     images: int
@@ -71,7 +71,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """The second one's accuracy minus the first one's, in percentage points."""
+        """Accuracy of the second model minus that of the first, in percentage points."""
         return 100 * (self.only_second - self.only_first) / self.images
 
     @property
@@ -83,12 +83,12 @@ class Comparison:
 
 
 def image_rows(files: Sequence[str], results: Iterable[ImageResults], names: Mapping[int, str]) -> list[ImageRow]:
-    """Name the images and classes of results.
+    """Add the names of images and classes to results.
 
     Args:
-        files: Names of the images in order; empty for numbers from 0.
-        results: Results of the images in order, in parts.
-        names: Names of classes by their output; others are numbers.
+        files: Names of the images in order; if empty, images are numbered from 0.
+        results: Results of consecutive batches of images.
+        names: Class names by output; classes without a name are numbered.
     """
     rows: list[ImageRow] = []
     for part in results:
@@ -108,16 +108,17 @@ def image_rows(files: Sequence[str], results: Iterable[ImageResults], names: Map
 
 
 def write_details(folder: str | os.PathLike[str], stem: str, rows: Sequence[ImageRow]) -> list[Path]:
-    """Write predictions, and of images with one right class a table of the classes and the confusion matrix.
+    """Write predictions, a table of classes and a confusion matrix; the last two only use images with one correct
+    class.
 
-    ``STEM.predictions.csv`` has one row per image. ``STEM.classes.csv`` has one per class: images, correct ones,
-    accuracy with its 95 % Wilson interval, top-5 accuracy, and precision (how many of the predictions of the class are
-    right), in percent. ``STEM.confusion.csv`` has a row per right class and a column per predicted class.
+    ``STEM.predictions.csv`` has one row per image. ``STEM.classes.csv`` has one row per class: number of images, number
+    of correct predictions, and, in percent, accuracy with its 95 % Wilson interval, top-5 accuracy and precision.
+    ``STEM.confusion.csv`` has a row per correct class and a column per predicted class.
 
     Args:
-        folder: Made if it does not exist.
-        stem: Start of the files' names.
-        rows: Of one model.
+        folder: Folder for the files; created if it does not exist.
+        stem: Prefix of the file names.
+        rows: Rows of one model.
 
     Returns:
         The files written.
@@ -142,13 +143,13 @@ def write_details(folder: str | os.PathLike[str], stem: str, rows: Sequence[Imag
 
 
 def _text(value: str) -> str:
-    """Text as valid Unicode that no spreadsheet runs as a formula."""
+    """Convert text to valid Unicode that no spreadsheet runs as a formula."""
     shown = os.fsencode(value).decode("utf-8", "backslashreplace")
     return f"'{shown}" if shown.startswith(("=", "+", "-", "@", "\t", "\r", "'")) else shown
 
 
 def _class_names(rows: Sequence[ImageRow]) -> list[str]:
-    """Classes in the order of their first image; classes that are only predicted come last."""
+    """Class names in the order of their first image; classes that are only predicted come last."""
     return list(dict.fromkeys([row.label for row in rows] + sorted({row.prediction for row in rows})))
 
 
@@ -176,14 +177,14 @@ def _confusion(rows: Sequence[ImageRow]) -> list[Sequence[Any]]:
 
 
 def read_predictions(path: str | os.PathLike[str]) -> tuple[ImageRow, ...]:
-    """Read a file of predictions that `write_details` wrote.
+    """Read a predictions file written by `write_details`.
 
     Args:
         path: The file.
 
     Raises:
-        EvaluationError: It is another kind of file, or names an image twice.
-        OSError: It cannot be read.
+        EvaluationError: The file is not a predictions file, or lists an image twice.
+        OSError: The file cannot be read.
     """
     where = os.fspath(path)
     try:
@@ -197,7 +198,7 @@ def read_predictions(path: str | os.PathLike[str]) -> tuple[ImageRow, ...]:
                 file, label, guess = (cell.removeprefix("'") for cell in line[:3])
                 rows.append(ImageRow(file, label, guess, float(line[3]), flags[line[4]], flags[line[5]]))
     except (UnicodeDecodeError, ValueError, LookupError, csv.Error) as error:
-        raise EvaluationError(f"{where}: not a file of predictions: {error}") from None
+        raise EvaluationError(f"{where}: not a predictions file: {error}") from None
     if not rows or len({row.file for row in rows}) != len(rows):
         raise EvaluationError(f"{where}: received {len(rows)} rows; valid: at least one, and one per image")
     return tuple(rows)
@@ -211,7 +212,7 @@ def compare(first: Sequence[ImageRow], second: Sequence[ImageRow]) -> Comparison
         second: Predictions of the second model, in any order.
 
     Raises:
-        EvaluationError: They are of other images, or the images have other labels.
+        EvaluationError: The images or their labels differ.
     """
     other = {row.file: row for row in second}
     alone = [row.file for row in first if row.file not in other]
@@ -238,7 +239,7 @@ def compare(first: Sequence[ImageRow], second: Sequence[ImageRow]) -> Comparison
 
 
 def _two_sided(fewer: int, total: int) -> float:
-    """Probability of a count as far from the middle as `fewer`, in `total` throws of a fair coin."""
+    """Two-sided probability of at most `fewer` heads or tails in `total` fair coin tosses."""
     logs = [
         math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) - total * math.log(2)
         for k in range(fewer + 1)

@@ -74,10 +74,10 @@ class EvalOptions:
         dataset: Kind of data, as in a recipe.
         test_split: Split; by default the first of ``validation``, ``val`` and ``test``, or the folder itself if it has
             the classes.
-        test_samples: Largest number of images, evenly spread.
+        test_samples: Maximum number of images, evenly spaced.
         input_key: Column or file extension of the image.
         target_key: Column of the class.
-        workers: Processes that load data, per rank.
+        workers: Loader processes per rank.
     """
 
     test_set: str | None = None

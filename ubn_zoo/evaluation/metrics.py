@@ -61,8 +61,7 @@ class EpochMetrics:
         ranks: Processes that trained together.
         threads: torch's threads in each of them.
         torch: torch's version.
-        commit: The project's commit, with ``+`` behind it if files differed from it; None if it is not under version
-            control.
+        commit: The project's commit, followed by ``+`` if files had changed; None if it is not under version control.
     """
 
     model: str

@@ -66,7 +66,7 @@ class ResultRow:
         ema: Whether the weights are a run's moving average.
         weights_sha256: SHA-256 of the file of the weights; None where the file is not known.
         data_sha256: Fingerprint of the set of images.
-        settings: What differed from the model's own preprocessing, such as ``img_size=288 test_pool=True``; empty for
+        settings: Differences from the model's own preprocessing, such as ``img_size=288 test_pool=True``; empty for
             nothing.
         amp: Autocast's dtype; None for the model's own precision.
         fuse: Whether norms were folded into convolutions.
@@ -80,7 +80,7 @@ class ResultRow:
         threads: torch's CPU threads per process.
         command: Command line; None for a call from Python.
         date: Day, ``YYYY-MM-DD``, in UTC.
-        commit: This project's commit, with ``+`` behind it if files differed from it; None outside version control.
+        commit: This project's commit, followed by ``+`` if files had changed; None outside version control.
         error: Why there is no result; None for a complete row.
     """
 

@@ -1,1 +1,1 @@
-"""Training runs as data: recipes, their keys and their files."""
+"""Recipes: settings of training runs, their keys and files."""

@@ -1,4 +1,4 @@
-"""The page of recipes: ``python -m ubn_zoo.recipes.page docs/recipes.md`` writes it."""
+"""Generate the documentation page of recipes: ``python -m ubn_zoo.recipes.page docs/recipes.md``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PAGE = """\
 
 <!-- Written by `python -m ubn_zoo.recipes.page docs/recipes.md`; edit ubn_zoo/recipes instead. -->
 
-A recipe is a training run as a file. `ubn-zoo recipes` lists the recipes, `ubn-zoo recipes NAME` prints one, and
-`ubn-zoo train --recipe NAME --set KEY=VALUE` changes a value, for example `--set norm=bn` for the BatchNorm twin. The
-[keys](#keys) are explained below. Figures from papers and other projects are theirs, with BatchNorm; "not yet run"
-means that this project has no figures of its own yet.
+A recipe is a file with the settings of a training run. `ubn-zoo recipes` lists the recipes, `ubn-zoo recipes NAME`
+prints one, and `ubn-zoo train --recipe NAME --set KEY=VALUE` changes a value, for example `--set norm=bn` for the
+BatchNorm twin. The [keys](#keys) are explained below. Figures attributed to papers and other projects are for
+BatchNorm; "not yet run" means that this project has no figures yet.
 """
 
 

@@ -1,4 +1,4 @@
-"""The record of a training run's settings: every key with its type, default, valid values and meaning."""
+"""Settings of a training run: every key with its type, default, valid values and meaning."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 NORMS = tuple(VARIANTS)
 DATASETS = ("folder", "memory", "wds", "hfds", "hfids")
 NAMED_DATASETS = ("hfds", "hfids")
-# AdaHessian needs second derivatives, which the training loop does not compute; the others run on CUDA devices alone,
-# with packages (bitsandbytes, NVIDIA's apex) that this project is not tested with.
+# AdaHessian needs second derivatives, which the training loop does not compute. The others run only on CUDA devices,
+# with packages (bitsandbytes, NVIDIA's apex) that this project does not test.
 OPTIMIZERS = tuple(
     name
     for name in map(str, timm.optim.list_optimizers())
@@ -42,10 +42,11 @@ _BEST_METRICS = (*_MEASURED, *(f"ema_{name}" for name in _MEASURED))
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One training run; each key is declared once, with its type, default, valid values and meaning.
+    """Settings of one training run; each key is declared once, with its type, default, valid values and meaning.
 
-    `ubn-zoo recipes --fields` and [`fields`][ubn_zoo.recipes.schema.fields] list the keys. Keys whose null stands for a
-    property of the model or the data are filled in when a run starts; the run's own recipe has them.
+    `ubn-zoo recipes --fields` and [`fields`][ubn_zoo.recipes.schema.fields] list the keys. A null that stands for a
+    property of the model or the data is resolved when a run starts; the recipe saved with the run contains the resolved
+    value.
 
     Raises:
         RecipeError: A value is invalid, or two values contradict each other.
@@ -59,7 +60,7 @@ class Recipe:
     model: Annotated[
         str,
         Rule(
-            "timm's name of the architecture. With `_ubn` at its end, as in `resnet50_ubn`, it also sets norm to ubn.",
+            "timm name of the architecture. With the suffix `_ubn`, as in `resnet50_ubn`, it also sets norm to ubn.",
             form="text",
         ),
     ]
@@ -71,7 +72,7 @@ class Recipe:
     ] = "ubn"
     threshold: Annotated[
         float | None,
-        Rule("Gate threshold of `ubn`; null for no gate, so that training always uses batch statistics.", -1.0, 1.0),
+        Rule("Gate threshold of `ubn`; null for no gate: training always uses batch statistics.", -1.0, 1.0),
     ] = 0.15
     kernel_size: Annotated[
         int,
@@ -97,7 +98,7 @@ class Recipe:
     norm_eval: Annotated[
         bool,
         Rule(
-            "Whether training uses the running statistics that it starts from and leaves them, and gates, as they are."
+            "Whether training normalizes with the initial running statistics and keeps them and the gates fixed."
         ),
     ] = False
     pretrained: Annotated[bool, Rule("Whether to start from pretrained weights.")] = False
@@ -109,8 +110,8 @@ class Recipe:
     keep_head: Annotated[
         bool,
         Rule(
-            "Whether to keep the classifier of the weights that training starts from, for data with the same "
-            "classes; otherwise it is initialized anew."
+            "Whether to keep the classifier of the initial weights, for data with the same classes; otherwise it is "
+            "reinitialized."
         ),
     ] = False
     tune: Annotated[
@@ -126,7 +127,7 @@ class Recipe:
     dataset: Annotated[
         str,
         Rule(
-            "Kind of data: `folder` (image folder, or tar files in place of its splits), `memory` (image folder "
+            "Kind of data: `folder` (image folder, or one tar file per split), `memory` (image folder "
             "of small images of one size, decoded once), `wds` (WebDataset shards), `hfds/NAME` (Hugging Face "
             "dataset) or `hfids/NAME` (the same, streamed)."
         ),
@@ -142,20 +143,20 @@ class Recipe:
     train_samples: Annotated[
         int | None,
         Rule(
-            "Largest number of training images in an epoch, spread evenly over a folder; null for all. A stream "
-            "that does not describe itself needs it, as its number of images.",
+            "Maximum number of training images per epoch, evenly spaced over a folder; null for all. Required as the "
+            "number of images for a stream without a description.",
             1,
             10**12,
         ),
     ] = None
     test_samples: Annotated[
         int | None,
-        Rule("Largest number of held-out images, chosen as in train_samples; null for all.", 1, 10**12),
+        Rule("Maximum number of held-out images, chosen as for train_samples; null for all.", 1, 10**12),
     ] = None
     data_name: Annotated[
         str | None,
         Rule(
-            "Name of the data for people, such as `CIFAR-10`, as a model card shows it; null for none.",
+            "Name of the data for the model card, such as `CIFAR-10`; null for none.",
             form="line",
             role="publishing",
         ),
@@ -167,7 +168,7 @@ class Recipe:
     license: Annotated[
         str | None,
         Rule(
-            "SPDX identifier of the license that the trained weights are published under; null if undecided.",
+            "SPDX identifier of the license of the published weights; null if undecided.",
             form="spdx",
             role="publishing",
         ),
@@ -175,8 +176,8 @@ class Recipe:
     exif_rotation: Annotated[
         bool,
         Rule(
-            "Whether images are turned upright as their EXIF orientation says, by every reader; false keeps the "
-            "stored pixels, as timm does."
+            "Whether to apply the EXIF orientation of images in every reader; false keeps the stored orientation, as "
+            "timm does."
         ),
     ] = True
     input_key: Annotated[
@@ -300,7 +301,7 @@ class Recipe:
     weight_decay: Annotated[float, Rule("Weight decay of convolution and linear weights.", 0.0, 10.0)] = 5e-4
     norm_decay: Annotated[
         bool,
-        Rule("Whether biases and norm parameters decay too; with layer_decay, the depthwise kernels of UBN never do."),
+        Rule("Whether to decay biases and norm parameters too; with layer_decay, UBN's depthwise kernels never decay."),
     ] = False
     layer_decay: Annotated[
         float | None,
@@ -333,12 +334,15 @@ class Recipe:
         float | None,
         Rule("With `bce`, targets above it count as 1 and others as 0; null keeps soft targets.", 0.0, 1.0),
     ] = None
-    label_smoothing: Annotated[float, Rule("Share of the target that is spread over all classes.", 0.0, 0.999)] = 0.0
+    label_smoothing: Annotated[
+        float, Rule("Share of the target distributed uniformly over all classes.", 0.0, 0.999)
+    ] = 0.0
     clip_grad: Annotated[float | None, Rule("Bound for gradient clipping; null for none.", 1e-12, 1_000_000.0)] = None
     clip_mode: Annotated[
         str,
         Rule(
-            "What is bounded: `norm`, `value`, or `agc` (adaptive gradient clipping).", choices=("norm", "value", "agc")
+            "Quantity that is clipped: `norm`, `value`, or `agc` (adaptive gradient clipping).",
+            choices=("norm", "value", "agc"),
         ),
     ] = "norm"
     ema_decay: Annotated[
@@ -348,7 +352,7 @@ class Recipe:
     ema_warmup: Annotated[bool, Rule("Whether the moving average starts with a smaller decay.")] = True
     amp: Annotated[
         str | None,
-        Rule("Data type of autocast; null for float32 throughout.", choices=("bfloat16", "float16")),
+        Rule("Data type of autocast; null for float32 without autocast.", choices=("bfloat16", "float16")),
     ] = None
     channels_last: Annotated[bool, Rule("Whether the model uses the channels-last memory format.")] = True
     compile: Annotated[bool, Rule("Whether to compile the model with `torch.compile`.")] = False
@@ -360,13 +364,13 @@ class Recipe:
     seed: Annotated[int, Rule("Seed of initialization, order and augmentation.", 0, 2**63 - 1)] = 0
     device: Annotated[
         str,
-        Rule("`auto` (an accelerator if there is one), or torch's name of a device.", form="text", role="operation"),
+        Rule("`auto` (an accelerator if there is one), or a torch device name.", form="text", role="operation"),
     ] = "auto"
     threads: Annotated[
         int | None,
         Rule("torch's CPU threads; null for torch's choice.", 1, 4096, role="operation"),
     ] = None
-    workers: Annotated[int, Rule("Processes per rank that load data.", 0, 1024, role="operation")] = 4
+    workers: Annotated[int, Rule("Loader processes per rank.", 0, 1024, role="operation")] = 4
     checkpoint_steps: Annotated[
         int | None,
         Rule(
@@ -379,7 +383,7 @@ class Recipe:
     log_interval: Annotated[
         int,
         Rule(
-            "Updates between two points of the training loss in logs and TensorBoard events; the end of an epoch adds "
+            "Updates between values of the training loss in logs and TensorBoard events; the end of an epoch adds "
             "one.",
             1,
             10**9,
@@ -389,7 +393,7 @@ class Recipe:
     wandb_project: Annotated[
         str | None,
         Rule(
-            "Project of Weights & Biases that the run is logged to, besides TensorBoard events; null for none.",
+            "Weights & Biases project to log the run to, in addition to TensorBoard events; null for none.",
             form="line",
             role="operation",
         ),
@@ -398,8 +402,8 @@ class Recipe:
     keep_best: Annotated[
         str | None,
         Rule(
-            "Held-out metric by which the weights of the best epoch are kept in the run's `best/`, beside the newest; "
-            "with `ema_`, those of the moving average; null for none.",
+            "Held-out metric that selects the best epoch, whose weights are also saved in the run's `best/`; `ema_` "
+            "metrics select weights of the moving average; null for none.",
             choices=_BEST_METRICS,
             role="operation",
         ),
@@ -485,14 +489,14 @@ def _declarations() -> tuple[tuple[str, Any, Rule], ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Field:
-    """A key of recipes, for people.
+    """Documentation of a recipe key.
 
     Attributes:
-        key: Its name.
-        type: Its type, such as ``float | None``.
-        default: Its default as YAML writes it; ``required`` if there is none.
-        valid: Its valid values.
-        meaning: What it sets.
+        key: Name of the key.
+        type: Type, such as ``float | None``.
+        default: Default in YAML syntax; ``required`` if there is none.
+        valid: Valid values.
+        meaning: Description of the setting.
     """
 
     key: str
@@ -503,7 +507,7 @@ class Field:
 
 
 def fields() -> tuple[Field, ...]:
-    """All keys of a recipe in the order of the record."""
+    """Document all keys of a recipe, in declaration order."""
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     found = []
     for key, annotation, rule in _declarations():
@@ -526,5 +530,5 @@ def _as_yaml(value: object) -> str:
 
 
 def keys_with_role(*roles: str) -> tuple[str, ...]:
-    """Names of the keys that have one of some roles (see `Rule`)."""
+    """Names of the keys with any of the given roles (see `Rule`)."""
     return tuple(key for key, _, rule in _declarations() if rule.role in roles)

@@ -1,4 +1,4 @@
-"""What one key of a recipe accepts: its rule, the check of a value, and the words that describe both."""
+"""Validation rules of recipe keys: the rule, the check of a value, and their descriptions."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _TYPE_NAMES: dict[type, str] = {
     tuple: "a list of finite numbers",
 }
 _FORMATS: dict[str, tuple[str, str]] = {
-    "text": (r"(?s).*\S.*", "a text that is not empty"),
-    "line": (r"(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029]+", "one line of text that is not empty"),
+    "text": (r"(?s).*\S.*", "non-empty text"),
+    "line": (r"(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029]+", "one non-empty line of text"),
     "spdx": (r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", "an SPDX identifier such as apache-2.0"),
 }
-_AUGMENT = "timm's policies: original, originalr, v0, v0r, 3a, or such as rand-m7-mstd0.5-inc1 or augmix-m3-w3"
+_AUGMENT = "timm's policies: original, originalr, v0, v0r, 3a, or for example rand-m7-mstd0.5-inc1 or augmix-m3-w3"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rule:
-    """What a key means and which values it takes; its type and default are those of the field.
+    """Meaning and valid values of a key; the field declares its type and default.
 
     Attributes:
-        meaning: What it sets, for people.
+        meaning: Description of the setting.
         low: Smallest valid number, or smallest valid item of a list.
-        high: The largest.
-        choices: The valid texts; empty for any.
-        lengths: The valid lengths of a list; empty for any.
-        form: ``text``, ``line``, ``spdx``, ``dataset`` or ``augment``, for texts that are not one of `choices`;
-            None for any text.
+        high: Largest valid number, or largest valid item of a list.
+        choices: Valid strings; empty for any.
+        lengths: Valid lengths of a list; empty for any.
+        form: ``text``, ``line``, ``spdx``, ``dataset`` or ``augment``, for strings that are not one of `choices`; None
+            for any string.
         odd: Whether the number must be odd.
-        role: ``result`` for a key that decides what a run computes; ``opening`` for what a recipe says about itself,
-            ``operation`` for how a run is carried out, ``publishing`` for what is said about the weights.
+        role: ``result`` for keys that affect the result of a run, ``opening`` for the recipe's description of itself,
+            ``operation`` for how a run is executed, ``publishing`` for information about the published weights.
     """
 
     meaning: str
@@ -58,10 +58,10 @@ class Rule:
 
 
 def fail(key: str, received: object, valid: str) -> NoReturn:
-    """Refuse a value.
+    """Reject a value.
 
     Raises:
-        RecipeError: Always; it says what was received and what is valid.
+        RecipeError: Always; the message says what was received and what is valid.
     """
     raise RecipeError(f"{key}: received {received!r}; valid: {valid}")
 
@@ -72,7 +72,7 @@ def is_optional(annotation: Any) -> bool:
 
 
 def base_type(annotation: Any) -> type:
-    """The plain type in an annotation: ``tuple`` for ``tuple[float, ...] | None``."""
+    """Return the base type of an annotation: ``tuple`` for ``tuple[float, ...] | None``."""
     if is_optional(annotation):
         annotation = next(option for option in typing.get_args(annotation) if option is not types.NoneType)
     return typing.get_origin(annotation) or annotation
@@ -82,7 +82,7 @@ def check(key: str, value: object, annotation: Any, rule: Rule) -> None:
     """Check one value.
 
     Raises:
-        RecipeError: It has another type, or its rule does not allow it.
+        RecipeError: The value has the wrong type, or the rule does not allow it.
     """
     if value is None and is_optional(annotation):
         return
@@ -126,7 +126,7 @@ def _check_augment(key: str, policy: str) -> None:
 
 
 def describe_valid(annotation: Any, rule: Rule) -> str:
-    """Valid values in words, for a table of keys."""
+    """Describe the valid values for the table of keys."""
     base = base_type(annotation)
     text = _TYPE_NAMES[base]
     if rule.choices:

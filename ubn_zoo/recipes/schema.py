@@ -1,7 +1,7 @@
-"""Recipes: training runs as YAML files in ``ubn_zoo/recipes``, read as frozen, validated records.
+"""Read and write recipes: YAML files in ``ubn_zoo/recipes`` that become frozen, validated records.
 
-A recipe holds everything that decides the result of a run. It opens with its source, the command that runs it, the
-hardware and time that took, and the metric to expect. An unknown key, a duplicate key or an invalid value raises
+A recipe contains every setting that affects the result of a run. It opens with its source, the command to run it, the
+hardware and time of a run, and the expected metric. An unknown key, a duplicate key or an invalid value raises
 [`RecipeError`][ubn_zoo.errors.RecipeError], which lists what is valid.
 """
 
@@ -46,12 +46,12 @@ _TWIN = "_ubn"
 
 
 def _convert(value: object, wanted: Any) -> object:
-    """Bring a YAML value into the shape of a key's type; what does not fit is left for the record's own checks."""
+    """Convert a YAML value to a key's type; values that cannot be converted fail the record's checks later."""
     base = base_type(wanted)
     if base is tuple and isinstance(value, list):
         return tuple(_convert(item, float) for item in value)
     if base is float and isinstance(value, str):
-        # YAML 1.1 reads 5e-4, without a point, as a text.
+        # YAML 1.1 reads 5e-4, without a decimal point, as a string.
         try:
             return float(value)
         except ValueError:
@@ -69,7 +69,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise RecipeError(f"received the key {key!r}; valid: a text")
+                raise RecipeError(f"received the key {key!r}; valid: a string")
             if key in seen:
                 raise RecipeError(f"{key}: the key occurs twice; keep one")
             seen.add(key)
@@ -103,7 +103,7 @@ def _build(values: Mapping[Any, Any]) -> Recipe:
 
 
 def _name_norm(given: dict[Any, Any]) -> None:
-    """Read a model's name that ends in ``_ubn`` as the architecture with norm ubn."""
+    """Replace a model name that ends in ``_ubn`` with the architecture and norm ubn."""
     model = given.get("model")
     if isinstance(model, str) and model.endswith(_TWIN):
         if given.setdefault("norm", "ubn") != "ubn":
@@ -137,7 +137,7 @@ def _read_settings(settings: Iterable[str]) -> dict[str, Any]:
             raise RecipeError(f"{key}: not valid YAML: {error}") from None
     _name_norm(given)
     if given.get("pretrained") is False:
-        # Without pretrained weights, the tag of those that the recipe names has no meaning.
+        # Without pretrained weights, the recipe's tag has no meaning.
         given.setdefault("pretrained_tag", None)
     return given
 
@@ -166,7 +166,7 @@ def recipe_path(name: str | os.PathLike[str]) -> Path:
         name: Name of a recipe in the package, or the path of a ``.yaml`` file.
 
     Raises:
-        RecipeError: There is no such recipe; the message lists those in the package.
+        RecipeError: The recipe does not exist; the message lists those in the package.
     """
     text = os.fspath(name)
     path = Path(text) if text.endswith((".yaml", ".yml")) else _RECIPES / f"{text}.yaml"
@@ -178,14 +178,14 @@ def recipe_path(name: str | os.PathLike[str]) -> Path:
 
 
 def load_recipe(name: str | os.PathLike[str], settings: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, with changes if there are any, and check the result once.
+    """Read a recipe, apply changes, and validate the result once.
 
     Args:
         name: Name of a recipe in the package, or the path of a ``.yaml`` file.
         settings: Changes, as for `apply_settings`.
 
     Raises:
-        RecipeError: There is no such recipe, it is invalid, or a setting is.
+        RecipeError: The recipe does not exist, or the recipe or a setting is invalid.
     """
     path = recipe_path(name)
     settings = tuple(settings)
@@ -205,7 +205,7 @@ def recipe_sha256(name: str | os.PathLike[str]) -> str:
         name: Name of a recipe in the package, or the path of a ``.yaml`` file.
 
     Raises:
-        RecipeError: There is no such recipe.
+        RecipeError: The recipe does not exist.
     """
     return hashlib.sha256(recipe_path(name).read_bytes()).hexdigest()
 
@@ -217,7 +217,7 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
     Args:
         recipe: The recipe to start from; it is not changed.
-        settings: ``key=value`` each, with the value as the file would have it.
+        settings: Strings ``key=value``, with the value in YAML syntax.
 
     Raises:
         RecipeError: A setting is not ``key=value``, or its key or value is invalid.
@@ -227,12 +227,12 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 
 def decisive_settings(recipe: Recipe) -> dict[str, Any]:
-    """The values that decide a run's result, without what the recipe says about itself and how the run is executed."""
+    """Values that affect the result of a run, without the recipe's description of itself and execution settings."""
     return {key: getattr(recipe, key) for key in keys_with_role("result")}
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Write a recipe with all its values as YAML, the inverse of `parse_recipe`."""
+    """Write all values of a recipe as YAML, the inverse of `parse_recipe`."""
     values = dataclasses.asdict(recipe)
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
