@@ -227,7 +227,7 @@ def test_a_batch_is_halved_until_it_fits(error: Exception, photos: Path) -> None
     row, expected = go(4, batch_size=9, on_note=notes.append), go(17)
     assert (row.batch_size, row.images, row.error, expected.batch_size) == (4, 17, None, 256)
     assert (row.top1, row.loss) == (expected.top1, pytest.approx(expected.loss, rel=1e-5))
-    assert [note for note in notes if "memory" in note] == ["hungry: out of memory; batch size 4 now"]
+    assert [note for note in notes if "memory" in note] == ["hungry: out of memory; batch size reduced to 4"]
     failed = go(0, batch_size=1)
     assert failed.error is not None and failed.error.startswith(type(error).__name__)
 

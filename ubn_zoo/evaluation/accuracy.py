@@ -39,7 +39,7 @@ class Accuracy:
     """Measured accuracy.
 
     An image may have several correct classes (ReaL labels). A prediction of any of them is then correct, and the loss
-        is the negative log of the sum of their probabilities.
+    is the negative log of the sum of their probabilities.
 
     Attributes:
         top1: Percentage of images whose most probable class is correct.

@@ -1,4 +1,4 @@
-"""Evaluate models on images: one, or many one after the other with a results file."""
+"""Evaluate one model or a series of models on images, optionally writing a results file."""
 
 from __future__ import annotations
 
@@ -51,29 +51,28 @@ class EvalOptions:
     """The images and settings of an evaluation.
 
     Attributes:
-        test_set: Name of the test set in results. One of `KNOWN_SETS`, such as ``imagenet-real``, is checked for its
-            classes; any other name is free. By default the name of the data's folder or dataset.
+        test_set: Name of the test set in results. The classes of `KNOWN_SETS`, such as ``imagenet-real``, are checked;
+            any other name is allowed. By default the name of the data folder or dataset.
         real_labels: The file ``real.json`` for ``imagenet-real``; by default timm's copy.
-        valid_labels: File with the classes to use, one name or place per line; images of others are left out.
-        class_map: File with the name of a folder per line, in the order of the model's outputs.
-        allow_class_mismatch: Whether the classes, in the order of their names, are the model's outputs where the names
-            differ or the model has none.
-        all_outputs: Whether a model chooses among all of its outputs where the images have only some of its classes,
-            instead of among those.
+        valid_labels: File with the classes to use, one name or index per line; images of other classes are skipped.
+        class_map: File with one folder name per line, in the order of the model's outputs.
+        allow_class_mismatch: Whether to map the sorted classes to the model's outputs in order if the names differ or
+            the model has no names.
+        all_outputs: Whether to predict over all outputs of the model even if the images cover only some of its classes.
         img_size: Image side in pixels; this and the next five default to the model's configuration.
         crop_pct: Side of the crop relative to the resized image.
         crop_mode: timm's crop mode: ``center``, ``squash`` or ``border``.
         interpolation: Resize filter.
         mean: Mean of each channel, of values scaled to 0..1.
         std: Standard deviation of each channel, of values scaled to 0..1.
-        test_pool: Whether to pool as timm's test-time pooling does, for images larger than in training.
+        test_pool: Whether to use timm's test-time pooling for images larger than in training.
         amp: Autocast's dtype; None for the model's own precision.
-        fuse: Whether to fold norms into convolutions, by `ubn_zoo.fuse`.
+        fuse: Whether to fold norms into convolutions with `ubn_zoo.fuse`.
         compile: Whether to compile the model.
         batch_size: Images per batch on each rank; halved until it fits into memory.
         dataset: Kind of data, as in a recipe.
-        test_split: Split; by default the first of ``validation``, ``val`` and ``test``, or the folder itself if it has
-            the classes.
+        test_split: Split; by default the first of ``validation``, ``val`` and ``test``, or the folder itself if it
+            contains the class folders.
         test_samples: Maximum number of images, evenly spaced.
         input_key: Column or file extension of the image.
         target_key: Column of the class.
@@ -126,7 +125,7 @@ class EvalOptions:
 
     @property
     def settings(self) -> str | None:
-        """Changes of the model's preprocessing, images left out and other choices, as results files list them."""
+        """Changes to the model's preprocessing, the image limit and other choices, in the format of results files."""
         names = "img_size crop_pct crop_mode interpolation mean std test_pool test_samples all_outputs"
         names += " allow_class_mismatch"
         given = {name: getattr(self, name) for name in names.split()}
@@ -141,9 +140,9 @@ class Evaluation:
     """A model's evaluation.
 
     Attributes:
-        accuracy: What was measured.
-        row: The row of a results file.
-        images: Result of each image; empty unless asked for. On rank 0 only.
+        accuracy: Measured accuracy.
+        row: Row for a results file.
+        images: Result of each image, on rank 0 only; empty unless requested.
     """
 
     accuracy: Accuracy
@@ -161,28 +160,28 @@ def evaluate(
     on_batch: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Accuracy:
-    """Measure a model's accuracy on held-out images, prepared as the model's own configuration says.
+    """Measure a model's accuracy on held-out images, with the preprocessing in the model's configuration.
 
     Args:
-        model: A model of timm, which is moved to the device of `ranks`; a name with tag, such as
+        model: A timm model, which is moved to the device of `ranks`; a name with tag, such as
             ``resnet50_ubn.bn_a1_in1k``; the folder of a run; a checkpoint with its ``config.json``; or a `Subject`.
         data_dir: Folder of the data.
-        ranks: This process; by default alone on the CPU.
-        results: Results file, ``.csv`` or ``.json``, that gets a row.
+        ranks: This process; by default a single process on the CPU.
+        results: Results file, ``.csv`` or ``.json``, to add a row to.
         details: Folder for predictions, the table of classes and the confusion matrix.
-        on_batch: Called after every batch with the images done and their number, where the number is known.
+        on_batch: Called after every batch with the number of images done and, if known, the total.
         **options: Fields of `EvalOptions`, such as ``img_size``, ``test_set`` or ``batch_size``.
 
     Returns:
-        The accuracy, the same on every rank.
+        The accuracy, equal on every rank.
 
     Raises:
-        EvaluationError: The model cannot be loaded, or the images do not fit it.
+        EvaluationError: The model cannot be loaded, or the images do not match it.
         ClassMismatchError: The data has classes that the model does not name, or the model has no names.
         DataError: The images cannot be used.
     """
     if results is not None and Path(results).is_file():
-        read_results(results)  # fails now, not after the evaluation
+        read_results(results)  # fail before the evaluation, not after it
     evaluation = _evaluate(
         model, data_dir, EvalOptions(**options), ranks or Ranks(), details is not None, on_batch=on_batch
     )
@@ -206,20 +205,20 @@ def evaluate_many(
     on_batch: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Iterator[ResultRow]:
-    """Evaluate models one after the other; a model that fails gets a row with its error, and the next one follows.
+    """Evaluate models in sequence; if a model fails, its row contains the error, and the next model is evaluated.
 
     Args:
         models: As for `evaluate`.
         data_dir: Folder of the data.
         ema: Whether to use the moving averages of runs.
         ranks: As for `evaluate`.
-        results: Results file, written after every model. A row of the same question (`ResultRow.key`) is replaced.
-        resume: Whether to take over rows of the results file that have no error and whose weights have not changed.
+        results: Results file, written after every model. A row with the same `ResultRow.key` is replaced.
+        resume: Whether to reuse rows of the results file that have no error and whose weights have not changed.
         sort: Column to sort the results file by, as `sort_results` does.
         details: As for `evaluate`.
-        command: Command line, for the rows.
+        command: Command line to record in the rows.
         on_start: Called with the name of every model that is evaluated.
-        on_note: Called with messages, and for every model with the images and preprocessing it uses.
+        on_note: Called with messages and, for every model, a description of its images and preprocessing.
         on_batch: As for `evaluate`.
         **options: Fields of `EvalOptions`.
 
@@ -264,7 +263,7 @@ def evaluate_many(
             stems.add(stem)
             _keep(found, place, results, details, stem, sort)
             row = found.row
-        except Exception as error:  # a model of thousands may fail in any way, and the others are to be evaluated
+        except Exception as error:  # a model may fail in any way; evaluate the others
             kind = "" if isinstance(error, UbnZooError) else f"{type(error).__name__}: "
             row = dataclasses.replace(asked, error=" ".join(f"{kind}{error}".split())[:2000])
             if results is not None and place.first:
@@ -275,7 +274,7 @@ def evaluate_many(
 def _asked(
     source: str, data_dir: str | os.PathLike[str], options: EvalOptions, ranks: Ranks, *, ema: bool, command: str | None
 ) -> ResultRow:
-    """The part of a row that is known before the evaluation."""
+    """Fill in the part of a row that is known before the evaluation."""
     _, _, dataset = options.dataset.partition("/")
     return ResultRow(
         model=source,
@@ -332,13 +331,13 @@ def _evaluate(
             if options.batch_size == 1 or not is_out_of_memory(error):
                 raise
             options = dataclasses.replace(options, batch_size=options.batch_size // 2)
-        # Outside of the handler, where no traceback holds the tensors of the failed batch.
+        # Outside the handler, because the traceback would keep the tensors of the failed batch.
         gc.collect()
         if ranks.device.type != "cpu":
             torch.accelerator.memory.empty_cache()
-        note(f"{subject.name}: out of memory; batch size {options.batch_size} now")
+        note(f"{subject.name}: out of memory; batch size reduced to {options.batch_size}")
     if not math.isfinite(found.loss):
-        raise EvaluationError(f"{subject.name} gives NaN or infinity; check its weights, or use no `amp`")
+        raise EvaluationError(f"{subject.name} gives NaN or infinity; check its weights, or turn off `amp`")
     asked = _asked(subject.source, data_dir, options, ranks, ema=subject.ema, command=command)
     return Evaluation(
         accuracy=found,
@@ -370,7 +369,7 @@ def _prepare(subject: Subject, feed: Feed, options: EvalOptions, ranks: Ranks) -
 
 @torch.inference_mode()
 def _with_test_pool(model: Any, img_size: int) -> nn.Module:
-    """Timm's test-time pooling for images larger than in training: classify each window of the training's size."""
+    """Add timm's test-time pooling for images larger than in training: classify each window of the training size."""
     config = model.pretrained_cfg
     channels, height, width = config["input_size"]
     if img_size <= height or img_size <= width:
@@ -384,7 +383,7 @@ def _with_test_pool(model: Any, img_size: int) -> nn.Module:
 def _open(
     subject: Subject, feed: Feed, data_dir: str | os.PathLike[str], options: EvalOptions, ranks: Ranks
 ) -> tuple[EvalBatches, ClassLabels, tuple[int, ...]]:
-    """The images, what their classes are, and the outputs to compare."""
+    """Open the images and find their class labels and the outputs to compare."""
     known = KNOWN_SETS.get(options.test_set or "")
     where = f"{os.fspath(data_dir)}, {feed.test_split}"
     files = {"class_map": options.class_map, "valid_labels": options.valid_labels}
@@ -400,7 +399,7 @@ def _open(
             outputs = labels.outputs
         if len(outputs) == 1 < feed.num_classes:
             raise EvaluationError(
-                f"{where}: received images of one class, among which there is no choice; valid: two classes or more, "
+                f"{where}: received images of one class, so any prediction is correct; valid: two classes or more, "
                 "or `all_outputs`"
             )
     except Exception as error:
@@ -449,7 +448,7 @@ def _used(
     options: EvalOptions,
     data_dir: str | os.PathLike[str],
 ) -> str:
-    """What an evaluation uses, in one line."""
+    """Describe the images and settings of an evaluation in one line."""
     count = "" if images.images is None else f"{images.images} images of "
     changed = f", changed by {options.settings}" if options.settings else ""
     return (
@@ -466,7 +465,7 @@ def _shown(value: Any) -> str:
 def _complete(
     asked: ResultRow, subject: Subject, feed: Feed, found: Accuracy, data_sha256: str, outputs: int
 ) -> ResultRow:
-    """A row with everything that was found."""
+    """Complete a row with the measured results."""
     low, high = wilson(found.top1, found.images)
     figures: dict[str, float | None] = {
         "top1": found.top1,
@@ -500,7 +499,7 @@ def _complete(
 def _gathered(
     images: EvalBatches, parts: list[ImageResults], labels: ClassLabels, ranks: Ranks
 ) -> tuple[ImageRow, ...]:
-    """Results of all ranks' images in order; on the first rank."""
+    """Gather the results of all ranks' images in order on rank 0."""
     if not images.files and ranks.count > 1:
         raise EvaluationError(f"`details`: received {ranks.count} processes for a stream; valid: one")
     found = ranks.gather(image_rows(images.files, parts, labels.names))
@@ -508,7 +507,7 @@ def _gathered(
 
 
 def _stem(row: ResultRow) -> str:
-    """Start of the names of a model's files."""
+    """Prefix of the names of a model's files."""
     source = Path(row.source)
     name = source.parent.name if source.name in ("model.safetensors", "model_ema.safetensors") else source.name
     parts = [name, "ema" if row.ema else "", row.test_set, *(row.settings or "").split()]

@@ -1,4 +1,4 @@
-"""Measurements of a training run as rows of CSV files: one per epoch, and one per epoch and norm layer."""
+"""CSV files of a training run's measurements: one row per epoch, or per epoch and norm layer."""
 
 from __future__ import annotations
 
@@ -31,37 +31,38 @@ _VARIANT = "variant"
 class EpochMetrics:
     """One epoch of one run; a row of ``metrics.csv``.
 
-    Held-out figures are those of the weights as trained, and, under ``ema_``, of their moving average.
+    Held-out metrics are for the current weights, and with the prefix ``ema_`` for their moving average.
 
     Attributes:
         model: Architecture.
         norm: Normalization.
         seed: The run's seed.
-        epoch: Epochs done, from 1.
-        step: Updates done.
-        lr: Learning rate of the last update; of the fastest group with layer-wise decay.
-        train_loss: Mean training loss in nats, over all ranks, as augmentation and smoothing make it.
+        epoch: Completed epochs, from 1.
+        step: Completed updates.
+        lr: Learning rate of the last update; with layer-wise decay, the highest of all groups.
+        train_loss: Mean training loss in nats over all ranks, including the effects of augmentation and smoothing.
         test_loss: Cross-entropy on the held-out images in nats.
         top1: Accuracy on the held-out images in percent.
-        top5: Likewise, the right class among the five most probable; None for fewer than six classes.
+        top5: Percentage of held-out images with the correct class among the five most probable; None for fewer than six
+            classes.
         calibration_error: Expected calibration error on the held-out images in percent, 15 equal bins of confidence.
-        ema_test_loss: As ``test_loss``; None without a moving average, as the next three.
+        ema_test_loss: As ``test_loss``; this and the next three are None without a moving average.
         ema_top1: As ``top1``.
         ema_top5: As ``top5``.
         ema_calibration_error: As ``calibration_error``.
-        seconds: Wall-clock time of the epoch's training, without the evaluation; of the last start only.
-        step_ms: Median time of one update in milliseconds, data included; of the last start only.
+        seconds: Wall-clock time of training in the epoch, without evaluation; since the last start only.
+        step_ms: Median time of one update in milliseconds, including data loading; since the last start only.
         images_per_second: Training images of all ranks per second, from ``step_ms``.
         similarity_min: Smallest running feature similarity over the layers; None without a gate.
-        similarity_mean: Its mean; None without a gate.
-        similarity_max: The largest; None without a gate.
+        similarity_mean: Mean over the layers; None without a gate.
+        similarity_max: Largest over the layers; None without a gate.
         gates_open: Layers that use batch statistics; None without a gate.
         gates: Layers that have a gate.
         device: ``cpu``, or the accelerator's name.
         ranks: Processes that trained together.
-        threads: torch's threads in each of them.
+        threads: torch's CPU threads per process.
         torch: torch's version.
-        commit: The project's commit, followed by ``+`` if files had changed; None if it is not under version control.
+        commit: The project's commit, followed by ``+`` if files had changed; None outside version control.
     """
 
     model: str
@@ -99,12 +100,12 @@ class LayerSimilarity:
     """Feature condensation of one norm layer after one epoch; a row of ``similarity.csv``.
 
     Attributes:
-        epoch: Epochs done; 0 before training.
+        epoch: Completed epochs; 0 before training.
         layer: The norm layer's name in the model.
-        depth: Its place among the norm layers in the order they run, from 0.
-        similarity: Mean cosine similarity between the features of pairs of held-out images that enter the layer.
-        running: The layer's own running similarity, from training batches; None for a layer without a gate.
-        threshold: Its gate's threshold; None for a layer without a gate.
+        depth: Position among the norm layers in execution order, from 0.
+        similarity: Mean cosine similarity between pairs of held-out images, for the layer's input features.
+        running: The layer's running similarity over training batches; None for a layer without a gate.
+        threshold: Gate threshold; None for a layer without a gate.
         gate: ``open`` (batch statistics in training) or ``closed``; None for a layer without a gate.
     """
 
@@ -165,8 +166,8 @@ def write_metrics(
 
     Args:
         path: The CSV file.
-        rows: Of one run, or of several.
-        variants: Variant of each row, for a first column ``variant``; None for no such column.
+        rows: Rows of one or several runs.
+        variants: Variant of each row, written as a first column ``variant``; None for no such column.
     """
     _write(path, EpochMetrics, rows, variants)
 
@@ -178,7 +179,7 @@ def read_metrics(path: str | os.PathLike[str]) -> tuple[EpochMetrics, ...]:
         path: The CSV file.
 
     Raises:
-        ValueError: The file has other columns, or a value that is not of its column's kind.
+        ValueError: The file has other columns, or a value has the wrong type.
     """
     return tuple(row for _, row in _read(path, EpochMetrics, labeled=False))
 
@@ -202,7 +203,7 @@ def read_similarity(path: str | os.PathLike[str]) -> tuple[LayerSimilarity, ...]
         path: The CSV file.
 
     Raises:
-        ValueError: The file has other columns, or a value that is not of its column's kind.
+        ValueError: The file has other columns, or a value has the wrong type.
     """
     return tuple(row for _, row in _read(path, LayerSimilarity, labeled=False))
 

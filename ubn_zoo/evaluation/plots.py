@@ -1,6 +1,6 @@
-"""Pictures of training runs and of feature condensation, drawn by matplotlib (the extra ``ubn-zoo[quickstart]``).
+"""Plot training runs and feature condensation with matplotlib (the extra ``ubn-zoo[quickstart]``).
 
-All of them are PNG files, written whole or not at all, and none needs a display.
+Plots are PNG files, written atomically. No display is needed.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ __all__ = [
 ]
 
 _DPI = 120
-_MARKED_EPOCHS = 40  # with more, markers would hide the line
+_MARKED_EPOCHS = 40  # above this, markers would hide the line
 _TICKED_EPOCHS = 12
-_NAMED_LAYERS = 80  # with more, every second, third ... is named
+_NAMED_LAYERS = 80  # above this, only every second, third ... layer is labeled
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Style:
-    """How a group of points and lines looks."""
+    """Appearance of a group of points and lines."""
 
     color: str
     marker: str
     dashes: Any
 
 
-# Okabe and Ito's palette, which the color-blind can tell apart, with gray instead of its yellow: that is too pale
-# for lines on white. Markers and dashes tell groups apart in black and white.
+# Okabe and Ito's palette for color-blind readers, with gray instead of yellow, which is too pale for lines on white.
+# Markers and dashes distinguish groups in black and white.
 STYLES = (
     Style("#0072B2", "o", "-"),
     Style("#D55E00", "s", (0, (6, 2))),
@@ -65,7 +65,7 @@ _OPEN, _CLOSED = "#FFE4B5", "#0B3C5D"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, which needs no display.
+    """Create an empty figure with a size in inches; no display is needed.
 
     Raises:
         ImportError: matplotlib, of the extra ``ubn-zoo[quickstart]``, is missing.
@@ -75,14 +75,14 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise MissingPackageError(
-            "matplotlib cannot be imported; pip install 'ubn-zoo[quickstart]' brings it"
+            "matplotlib cannot be imported; install it with: pip install 'ubn-zoo[quickstart]'"
         ) from error
-    # The default padding leaves so little between panels that one's label seems to belong to the other.
+    # With the default padding, the label of one panel seems to belong to the next.
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes a PNG, whole or not at all; returns its path."""
+    """Write a PNG atomically and return its path."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.part")
     try:
@@ -94,7 +94,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 
 def _whole_epochs(axes: Axes, epochs: Iterable[int]) -> None:
-    """Ticks at whole epochs: at each, or at round ones where there are many."""
+    """Set ticks at whole epochs: all of them, or round numbers if there are many."""
     from matplotlib.ticker import MaxNLocator
 
     found = sorted(set(epochs))
@@ -131,15 +131,15 @@ def draw_run(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Draw a run into its own folder: its loss and accuracy, learning rate, and feature similarity.
 
     Args:
-        folder: Has ``metrics.csv``, and ``similarity.csv`` if similarity was measured.
+        folder: Folder with ``metrics.csv``, and with ``similarity.csv`` if similarity was measured.
 
     Returns:
-        What was written: ``loss_accuracy.png``, ``learning_rate.png``, and ``similarity.png`` where there are rows of
-        similarity: a map of it by layer and epoch, and for layers with gates another of their state.
+        The files: ``loss_accuracy.png``, ``learning_rate.png`` and, if similarity was measured, ``similarity.png``,
+        with a map of similarity by layer and epoch and, for layers with gates, a map of gate states.
 
     Raises:
         FileNotFoundError: There is no ``metrics.csv``.
-        ValueError: It has no rows, or a table is of another kind.
+        ValueError: ``metrics.csv`` has no rows, or a file has other columns.
         ImportError: matplotlib is missing.
     """
     folder = Path(folder)
@@ -193,7 +193,7 @@ def _draw_learning_rate(rows: Sequence[EpochMetrics], name: str, path: Path) -> 
 
 
 def _edges(epochs: Sequence[int]) -> list[float]:
-    """Borders of the columns of a map: half way between epochs, which need not follow each other."""
+    """Edges of the columns of a map: halfway between epochs, which need not be consecutive."""
     middles = [(a + b) / 2 for a, b in itertools.pairwise(epochs)]
     first = middles[0] - epochs[0] if middles else 0.5
     last = epochs[-1] - middles[-1] if middles else 0.5
@@ -228,10 +228,10 @@ def _draw_similarity(rows: Sequence[LayerSimilarity], name: str, path: Path) -> 
     left, *others = figure.subplots(1, 2 if gated else 1, sharey=True, squeeze=False)[0]
     values = grid(lambda row: row.similarity)
     thresholds = sorted({row.threshold for row in rows if row.threshold is not None and 0 < row.threshold < 1})
-    # Condensed layers show in another color than the rest, whatever the threshold.
+    # Condensed layers get a different color from the rest for any threshold.
     norm = TwoSlopeNorm(vmin=0, vcenter=thresholds[0] if thresholds else DEFAULT_THRESHOLD, vmax=1)
     colors = left.pcolormesh(_edges(epochs), range(len(layers) + 1), values, cmap="PuOr_r", norm=norm)
-    # Without those whose labels would run into the threshold's.
+    # Omit ticks whose labels would overlap the label of the threshold.
     ticks = [norm.vcenter, *(tick for tick in (0.0, 0.25, 0.5, 0.75, 1.0) if abs(tick - norm.vcenter) > 0.08)]
     bar = figure.colorbar(colors, ax=left, ticks=ticks, format="%g", pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=8)
@@ -263,7 +263,7 @@ def _draw_similarity(rows: Sequence[LayerSimilarity], name: str, path: Path) -> 
 def _styles(groups: Mapping[str, Sequence[Any]], what: str) -> dict[str, Style]:
     if not 0 < len(groups) <= len(STYLES):
         raise EvaluationError(
-            f"received {len(groups)} groups to compare; valid: 1 to {len(STYLES)}, draw several pictures"
+            f"received {len(groups)} groups to compare; valid: 1 to {len(STYLES)}; draw several plots"
         )
     for label, members in groups.items():
         if not members:
@@ -274,7 +274,7 @@ def _styles(groups: Mapping[str, Sequence[Any]], what: str) -> dict[str, Style]:
 def _draw_range(
     axes: Axes, values: Mapping[float, Sequence[float]], style: Style, label: str, shift: float = 0.0
 ) -> None:
-    """Mean and range of several values per x: a line with a band, or for a single x a point with a bar."""
+    """Draw mean and range of several values per x: a line with a band, or a point with a bar for a single x."""
     xs = sorted(values)
     mean = [statistics.fmean(values[x]) for x in xs]
     low, high = [min(values[x]) for x in xs], [max(values[x]) for x in xs]
@@ -287,15 +287,15 @@ def _draw_range(
 
 
 def _shifts(count: int, single: bool) -> list[float]:
-    """With a single epoch groups stand beside each other instead of on top of each other."""
+    """Horizontal offsets that keep groups from overlapping if there is only one epoch."""
     return [0.1 * (index - (count - 1) / 2) if single else 0.0 for index in range(count)]
 
 
 def _outside_legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    # At this size a letter takes about 0.07 inches, the line before a label as much as 8 of them.
+    # At this size, a letter is about 0.07 inches wide, and the line before a label is as wide as 8 letters.
     columns = max(1, min(len(labels), 4, int(figure.get_figwidth() / 0.07) // (max(map(len, labels)) + 8)))
-    # As few columns as fill the same number of lines evenly.
+    # Use the smallest number of columns that needs no more rows.
     columns = math.ceil(len(labels) / math.ceil(len(labels) / columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
@@ -319,16 +319,17 @@ def draw_comparison(
     title: str,
     x: str = "epoch",
 ) -> None:
-    """Draw held-out top-1 and training loss of groups of runs: the mean over a group's runs, and their range.
+    """Draw held-out top-1 and training loss for groups of runs: the mean and range over the runs of each group.
 
     Args:
-        groups: Runs by label, each the rows of one seed; at most 8 groups. The number of runs is added to the label.
+        groups: Lists of runs by label, where a run is the rows of one seed; at most 8 groups. The number of runs is
+            added to the label.
         path: PNG file to write.
-        title: Of the picture.
-        x: ``epoch``, or ``seconds`` for the time spent on training up to the epoch, the mean over a group's runs.
+        title: Title of the plot.
+        x: ``epoch``, or ``seconds`` for the training time up to the epoch, averaged over a group's runs.
 
     Raises:
-        ValueError: There are no groups or too many, one without runs or rows, or another `x`.
+        ValueError: There are no groups or too many, a group has no runs or rows, or `x` is not valid.
         ImportError: matplotlib is missing.
     """
     if x not in ("epoch", "seconds"):
@@ -370,15 +371,15 @@ def draw_comparison(
 def draw_similarity_comparison(
     groups: Mapping[str, Sequence[LayerSimilarity]], path: str | os.PathLike[str], *, title: str
 ) -> None:
-    """Draw feature similarity of several models or runs: by depth at the last epoch, and its mean over training.
+    """Draw feature similarity of several models or runs: by depth at the last epoch, and the mean over training.
 
     Args:
-        groups: Rows by label, at most 8; rows of several seeds under one label become a mean with its range.
+        groups: Rows by label, at most 8 groups; rows of several seeds under one label are drawn as mean and range.
         path: PNG file to write.
-        title: Of the picture.
+        title: Title of the plot.
 
     Raises:
-        ValueError: There are no groups or too many, or one without rows.
+        ValueError: There are no groups or too many, or a group has no rows.
         ImportError: matplotlib is missing.
     """
     styles = _styles(groups, "rows of feature similarity")
@@ -396,7 +397,7 @@ def draw_similarity_comparison(
                 depths[row.depth].append(row.similarity)
         _draw_range(by_depth, depths, styles[label], label)
         for by_epoch in others:
-            # A seed's layers are averaged by way of all rows: every seed has the same layers.
+            # Averaging over all rows also averages over seeds, because every seed has the same layers.
             epochs: defaultdict[float, list[float]] = defaultdict(list)
             for row in rows:
                 epochs[row.epoch].append(row.similarity)

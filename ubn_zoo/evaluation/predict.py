@@ -1,4 +1,4 @@
-"""What a model sees in image files, streamed: any number of images in bounded memory."""
+"""Predict the classes of any number of image files with bounded memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["ClassNames", "Prediction", "class_names", "find_files", "predict", "
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 _SUFFIXES = (*EXTENSIONS, ".avif", ".gif", ".jfif", ".tif", ".tiff")
-_DECODERS = 4  # threads: Pillow decodes without the interpreter's lock
+_DECODERS = 4  # threads, because Pillow releases the GIL while decoding
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class ClassNames:
     """Names of a model's classes.
 
     Attributes:
-        names: In the order of the model's outputs.
-        source: Where they are from, in words.
+        names: Names in the order of the model's outputs.
+        source: Description of where the names come from.
     """
 
     names: tuple[str, ...]
@@ -65,22 +65,23 @@ def predict(
     on_batch: Callable[[int, int], None] | None = None,
     on_skip: Callable[[str, str], None] | None = None,
 ) -> list[Prediction]:
-    """Predict the classes of images, prepared as the model's own configuration says.
+    """Predict the classes of images, with the preprocessing in the model's configuration.
 
-    `predict_stream` does the same one image at a time, for more predictions than fit in memory.
+    `predict_stream` yields one prediction at a time, for more predictions than fit in memory.
 
     Args:
-        model: A timm model, or what `load_subject` reads: a timm name, ``hf-hub:`` or ``local-dir:`` name, the folder
-            of a run, or a checkpoint in it. It is moved to `device` and left in the mode it was in.
-        images: Image files and folders. Folders are searched recursively, in natural order of the names.
+        model: A timm model, or a name that `load_subject` accepts: a timm, ``hf-hub:`` or ``local-dir:`` name, the
+            folder of a run, or a checkpoint in it. The model is moved to `device`, and its training mode is restored.
+        images: Image files and folders. Folders are searched recursively, in natural order of names.
         top_k: Classes per image; all of them if the model has fewer.
         output: Table to write, ``.csv``, ``.json`` or ``.parquet``.
-        picture: Contact sheet of the first 100 images to write, ``.png``.
+        picture: Contact sheet to write, with the first 100 images, ``.png``.
         features: Embeddings to write, ``.safetensors``: the pooled features before the classifier.
         batch_size: Images per batch.
-        device: ``auto`` (the accelerator if there is one), or torch's name of the device.
-        on_batch: Called after every batch with the images done and their number.
-        on_skip: Called with the path and the reason for every image that cannot be read; by default that is an error.
+        device: ``auto`` (the accelerator if there is one), or a torch device name.
+        on_batch: Called after every batch with the number of images done and the total.
+        on_skip: Called with the path and the reason for every unreadable image; by default, an unreadable image raises
+            an error.
 
     Returns:
         One prediction per readable image, in order.
@@ -88,7 +89,7 @@ def predict(
     Raises:
         DataError: An image cannot be read and `on_skip` is None, or no image can be read.
         EvaluationError: The model cannot be loaded or predicts no classes, or an argument is not valid.
-        MissingPackageError: ``.parquet`` without pyarrow.
+        MissingPackageError: `output` is ``.parquet``, and pyarrow is not installed.
     """
     predictions = []
     with open_prediction_files(output=output, picture=picture, features=features) as write:
@@ -120,14 +121,14 @@ def predict_stream(
     on_batch: Callable[[int, int], None] | None = None,
     on_skip: Callable[[str, str], None] | None = None,
 ) -> Iterator[Prediction]:
-    """Predict the classes of images one after the other, with at most two batches in memory.
+    """Yield predictions for images one at a time, with at most two batches in memory.
 
     Args:
         model: As for `predict`.
         images: As for `predict`.
         top_k: As for `predict`.
-        features: Whether predictions have the pooled features before the classifier.
-        thumbnails: How many predictions, the first ones, have a small copy of their image.
+        features: Whether predictions include the pooled features before the classifier.
+        thumbnails: Number of predictions, from the first, that include a thumbnail of the image.
         batch_size: As for `predict`.
         device: As for `predict`.
         on_batch: As for `predict`.
@@ -145,7 +146,7 @@ def predict_stream(
             raise EvaluationError(f"`{name}`: received {value}; valid: at least 1")
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     skip = _refuse if on_skip is None else on_skip
-    # Walked twice, first without errors, for the number that the progress needs: a list of all files could be large.
+    # Walk the files twice instead of keeping a large list; the first pass only counts them for the progress.
     total = sum(1 for _ in find_files(paths, lambda path, reason: None))
     if not total:
         raise DataError(
@@ -157,7 +158,7 @@ def predict_stream(
     if not names:
         raise EvaluationError(f"{subject.name} predicts no classes; valid: a model with a classifier")
     if features and not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
-        raise EvaluationError(f"`features`: {subject.name} has no forward_features and forward_head, as timm's have")
+        raise EvaluationError(f"`features`: {subject.name} has no forward_features and forward_head as in timm models")
     config = timm.data.resolve_data_config(model=network, use_test_size=True)
     if config["input_size"][0] not in (1, 3):
         raise EvaluationError(f"{subject.name} takes {config['input_size'][0]} channels; valid: 3 (RGB) or 1 (gray)")
@@ -214,7 +215,7 @@ def predict_stream(
 
 
 def class_names(subject: Subject) -> ClassNames:
-    """Names of a model's classes: its own, else those of the ImageNet that has as many, else ``class 0``, ``class 1``.
+    """Class names: the model's own, those of an ImageNet variant of the same size, or ``class 0``, ``class 1``, ...
 
     Args:
         subject: The model.
@@ -230,19 +231,19 @@ def class_names(subject: Subject) -> ClassNames:
     if count == 1000:
         info = timm.data.ImageNetInfo("imagenet-1k")
         return ClassNames(
-            tuple(info.index_to_description(index) for index in range(count)), "ImageNet-1k's, as the model has 1000"
+            tuple(info.index_to_description(index) for index in range(count)), "ImageNet-1k, because the model has 1000"
         )
     return ClassNames(
         tuple(f"class {index}" for index in range(count)),
-        "unknown: the model has no names for its classes, so they are numbered",
+        "unknown: the model has no class names, so classes are numbered",
     )
 
 
 def find_files(paths: Iterable[str | os.PathLike[str]], on_skip: Callable[[str, str], None]) -> Iterator[str]:
-    """Walk files and folders: files as they are, folders recursively in natural order of the names.
+    """Walk files and folders: files in the given order, folders recursively in natural order of names.
 
-    Hidden files and folders, and files in folders without an image's ending, are left out. Links to folders are
-    followed, each folder once.
+    In folders, hidden files and folders and files without an image extension are skipped. Links to folders are
+    followed, and each folder is visited once.
 
     Args:
         paths: Files and folders.
@@ -282,7 +283,7 @@ def _walk(folder: str, on_skip: Callable[[str, str], None], seen: set[str]) -> I
 def _ahead(
     pool: ThreadPoolExecutor, load: Callable[[str, bool], Any], files: Iterator[str], size: int, thumbnails: int
 ) -> Iterator[list[tuple[str, Future[Any]]]]:
-    """Batches of files being loaded, the next one while the model runs on this one."""
+    """Load batches of files, each one while the model runs on the previous one."""
     numbered = enumerate(files)
     waiting: collections.deque[list[tuple[str, Future[Any]]]] = collections.deque()
     while part := list(itertools.islice(numbered, size)):
@@ -294,7 +295,7 @@ def _ahead(
 
 @torch.inference_mode()
 def _run(network: nn.Module, images: Tensor, features: bool) -> tuple[Tensor, Tensor | None]:
-    """Probabilities and pooled features, float32, on the CPU."""
+    """Compute probabilities and pooled features, float32, on the CPU."""
     if not features:
         return network(images).float().softmax(1).cpu(), None
     model = cast(Any, network)
@@ -307,7 +308,7 @@ def _run(network: nn.Module, images: Tensor, features: bool) -> tuple[Tensor, Te
 
 @contextlib.contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for the length of a ``with`` block."""
+    """Put a model into evaluation mode for the duration of a ``with`` block."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

@@ -1,6 +1,6 @@
-"""Predictions in files: tables, a contact sheet of labeled images, and embeddings.
+"""Write predictions to files: tables, a contact sheet of labeled images, and embeddings.
 
-Every file is written as predictions arrive, so memory does not grow with their number, and appears whole or not at all.
+Files are written as predictions arrive, so memory does not grow with their number. A file appears only when complete.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ubn_zoo.utils.files import atomic_write
 
 __all__ = ["SHEET_IMAGES", "THUMBNAIL", "ClassProbability", "Prediction", "open_prediction_files"]
 
-SHEET_IMAGES = 100  # a contact sheet shows the first ones
+SHEET_IMAGES = 100  # maximum number of images on a contact sheet
 THUMBNAIL = 176  # side in pixels
 _MARGIN = 8
 _LINE = 16
-_CAPTION_LINES = 3  # the file's name, the most probable class and the next one
+_CAPTION_LINES = 3  # file name and the two most probable classes
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _PARQUET_ROWS = 4096
 
@@ -42,7 +42,7 @@ class ClassProbability:
 
     Attributes:
         index: The model's output, from 0.
-        name: The class's name, or ``class 0`` if the model names no classes.
+        name: Class name, or ``class 0`` and so on if the model has no class names.
         probability: Softmax over all classes, from 0 to 1.
     """
 
@@ -53,13 +53,13 @@ class ClassProbability:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """What a model says about one image.
+    """A model's prediction for one image.
 
     Attributes:
         file: Path of the image.
         top: The most probable classes, the most probable first.
-        features: Pooled features before the classifier, (channels,), float32, on the CPU; None unless asked for.
-        thumbnail: The image, small; None unless asked for.
+        features: Pooled features before the classifier, (channels,), float32, on the CPU; None unless requested.
+        thumbnail: Small copy of the image; None unless requested.
     """
 
     file: str
@@ -75,7 +75,7 @@ def open_prediction_files(
     picture: str | os.PathLike[str] | None = None,
     features: str | os.PathLike[str] | None = None,
 ) -> Iterator[Callable[[Prediction], None]]:
-    """Open the files that predictions are written to; they appear when the ``with`` block ends without an exception.
+    """Open files to write predictions to; they appear when the ``with`` block ends without an exception.
 
     Args:
         output: Table of one row per image, as ``.csv``, ``.json`` or ``.parquet`` (needs pyarrow). In CSV files, text
@@ -85,10 +85,10 @@ def open_prediction_files(
             ``files`` is the JSON list of the images' paths.
 
     Yields:
-        A function that writes one prediction to all of them.
+        A function that writes one prediction to all files.
 
     Raises:
-        EvaluationError: A file has another ending.
+        EvaluationError: A file has an unsupported extension.
         MissingPackageError: The format needs a package that is not installed.
         OSError: A file cannot be written.
     """
@@ -112,7 +112,7 @@ def open_prediction_files(
 
 
 def _shown(name: str) -> str:
-    """A file's name as valid Unicode: bytes of names that are not UTF-8 are escaped."""
+    """File name as valid Unicode, with non-UTF-8 bytes escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -198,7 +198,7 @@ _TABLES = {".csv": _csv, ".json": _json, ".parquet": _parquet}
 def _embeddings(file: IO[bytes]) -> Iterator[Callable[[Prediction], None]]:
     names: list[str] = []
     channels = 0
-    # The header of a safetensors file has the number of rows, which is known at the end.
+    # The header of a safetensors file contains the number of rows, which is not known until the end.
     with tempfile.TemporaryFile() as rows:
 
         def write(prediction: Prediction) -> None:
@@ -260,7 +260,7 @@ def _draw_sheet(shown: list[tuple[Prediction, Image.Image]], count: int) -> Imag
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, ending: str, font: Any) -> str:
-    """Text and its ending, shortened in the text to the width of a thumbnail."""
+    """Shorten text so that it fits, with its ending, into the width of a thumbnail."""
     text = " ".join(text.split())
     if draw.textlength(f"{text}{ending}", font) <= THUMBNAIL:
         return f"{text}{ending}"

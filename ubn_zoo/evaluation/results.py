@@ -1,6 +1,6 @@
 """Results files of `ubn-zoo validate`: one row per model and test set, as CSV or JSON.
 
-The columns begin with those of timm's results files, so that both can be read as one table.
+The first columns are those of timm's results files, so that both can be read as one table.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 class ResultRow:
     """One evaluation of one model; a row of a results file.
 
-    A row is complete, or it has an `error` and None for all that is unknown.
+    A row is either complete, or has an `error` and None for unknown values.
 
     Attributes:
         model: timm's name with its tag; of a run or checkpoint, the architecture.
         img_size: Image side in pixels.
-        top1: Accuracy in percent, rounded to 4 places, as all percentages.
+        top1: Accuracy in percent; all percentages are rounded to 4 places.
         top1_err: 100 - `top1`.
-        top5: Percentage of images with the right class among the five most probable; None for fewer than six classes.
+        top5: Percentage of images with the correct class among the five most probable; None for fewer than six classes.
         top5_err: 100 - `top5`.
         param_count: Parameters in millions, rounded to 2 places.
         crop_pct: Side of the center crop relative to the resized image.
         interpolation: Resize filter.
         crop_mode: timm's crop mode: ``center``, ``squash`` or ``border``.
-        norm: ``ubn``, ``rbn``, ``bnet`` or ``bn``; None for a model with none of these layers, or several of them.
+        norm: ``ubn``, ``rbn``, ``bnet`` or ``bn``; None for a model with none or several of these norms.
         test_set: Name of the test set, such as ``imagenet-real``; by default the name of the data's folder.
-        split: Split of the data that was used.
+        split: Evaluated split of the data.
         images: Images counted.
-        classes: Outputs of the model that were compared: all, or those that the test set has.
+        classes: Number of model outputs that predictions could use: all, or those with classes in the test set.
         loss: Mean cross-entropy in nats, rounded to 6 places.
         calibration_error: Expected calibration error in percent, 15 equal bins of confidence.
-        top1_low: Lower end of the 95 % Wilson interval of `top1`, in percent.
-        top1_high: Upper end.
-        top5_low: Lower end of the 95 % Wilson interval of `top5`, in percent; None as `top5`.
-        top5_high: Upper end.
+        top1_low: Lower bound of the 95 % Wilson interval of `top1`, in percent.
+        top1_high: Upper bound of that interval.
+        top5_low: Lower bound of the 95 % Wilson interval of `top5`, in percent; None as `top5`.
+        top5_high: Upper bound of that interval.
         source: Model as the user named it: a name, the folder of a run, or a checkpoint's file.
         ema: Whether the weights are a run's moving average.
-        weights_sha256: SHA-256 of the file of the weights; None where the file is not known.
+        weights_sha256: SHA-256 of the weights file; None if the file is not known.
         data_sha256: Fingerprint of the set of images.
         settings: Differences from the model's own preprocessing, such as ``img_size=288 test_pool=True``; empty for
             nothing.
         amp: Autocast's dtype; None for the model's own precision.
         fuse: Whether norms were folded into convolutions.
         compile: Whether the model was compiled.
-        batch_size: Images per batch and process, after it was halved for lack of memory.
+        batch_size: Images per batch and process, after any halving for lack of memory.
         ranks: Processes that shared the images.
         torch: torch's version.
         timm: timm's version.
@@ -138,16 +138,16 @@ _TYPES: Mapping[str, Any] = {"str": str, "int": int, "float": float, "bool": boo
 
 
 def write_results(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> None:
-    """Write a results file in one step; numbers and text read back exactly.
+    """Write a results file atomically; numbers and text round-trip exactly.
 
     In CSV files, text that a spreadsheet would run as a formula starts with an apostrophe, and None is an empty cell.
 
     Args:
         path: The file, ``.csv`` or ``.json``; replaced if it exists.
-        rows: Its rows.
+        rows: Rows of the file.
 
     Raises:
-        EvaluationError: The file has another ending.
+        EvaluationError: The file has an unsupported extension.
         OSError: The file cannot be written.
     """
     tables = [dataclasses.asdict(row) for row in rows]
@@ -158,7 +158,7 @@ def write_results(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> No
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A CSV table: None is an empty cell, and text that a spreadsheet would run as a formula starts with an apostrophe.
+    """Format a CSV table. None is an empty cell; an apostrophe precedes text that spreadsheets would run as a formula.
 
     Args:
         columns: Header.
@@ -174,8 +174,8 @@ def read_results(path: str | os.PathLike[str]) -> tuple[ResultRow, ...]:
         path: The file.
 
     Raises:
-        EvaluationError: The file has other columns, or a value that is not of its column's type; the message names the
-            row, the column and the value.
+        EvaluationError: The file has other columns, or a value has the wrong type; the message names the row, the
+            column and the value.
         OSError: The file cannot be read.
     """
     from_csv = not _is_json(path)
@@ -198,9 +198,9 @@ def read_results(path: str | os.PathLike[str]) -> tuple[ResultRow, ...]:
 
 
 def add_result(path: str | os.PathLike[str], row: ResultRow, *, sort: str | None = None) -> None:
-    """Add a row to a results file, which is made if it does not exist; a row of the same `ResultRow.key` is replaced.
+    """Add a row to a results file, or create the file; a row with the same `ResultRow.key` is replaced.
 
-    Several processes may add to one file at the same time.
+    Several processes may add rows to the same file at the same time.
 
     Args:
         path: The file, ``.csv`` or ``.json``.
@@ -225,14 +225,14 @@ def add_result(path: str | os.PathLike[str], row: ResultRow, *, sort: str | None
 
 
 def sort_results(rows: Iterable[ResultRow], column: str = "top1") -> list[ResultRow]:
-    """Sort rows, best accuracy first; by columns that are no accuracy in ascending order; rows without a value last.
+    """Sort rows: accuracies in descending order, other columns in ascending order, and rows without a value last.
 
     Args:
         rows: The rows.
         column: Name of a column.
 
     Raises:
-        EvaluationError: There is no such column.
+        EvaluationError: The column does not exist.
     """
     if column not in COLUMNS:
         raise EvaluationError(f"`sort`: received {column!r}; valid: {', '.join(COLUMNS)}")
@@ -271,7 +271,7 @@ def _wrong_columns(received: Iterable[str]) -> str:
 
 def _line(cells: Iterable[Any]) -> str:
     text = io.StringIO()
-    # With this ending, carriage returns within cells are quoted by every version of Python.
+    # With this line terminator, every version of Python quotes carriage returns within cells.
     csv.writer(text, lineterminator="\r\n").writerow(cells)
     return text.getvalue().removesuffix("\r\n") + "\n"
 

@@ -1,7 +1,7 @@
-"""Speed of a UBN model beside its BatchNorm sibling, in training and inference.
+"""Compare the speed of a UBN model and its BatchNorm sibling in training and inference.
 
-`torch.utils.benchmark.Timer` times one statement after another, so a machine that gets slower in between would favor
-the first. Here the two models alternate step by step, and each ratio is that of two neighboring steps.
+`torch.utils.benchmark.Timer` times statements one after another, so a machine that slows down in between favors the
+first. Here the two models alternate step by step, and each ratio compares two consecutive steps.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Speed:
         turns: Number of timed steps.
         images_per_second: Batch size over the median time of a step.
         milliseconds: Median time of a step.
-        ratio: Median over the turns of this model's time divided by the BatchNorm model's time in the same turn.
+        ratio: Median over turns of this model's time divided by the BatchNorm model's time in the same turn.
         ratio_lower: First quartile of that ratio.
         ratio_upper: Third quartile of that ratio.
-        peak_memory: Most memory that tensors occupy during a step, in MiB: parameters, buffers and input included, the
-            other model and the optimizer not. None on devices that do not report it, such as a CPU.
+        peak_memory: Peak tensor memory of a step in MiB, including parameters, buffers and input, but not the other
+            model or the optimizer. None on devices that do not report it, such as a CPU.
         batch_size: Images per step.
-        img_size: Pixels per side of the images.
+        img_size: Image side in pixels.
         device: ``cpu``, or the accelerator's name.
         threads: Torch's CPU threads.
         amp: Autocast's dtype; None without autocast.
@@ -90,7 +90,7 @@ class Speed:
 
 
 def sibling_names(model: str) -> tuple[str, str]:
-    """Name the BatchNorm and the UBN architecture of a pair.
+    """Return the names of the BatchNorm and the UBN architecture of a pair.
 
     Args:
         model: Either name of the pair, such as ``resnet50`` or ``resnet50_ubn``. A tag is ignored.
@@ -119,28 +119,28 @@ def compare_speed(
 ) -> list[Speed]:
     """Time a UBN model and its BatchNorm sibling side by side.
 
-    Weights and images are random, because no time depends on them; the UBN parameters differ from their initial values,
+    Weights and images are random, because they do not affect the time. UBN parameters differ from their initial values,
     so that no part of the layer is optimized away. A training step is forward, loss and backward, without the
-    optimizer. Inference runs under ``torch.inference_mode``; for fused inference both models have passed
+    optimizer. Inference runs under ``torch.inference_mode``; for fused inference, both models are fused with
     `ubn_zoo.fuse`.
 
     Args:
         model: Name of either model, such as ``resnet50_ubn``.
         batch_size: Images per step; None for 8 on a CPU and 64 elsewhere.
-        img_size: Pixels per side; None for the model's training size.
-        device: Where to run.
+        img_size: Image side in pixels; None for the model's training size.
+        device: Device to run on.
         amp: Autocast's dtype, such as ``torch.bfloat16``; None for float32.
         channels_last: Whether to use the channels-last memory format.
-        seconds: Time for all modes together. Slow models take longer, because every mode has two turns to warm up and
-            at least three that count.
+        seconds: Total time for all modes. Slow models take longer, because every mode needs two warm-up turns and at
+            least three timed turns.
 
     Returns:
-        For each of `MODES`, the row of the BatchNorm model, then that of the UBN model.
+        For each of `MODES`, the row of the BatchNorm model followed by the row of the UBN model.
 
     Raises:
         UnknownModelError: The zoo has no such pair.
         InvalidArgumentError: `batch_size`, `img_size` or `seconds` is not positive.
-        EvaluationError: The models cannot compute such a batch, for example because it does not fit into memory.
+        EvaluationError: The models cannot process the batch, for example because it does not fit into memory.
     """
     for name, value in {"batch_size": batch_size, "img_size": img_size, "seconds": seconds}.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -154,7 +154,7 @@ def compare_speed(
         as_if_trained(module).to(where).to(memory_format=layout)
     base: Any = models[names[0]]
     size = img_size or int(resolve_model_data_config(base)["input_size"][-1])
-    # A model without a classifier has 0 classes; its features then stand for the logits.
+    # A model without a classifier has 0 classes; its features are used as logits.
     images, targets = random_batch(batch, size, max(base.num_classes, 1), where, layout)
     settings: dict[str, Any] = {
         "batch_size": batch,
@@ -167,7 +167,7 @@ def compare_speed(
     }
     rows = []
     try:
-        # The clock of torch.utils.benchmark waits for the current accelerator.
+        # The clock of torch.utils.benchmark synchronizes with the current accelerator.
         with torch.accelerator.device_index(None if where.type == "cpu" else where.index):
             for mode in MODES:
                 if mode == "fused inference":
@@ -196,11 +196,11 @@ def compare_speed(
 
 
 def write_speed(path: str | os.PathLike[str], rows: Sequence[Speed]) -> None:
-    """Write rows to a CSV file, with the names of the columns first.
+    """Write rows to a CSV file with a header.
 
     Args:
         path: The file; replaced if it exists.
-        rows: As `compare_speed` returns them.
+        rows: Rows returned by `compare_speed`.
 
     Raises:
         OSError: The file cannot be written.
@@ -215,7 +215,7 @@ def write_speed(path: str | os.PathLike[str], rows: Sequence[Speed]) -> None:
 def random_batch(
     batch_size: int, img_size: int, num_classes: int, device: torch.device, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
-    """Draw random images (N, 3, H, W) in a memory format, and classes (N,); the same in every call."""
+    """Create random images (N, 3, H, W) in a memory format and classes (N,); every call returns the same values."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, img_size, img_size, generator=generator)
     targets = torch.randint(num_classes, (batch_size,), generator=generator)
@@ -224,7 +224,7 @@ def random_batch(
 
 @torch.no_grad()
 def as_if_trained(module: nn.Module) -> nn.Module:
-    """Move the parameters of UBN layers off their initial values, so that every part of the layer has an effect."""
+    """Change the parameters of UBN layers from their initial values, so that every part of the layer has an effect."""
     generator = torch.Generator().manual_seed(0)
     for layer in module.modules():
         if isinstance(layer, UnifiedBatchNorm2d):
@@ -236,10 +236,10 @@ def as_if_trained(module: nn.Module) -> nn.Module:
 def train_step(
     model: nn.Module, images: Tensor, targets: Tensor, amp: torch.dtype | None = None
 ) -> Callable[[], object]:
-    """A training step without the optimizer: forward, loss, backward; in float16 the loss is scaled.
+    """Return a training step without the optimizer: forward, loss, backward; the loss is scaled for float16.
 
     Args:
-        model: Put into training mode.
+        model: Model, which is put into training mode.
         images: (N, 3, H, W).
         targets: (N,) classes.
         amp: Autocast's dtype; None for no autocast.
@@ -257,10 +257,10 @@ def train_step(
 
 
 def eval_step(model: nn.Module, images: Tensor, amp: torch.dtype | None = None) -> Callable[[], object]:
-    """A forward pass in evaluation mode under ``torch.inference_mode``.
+    """Return a forward pass in evaluation mode under ``torch.inference_mode``.
 
     Args:
-        model: Put into evaluation mode.
+        model: Model, which is put into evaluation mode.
         images: (N, 3, H, W).
         amp: Autocast's dtype; None for no autocast.
     """
@@ -283,12 +283,12 @@ def _free_gradients(models: Mapping[str, nn.Module]) -> None:
 
 
 def _alternate(steps: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Run each step once per turn until the time is over, and return the seconds of each step by name."""
+    """Run each step once per turn until the time is up, and return the durations by name in seconds."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     end = time.monotonic() + seconds
     turn = 0
     while turn < _WARM_UP_TURNS + _MIN_TURNS or time.monotonic() < end:
-        # Who goes first changes from turn to turn, so that neither model always follows the other.
+        # Alternate which model runs first, so that neither always follows the other.
         for name in list(steps)[:: 1 if turn % 2 else -1]:
             start = benchmark.timer()
             steps[name]()
@@ -300,7 +300,7 @@ def _alternate(steps: Mapping[str, Callable[[], object]], seconds: float) -> dic
 
 
 def _peak_memory(step: Callable[[], object], held: Sequence[Tensor]) -> float | None:
-    """MiB that a step needs at most, including tensors that it holds; None where torch does not count them."""
+    """Peak memory of a step in MiB, including the tensors in `held`; None if torch does not report it."""
     device = held[0].device
     if device.type not in ("cuda", "xpu"):
         return None

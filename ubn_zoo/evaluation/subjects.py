@@ -24,23 +24,23 @@ from ubn_zoo.models.weights import PICKLE_ENDINGS
 __all__ = ["Subject", "expand_names", "load_subject", "norm_of", "subject_of", "weights_hash"]
 
 _CONFIG = "config.json"
-_CHECKPOINTS = "checkpoints"  # a run's folder of snapshots
+_CHECKPOINTS = "checkpoints"  # folder of snapshots in a run
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 _LISTS = (".txt", ".lst")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Subject:
-    """A model that is evaluated.
+    """A model to evaluate.
 
     Attributes:
         model: The model with its weights, on the CPU.
-        name: What results call it.
-        classes: Names of its classes in the order of its outputs; empty if nothing names them.
-        sha256: Of the file of its weights; None if the file is not known.
+        name: Name of the model in results.
+        classes: Class names in the order of the outputs; empty if unknown.
+        sha256: SHA-256 of the weights file; None if the file is not known.
         source: Model as the user named it: a name, the folder of a run, or a checkpoint's file.
         ema: Whether the weights are a run's moving average.
-        preprocessing: Where its preprocessing is from, in words.
+        preprocessing: Description of where the preprocessing comes from.
     """
 
     model: nn.Module
@@ -62,20 +62,20 @@ def load_subject(
 ) -> Subject:
     """Load a pretrained model, the weights of a run, or a checkpoint.
 
-    A checkpoint with a ``config.json``, beside it or in the folder of its run, gets the preprocessing, the settings and
-    the class names of that file.
+    If a checkpoint has a ``config.json``, beside it or in the folder of its run, that file sets the preprocessing,
+    settings and class names.
 
     Args:
         name: A timm name with tag, such as ``resnet50_ubn.bn_a1_in1k``; an ``hf-hub:`` or ``local-dir:`` name; the
             folder of a run; a checkpoint with a ``config.json``; a loaded model. With `checkpoint`, the architecture.
-        checkpoint: File of weights, such as a ``.safetensors`` file, instead of pretrained ones. The architecture may
-            be left out if there is a ``config.json``.
+        checkpoint: Weights file, such as a ``.safetensors`` file, to use instead of pretrained weights. The
+            architecture may be omitted if there is a ``config.json``.
         run: Folder of a run, finished or not, with ``config.json`` and ``model.safetensors``.
         ema: Whether to use the moving average of a run's weights.
-        num_classes: Outputs of the checkpoint's classifier; by default as many as its weights have.
+        num_classes: Outputs of the checkpoint's classifier; by default the number in its weights.
 
     Raises:
-        EvaluationError: The arguments do not go together, there is no such model, or the weights do not fit it.
+        EvaluationError: The arguments conflict, the model does not exist, or the weights do not match it.
     """
     if isinstance(name, Subject):
         return name
@@ -97,7 +97,7 @@ def load_subject(
     if checkpoint is None and num_classes is not None:
         raise EvaluationError(f"num_classes: received {num_classes}; valid: none without a checkpoint")
     if run is None and ema:
-        raise EvaluationError("ema: valid with a run; as a checkpoint, name the run's model_ema.safetensors")
+        raise EvaluationError("ema: valid with a run; for a checkpoint, name the run's model_ema.safetensors")
     try:
         if run is not None:
             return _load_run(Path(run), ema)
@@ -109,7 +109,7 @@ def load_subject(
 
 
 def _unknown(name: str) -> str:
-    """Say what is wrong with a name that is neither a model nor an existing path."""
+    """Return the error message for a name that is neither a model nor an existing path."""
     path = Path(name)
     if "/" in name or os.sep in name or path.suffix in (".safetensors", *PICKLE_ENDINGS):
         return (
@@ -120,27 +120,27 @@ def _unknown(name: str) -> str:
 
 
 def subject_of(model: nn.Module) -> Subject:
-    """The subject that a model of timm is, such as one that was just trained.
+    """Create a subject from a timm model, such as one that was just trained.
 
     Args:
-        model: With `num_classes` and `pretrained_cfg`, as timm's models have.
+        model: Model with `num_classes` and `pretrained_cfg`, as in timm.
 
     Raises:
-        EvaluationError: timm has not built it.
+        EvaluationError: The model is not a timm model.
     """
     if not hasattr(model, "pretrained_cfg"):
-        raise EvaluationError(f"model: received {type(model).__name__}; valid: one that timm built")
+        raise EvaluationError(f"model: received {type(model).__name__}; valid: a timm model")
     config = cast(Mapping[str, Any], model.pretrained_cfg)
     name = config.get("architecture") or type(model).__name__
     return Subject(model=model, name=name, classes=_label_names(model), sha256=None, source=name)
 
 
 def expand_names(names: Iterable[str]) -> list[str]:
-    """Expand wildcards and files of names, each model once, in order.
+    """Expand wildcards and files of names, in order and without duplicates.
 
     Args:
-        names: Names as `load_subject` takes them; wildcards such as ``*_ubn``, for all pretrained weights with such a
-            name; and files (``.txt``) with one of these per line, where a line that starts with ``#`` is a comment.
+        names: Names that `load_subject` accepts; wildcards such as ``*_ubn``, which match all pretrained weights; and
+            ``.txt`` files with one of these per line, where lines that start with ``#`` are comments.
 
     Raises:
         EvaluationError: A wildcard matches nothing, or a file has no names.
@@ -166,7 +166,7 @@ def expand_names(names: Iterable[str]) -> list[str]:
 
 
 def norm_of(model: nn.Module) -> str | None:
-    """The one norm of `VARIANTS` that all of a model's norm layers are; None for none, another, or several."""
+    """Name of the `VARIANTS` norm that all norm layers of a model have; None if there is no such norm."""
     names = {("threshold" not in one.settings, one.calibrated, one.depthwise): name for name, one in VARIANTS.items()}
     found = set()
     for layer in model.modules():
@@ -179,7 +179,7 @@ def norm_of(model: nn.Module) -> str | None:
 
 
 def weights_hash(source: str, *, ema: bool = False) -> str | None:
-    """SHA-256 of the weights that a run's folder or a checkpoint's path names now; None for other names."""
+    """SHA-256 of the current weights in a run's folder or checkpoint; None for other names."""
     path = Path(source)
     if path.is_dir() and not timm.is_model(source):
         path /= "model_ema.safetensors" if ema else "model.safetensors"
@@ -203,7 +203,7 @@ def _load_run(folder: Path, ema: bool) -> Subject:
 
 
 def _load_configured(folder: Path, weights: Path, *, source: str, ema: bool = False) -> Subject:
-    """Load weights into the model that a folder's ``config.json`` describes."""
+    """Load weights into the model described by a folder's ``config.json``."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     model.load_state_dict(read_checkpoint(weights))
     return Subject(
@@ -234,7 +234,7 @@ def _load_checkpoint(name: str | None, path: Path, num_classes: int | None) -> S
     outputs = num_classes or (None if classifier is None else len(classifier))
     arguments: dict[str, Any] = {} if outputs is None else {"num_classes": outputs}
     if folder is not None:
-        # The preprocessing is the training's, also where another architecture, such as the sibling, gets the weights.
+        # Keep the preprocessing of training even if another architecture, such as the sibling, gets the weights.
         described = settings.get("pretrained_cfg") or {}
         keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
         overlay = {**described, "label_names": settings.get("label_names") or described.get("label_names")}
@@ -253,7 +253,7 @@ def _load_checkpoint(name: str | None, path: Path, num_classes: int | None) -> S
 
 
 def _configuration(path: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The folder whose ``config.json`` describes a checkpoint, beside it or of its run, and that file's content."""
+    """Find the ``config.json`` of a checkpoint, beside it or in its run; return its folder and content."""
     places = [path.parent]
     snapshots = path.absolute().parent.parent
     if snapshots.name == _CHECKPOINTS:
@@ -270,7 +270,7 @@ def _configuration(path: Path) -> tuple[Path | None, dict[str, Any]]:
 
 def _label_names(model: nn.Module) -> tuple[str, ...]:
     names = tuple(cast(Mapping[str, Any], model.pretrained_cfg).get("label_names") or ())
-    # A model with a new head keeps the configuration of the old one.
+    # A model with a new head still has the configuration of the old head.
     return names if len(names) == model.num_classes else ()
 
 
@@ -279,7 +279,7 @@ def _sha256(path: Path) -> str:
 
 
 def _hash_of_cached(config: Mapping[str, Any]) -> str | None:
-    """Hash of the file that a model from the Hub was loaded from, which is in the cache now."""
+    """Hash of the cached file that a Hub model was loaded from."""
     repository, _, revision = str(config.get("hf_hub_id") or "").partition("@")
     names = [config.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"]
     for name in names if repository else ():

@@ -1,7 +1,7 @@
-"""The images that a model is evaluated on: how they are prepared, and which output each of their classes is.
+"""Evaluation images: preprocessing, and the mapping from their classes to model outputs.
 
-Of ImageNet's test sets, timm has the class names, the masks of ImageNet-A and -R and the ReaL labels; the images are
-the user's own.
+For ImageNet test sets, timm provides the class names, the masks of ImageNet-A and -R and the ReaL labels; the user
+provides the images.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KnownSet:
-    """A published test set of ImageNet-1k models.
+    """A published test set for ImageNet-1k models.
 
     Attributes:
-        about: What it is, and its source.
-        classes: Classes that it has.
-        numbered: Whether its folders are numbers, the places of the classes in ImageNet-1k, not WordNet ids.
-        real: Whether its labels are the ReaL labels.
-        mask: timm's file of its classes, where the folder has more of them; None for all classes of the folder.
+        about: Description and source.
+        classes: Number of classes.
+        numbered: Whether folder names are ImageNet-1k class indices instead of WordNet ids.
+        real: Whether to use the ReaL labels.
+        mask: timm's file that lists the classes, if the folder has more; None for all classes of the folder.
     """
 
     about: str
@@ -85,33 +85,33 @@ KNOWN_SETS: Mapping[str, KnownSet] = MappingProxyType(
 
 @functools.lru_cache(maxsize=2)
 def _imagenet(subset: str) -> tuple[tuple[str, ...], Mapping[str, str]]:
-    """WordNet ids of a subset of ImageNet in the order of its labels, and what each of them is."""
+    """WordNet ids of an ImageNet subset in label order, and their descriptions."""
     info: Any = ImageNetInfo(subset)
     return tuple(info.label_names()), info.label_descriptions(as_dict=True)
 
 
 class ClassLabels:
-    """Finds the output of a model for each class of the images; called with the names of the classes.
+    """Callable that maps the class names of images to model outputs.
 
-    Names are looked up in the class map, or among the model's classes: by their names or descriptions, and for models
-    of ImageNet without names by WordNet ids or descriptions (``tench``). Numbers are the places of the outputs of a
-    model without names.
+    Names are looked up in the class map or among the model's class names and descriptions. For ImageNet models without
+    names, WordNet ids and descriptions (``tench``) are used. For other models without names, numbers are output
+    indices.
 
     Args:
         subject: The model.
-        num_classes: Its outputs.
-        where: What errors call the images.
-        known: The test set, if it is a published one.
-        class_map: File with one name of a class per line, in the order of the outputs.
-        valid_labels: File with the classes to use, one name or place per line; images of others are left out.
-        allow_class_mismatch: Whether the classes, in the order of their names, are the model's outputs where the names
-            differ or the model has none.
+        num_classes: Number of outputs of the model.
+        where: Name of the images in error messages.
+        known: Test set, if it is a known one.
+        class_map: File with one class name per line, in the order of the outputs.
+        valid_labels: File with the classes to use, one name or index per line; images of other classes are skipped.
+        allow_class_mismatch: Whether to map the sorted classes to the model's outputs in order if the names differ or
+            the model has no names.
 
     Attributes:
-        labels: The output of each class by name, once called; None for classes that are left out. Empty if the images
-            have no class names.
-        rule: How the classes were matched, in words.
-        doubt: Why the model may have other classes; None if the classes were found.
+        labels: Output by class name, set by the call; None for skipped classes. Empty if the images have no class
+            names.
+        rule: Description of how the classes were matched.
+        doubt: Reason why the model may have different classes; None if all classes were found.
     """
 
     def __init__(
@@ -130,14 +130,14 @@ class ClassLabels:
         self._allowed = allow_class_mismatch
         self.labels: Labels = {}
         self.doubt: str | None = None
-        self.rule = "by number, as the data has no class names"
+        self.rule = "by number, because the data has no class names"
 
     def __call__(self, found: Sequence[str]) -> Labels:
         """Label the classes of the images.
 
         Raises:
             ClassMismatchError: The model does not name a class, or has no names.
-            EvaluationError: The classes are not those of the test set or the model, or a file cannot be used.
+            EvaluationError: The classes do not match the test set or the model, or a file cannot be used.
         """
         known = self._known
         if not found:
@@ -161,19 +161,19 @@ class ClassLabels:
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """The outputs that images have labels for, in ascending order; once called."""
+        """Outputs that have images, in ascending order; available after the call."""
         return tuple(sorted({label for label in self.labels.values() if label is not None}))
 
     @property
     def names(self) -> Mapping[int, str]:
-        """Names of outputs: the model's own, ImageNet's, or those that the images give them."""
+        """Names of outputs: the model's own, ImageNet's, or those of the images' classes."""
         return {
             **{label: name for name, label in self.labels.items() if label is not None},
             **dict(enumerate(self._names())),
         }
 
     def places_of_imagenet(self) -> tuple[int, ...]:
-        """The output for each class of ImageNet-1k.
+        """Output for each ImageNet-1k class.
 
         Raises:
             EvaluationError: The model lacks some of them.
@@ -236,7 +236,7 @@ class ClassLabels:
         return {name: place for place, name in enumerate(found)}
 
     def _described(self, names: Sequence[str]) -> Mapping[str, int]:
-        """Outputs by what their classes are; only descriptions that no two of them share."""
+        """Outputs by class description; only unique descriptions."""
         config = cast(Mapping[str, Any], self._subject.model.pretrained_cfg)
         given = config.get("label_descriptions")
         texts: Mapping[str, str] = given if isinstance(given, dict) else {}
@@ -311,7 +311,7 @@ def feed_of(
     dataset: str = "folder",
     **data: Any,
 ) -> Feed:
-    """Prepare images as a model's own configuration says; as timm's validation does, at its test size if it has one.
+    """Get the preprocessing in a model's configuration, at its test size if it has one, as timm's validation does.
 
     Args:
         subject: The model.
@@ -321,11 +321,11 @@ def feed_of(
         interpolation: Resize filter, such as ``bicubic``, instead of the configuration's.
         mean: Mean of each channel, of values scaled to 0..1, instead of the configuration's.
         std: Standard deviation of each channel, instead of the configuration's.
-        dataset: Kind of data, as a recipe names it.
-        **data: Other fields of `Feed` that say which images.
+        dataset: Kind of data, as in a recipe.
+        **data: Other fields of `Feed` that select images.
 
     Raises:
-        EvaluationError: The model's images are not square, or images in memory cannot be prepared so.
+        EvaluationError: The model's images are not square, or images in memory do not support the preprocessing.
     """
     given: dict[str, Any] = {
         "img_size": img_size,
@@ -341,7 +341,7 @@ def feed_of(
     if dataset == "memory" and (config["crop_pct"] != 1.0 or config["interpolation"] not in _RESIZES):
         raise EvaluationError(
             f"dataset memory: received crop_pct {config['crop_pct']}, {config['interpolation']}; valid: crop_pct 1.0, "
-            f"{' or '.join(_RESIZES)}; dataset folder has all of them"
+            f"{' or '.join(_RESIZES)}; dataset folder supports all"
         )
     return Feed(
         img_size=height,
@@ -360,11 +360,11 @@ def held_out_split(data_dir: str | os.PathLike[str], dataset: str = "folder") ->
     """Name of the held-out split: ``validation``, ``val`` or ``test``, or ``.`` for a folder of classes without splits.
 
     Args:
-        data_dir: Folder or address of the data.
+        data_dir: Folder or URL of the data.
         dataset: Kind of data, as in a recipe.
 
     Raises:
-        DataError: The data has none of them.
+        DataError: The data has none of these.
     """
     try:
         return find_eval_split(data_dir, dataset)
@@ -389,15 +389,15 @@ def open_images(
     labels: ClassLabels | None = None,
     allow_class_mismatch: bool = False,
 ) -> EvalBatches:
-    """Open the images that a model is evaluated on.
+    """Open the images to evaluate a model on.
 
     Args:
         subject: The model.
-        feed: How they are prepared.
+        feed: Selection and preprocessing of the images.
         data_dir: As for `open_eval`.
         ranks: This process.
         batch_size: Images at a time, on each rank.
-        labels: Says which output each class is; by default `ClassLabels` of the model.
+        labels: Maps classes to outputs; by default `ClassLabels` of the model.
         allow_class_mismatch: As for `ClassLabels`, if `labels` is None; a warning is logged.
 
     Raises:
@@ -421,20 +421,20 @@ def with_real_labels(
     file: str | os.PathLike[str] | None,
     outputs: Collection[int] | None = None,
 ) -> EvalBatches:
-    """Give the images of ImageNet's validation set their ReaL labels (Beyer et al., arXiv 2006.07159).
+    """Replace the labels of ImageNet validation images with ReaL labels (Beyer et al., arXiv 2006.07159).
 
     Images without a ReaL label do not count.
 
     Args:
-        batches: The images; their files are named ``ILSVRC2012_val_00000001.JPEG`` and so on.
-        labels: Says which output each class is.
+        batches: Images, whose files are named ``ILSVRC2012_val_00000001.JPEG`` and so on.
+        labels: Maps classes to outputs.
         num_classes: Outputs of the model.
         ranks: This process; every rank must call it.
         file: The published ``real.json``; None for timm's copy.
-        outputs: Outputs that are compared; other labels do not count. None for all.
+        outputs: Outputs to compare; labels of other outputs are ignored. None for all.
 
     Raises:
-        EvaluationError: The file is of another kind, or an image is not named so.
+        EvaluationError: The file has another format, or an image has another name.
     """
     content = _timm_file("imagenet_real_labels.json") if file is None else Path(file).read_bytes()
     try:

@@ -97,9 +97,7 @@ class Recipe:
     ] = None
     norm_eval: Annotated[
         bool,
-        Rule(
-            "Whether training normalizes with the initial running statistics and keeps them and the gates fixed."
-        ),
+        Rule("Whether training normalizes with the initial running statistics and keeps them and the gates fixed."),
     ] = False
     pretrained: Annotated[bool, Rule("Whether to start from pretrained weights.")] = False
     pretrained_tag: Annotated[str | None, Rule("Tag of the pretrained weights; null for the model's default.")] = None
@@ -383,8 +381,7 @@ class Recipe:
     log_interval: Annotated[
         int,
         Rule(
-            "Updates between values of the training loss in logs and TensorBoard events; the end of an epoch adds "
-            "one.",
+            "Updates between values of the training loss in logs and TensorBoard events; the end of an epoch adds one.",
             1,
             10**9,
             role="operation",

@@ -1,4 +1,4 @@
-"""The rows of the leaderboard, from inherited figures, the manifest, results files and speed tables."""
+"""Rows of the leaderboard, from inherited figures, the manifest, results files and speed tables."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ class Row:
         top1_low: Lower end of the 95 % Wilson interval of `top1`; None for the mean of several seeds.
         top1_high: Upper end.
         gmacs: Billions of multiply-adds per image, those of UBN's depthwise convolutions included.
-        macts: Millions of elements that convolutions and matrix products put out.
+        macts: Output elements of convolutions and matrix products, in millions.
         train_samples_per_sec: Training speed.
-        train_samples_per_sec_bn: That of the BatchNorm sibling in the same run.
+        train_samples_per_sec_bn: Training speed of the BatchNorm sibling in the same run.
         infer_samples_per_sec: Inference speed.
-        infer_samples_per_sec_bn: That of the BatchNorm sibling in the same run.
-        peak_memory: Most memory of a training step, in MiB.
+        infer_samples_per_sec_bn: Inference speed of the BatchNorm sibling in the same run.
+        peak_memory: Peak memory of a training step in MiB.
         speed_setup: What the speed was measured on.
         rtx4090_bn: Inference speed of the BatchNorm sibling, by timm's benchmark of that card.
         pro6000_bn: The same for the RTX PRO 6000.
-        rank: Place by `top1` within the test set; None if only a part of the test set was used.
+        rank: Rank by `top1` within the test set; None if only a part of the test set was used.
         sibling: The BatchNorm sibling that `top1_diff` refers to.
         top1_diff: `top1` minus the sibling's; 0 for converted weights, which compute the same function.
         seeds: Random seeds of the training runs, separated by blanks.
@@ -73,7 +73,7 @@ class Row:
         table: File with the figures.
         date: Day of the measurement, or month of timm's table.
         run: Folder or file of the evaluated run or checkpoint, ``*`` for its seed; None for a named model.
-        settings: What differs from the model's own preprocessing and precision.
+        settings: Differences from the model's own preprocessing and precision.
         command: Command that measured it; None if not recorded.
     """
 
@@ -133,16 +133,16 @@ class Board:
 def build_board(results: Iterable[str | os.PathLike[str]] = ()) -> Board:
     """Join inherited figures, the manifest, and measurements.
 
-    A row of a results file replaces what is inherited or recorded for the same model, test set and image size. Runs
-    whose folders differ only in ``seedN`` at the end are one row, with mean and standard deviation. The sibling of such
-    a row is the BatchNorm row of the same architecture, test set and image size in the same parent folder, if there is
-    one and no more; differences are taken seed by seed.
+    A row of a results file replaces the inherited or recorded row for the same model, test set and image size. Runs
+    whose folders differ only in a final ``seedN`` are combined into one row with mean and standard deviation. The
+    sibling of such a row is the BatchNorm row of the same architecture, test set and image size in the same parent
+    folder, if there is exactly one; differences are computed per seed.
 
     Args:
         results: Results files of `ubn-zoo validate`, CSV or JSON, and CSV files of `ubn-zoo benchmark --output`.
 
     Raises:
-        EvaluationError: A file is neither.
+        EvaluationError: A file is neither a results file nor a speed table.
         OSError: A file cannot be read.
     """
     titles = {test_set.name: test_set.title for test_set in TEST_SETS}
@@ -159,7 +159,7 @@ def build_board(results: Iterable[str | os.PathLike[str]] = ()) -> Board:
     for test_set, row in rows:
         key: tuple[Any, ...] = (test_set, row.model, row.img_size, row.run, row.settings)
         if row.images not in (None, _IMAGES.get(test_set, row.images)):
-            key = (*key, row.images)  # a part of the test set, which replaces nothing
+            key = (*key, row.images)  # a part of the test set does not replace other rows
         old = found.get(key)
         if old is not None and row.sibling is None:
             row = dataclasses.replace(row, sibling=old.sibling, top1_diff=old.top1_diff, seeds=old.seeds)
@@ -176,7 +176,7 @@ def build_board(results: Iterable[str | os.PathLike[str]] = ()) -> Board:
 
 
 def _read(path: Path) -> tuple[str, Any]:
-    """The kind of a file, and its content."""
+    """Read a file and return its kind and content."""
     if path.suffix.lower() == ".json":
         return "results", read_results(path)
     try:
@@ -221,7 +221,7 @@ def _speeds(lines: list[dict[str, str]]) -> dict[tuple[str, int], dict[str, Any]
 
 
 def _research_speeds(lines: list[dict[str, str]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """The same from tables in timm's layout."""
+    """Fields of `Row` by twin and image size, from tables in timm's layout."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in lines:
         if line.get("run") != "model" or line.get("fused") or line["kind"] not in ("bn", "ubn"):
@@ -267,7 +267,7 @@ def _accuracy(top1: float, top5: float | None, images: int | None) -> dict[str, 
 
 
 def _inherited() -> Iterable[tuple[str, Row]]:
-    """Timm's figures, of all converted weights that the installed timm has."""
+    """Timm's figures for all converted weights in the installed timm version."""
     figures, entries = load_figures(), _entries()
     for model, img_size, crop_pct, interpolation, *values in figures["rows"]:
         entry = entries.get(model)
@@ -298,7 +298,7 @@ def _inherited() -> Iterable[tuple[str, Row]]:
 
 
 def inherited_accuracy(model: str, test_set: str, img_size: int | None) -> float | None:
-    """Timm's top-1 accuracy, in percent, of the function that converted weights compute; None if it has none.
+    """Timm's top-1 accuracy in percent for converted weights; None if timm has not measured them.
 
     Args:
         model: Architecture and tag, of the twin or of its sibling.
@@ -350,7 +350,7 @@ def _of_record(record: Record, metric: Metric) -> Row:
 
 
 def _measured(rows: Iterable[tuple[ResultRow, str]]) -> Iterable[tuple[str, Row]]:
-    """Rows of results files, runs that differ only in their seed joined."""
+    """Rows of results files, with runs combined that differ only in their seed."""
     groups: dict[tuple[Any, ...], dict[str, tuple[ResultRow, str]]] = {}
     for row, table in rows:
         run = None if row.source == row.model else row.source.rstrip("/\\")
@@ -417,7 +417,7 @@ def _operations(architecture: str, img_size: int) -> tuple[float | None, float |
         return None, None
     try:
         gmacs, macts = count_operations(architecture, img_size)
-    except (RuntimeError, AssertionError, ValueError):  # the architecture does not take images of this size
+    except (RuntimeError, AssertionError, ValueError):  # the architecture does not support this image size
         return None, None
     return float(f"{gmacs:.4g}"), float(f"{macts:.4g}")
 
@@ -435,7 +435,7 @@ def _with_cost(row: Row, speeds: Mapping[tuple[str, int], Mapping[str, Any]]) ->
 
 
 def _with_siblings(rows: Sequence[Row]) -> list[Row]:
-    """Fill in siblings that were measured too."""
+    """Fill in the siblings that were also measured."""
     named = {(row.model, row.img_size, row.settings): row for row in rows if row.run is None}
     trained: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

@@ -26,8 +26,8 @@ __all__ = ["check_results", "refusals"]
 
 _REQUIRED = ("img_size", "top1", "top1_err", "param_count", "images", "classes", "top1_low", "top1_high")
 _ROUNDING = 1.01e-4  # percentages have four places
-_NEAR_TIMM = 0.5  # points; the same function on other versions of libraries, decoders and hardware
-_CHANCE = 3.29  # standard deviations: one right row in a thousand is refused
+_NEAR_TIMM = 0.5  # percentage points; tolerance for other versions of libraries, decoders and hardware
+_CHANCE = 3.29  # standard deviations; rejects one correct row in a thousand
 
 
 def check_results(
@@ -41,15 +41,15 @@ def check_results(
 
     Args:
         path: Results file of `ubn-zoo validate`.
-        reproduce: Images on which every model that passes is evaluated again; None for no evaluation.
+        reproduce: Number of images to re-evaluate every accepted model on; None for no evaluation.
         data_dir: Folder of the test set, with `reproduce`.
         workers: Loader processes.
 
     Returns:
-        How many rows are accepted, and a reason for each that is not: ``row 3 (NAME): REASON``.
+        Number of accepted rows, and the reasons for each rejected row: ``row 3 (NAME): REASON``.
 
     Raises:
-        EvaluationError: It is not a results file; the message names the row and the column.
+        EvaluationError: The file is not a results file; the message names the row and the column.
         InvalidArgumentError: `reproduce` is not positive, or `data_dir` is missing.
     """
     if reproduce is not None and (reproduce < 1 or data_dir is None):
@@ -74,7 +74,7 @@ def _plain(text: str) -> str:
 
 
 def refusals(row: ResultRow) -> Iterator[str]:
-    """Reasons not to believe a row, without evaluating anything.
+    """Find reasons to reject a row, without evaluating the model.
 
     Args:
         row: The row.
@@ -164,7 +164,7 @@ def _wrong_weights(row: ResultRow) -> Iterator[str]:
 
 
 def _parameters(model: str) -> int | None:
-    """Parameters of a named model, None for one that is not the zoo's; an error if there is no such model."""
+    """Number of parameters of a named model; None if it is not in the zoo. Raises an error if it does not exist."""
     architecture = model.partition(".")[0]
     if architecture.endswith(SUFFIX) or not timm.is_model(architecture):
         return catalog.describe(model).params

@@ -1,4 +1,4 @@
-"""Figures that converted weights inherit from timm's published tables, and the cost of every twin.
+"""Figures for converted weights from timm's published tables, and the cost of every twin.
 
 Converted weights compute the function of their BatchNorm sibling, so timm's accuracies are theirs too.
 ``python -m ubn_zoo.evaluation.leaderboard.figures FOLDER YYYY-MM`` rewrites ``figures.json`` from the folder
@@ -35,9 +35,9 @@ class TestSet:
     """A test set of timm's tables.
 
     Attributes:
-        name: Its name in results files.
-        title: Its name for people.
-        images: Images that count.
+        name: Name in results files.
+        title: Display name.
+        images: Number of labeled images.
         table: timm's table.
     """
 
@@ -77,10 +77,10 @@ def load_figures() -> dict[str, Any]:
     """Read ``figures.json``.
 
     Returns:
-        ``source``, ``date`` (year and month) and ``tables`` (SHA-256 by name) of timm's tables; ``speed``, what each of
-        the benchmarks ran on; ``columns`` and ``rows``, one for each set of weights and image size; ``cost``, by twin
-        and image size: GMACs, millions of activations, and timm's inference images/s of the BatchNorm sibling for each
-        of ``speed``.
+        ``source``, ``date`` (year and month) and ``tables`` (SHA-256 by name) of timm's tables; ``speed``, the setup of
+        each benchmark; ``columns`` and ``rows``, one row for each set of weights and image size; ``cost``, by twin and
+        image size: GMACs, millions of activations, and timm's inference images/s of the BatchNorm sibling for each of
+        ``speed``.
     """
     return dict(json.loads(FIGURES.read_text(encoding="utf-8")))
 
@@ -112,10 +112,10 @@ class _Counter(TorchDispatchMode):
 
 
 def count_operations(architecture: str, img_size: int, num_classes: int | None = None) -> tuple[float, float]:
-    """Count the operations of one image in inference, on a model without memory.
+    """Count the operations of inference on one image, with a model on the meta device.
 
-    As in timm's tables, convolutions and matrix products count, and elementwise operations do not. The depthwise
-    convolutions of UBN layers count.
+    As in timm's tables, convolutions and matrix products are counted, and elementwise operations are not. The depthwise
+    convolutions of UBN layers are included.
 
     Args:
         architecture: Name of a model.
@@ -123,7 +123,7 @@ def count_operations(architecture: str, img_size: int, num_classes: int | None =
         num_classes: Outputs of the classifier; None for the model's own number.
 
     Returns:
-        Billions of multiply-adds, and millions of elements of their outputs.
+        Billions of multiply-adds, and millions of output elements.
     """
     arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The leaderboard as CSV, Markdown, `model-index` entries and one web page without outside parts."""
+"""Render the leaderboard as CSV, Markdown, `model-index` entries and a self-contained web page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 TABLES = "<!-- Written by `ubn-zoo leaderboard build --markdown`; see docs/leaderboard.md. -->"
 _PAGE = Path(__file__).with_name("page")
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-# What differs between the rows of one model, and where a row's figures come from; the page keeps the rest once.
+# Columns that differ between rows of one model, and the origin of their figures; the page stores the rest once.
 _RESULT = ("top1", "top5", "top1_low", "top1_high", "images", "rank", "sibling", "top1_diff", "top1_std")
 _SOURCE = ("measured", "table", "date", "command", "seeds")
 _SHOWN = 15
@@ -51,7 +51,7 @@ that of the BatchNorm sibling trained in the same way.
 
 
 def board_files(board: Board) -> dict[str, str]:
-    """The leaderboard's files: content by name.
+    """Render the leaderboard's files; returns content by name.
 
     ``index.html``, a CSV file for each test set, ``README.md`` (of a static Space on the Hub, which shows the page),
     and ``model-index.json``.
@@ -69,7 +69,7 @@ def board_files(board: Board) -> dict[str, str]:
 
 
 def write_board(board: Board, folder: Path) -> list[Path]:
-    """Write `board_files` into a folder, which is made if it does not exist.
+    """Write `board_files` into a folder, which is created if it does not exist.
 
     Args:
         board: The leaderboard.
@@ -106,7 +106,7 @@ def board_csv(rows: Iterable[Row]) -> str:
 
 
 def visible_text(text: str) -> str:
-    """Text whose control characters, such as those that turn the direction of writing, are written as escapes."""
+    """Escape control characters, such as those that change the text direction."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
@@ -115,12 +115,12 @@ def _shown(value: Any) -> Any:
 
 
 def board_markdown(board: Board, *, links: bool = False, shown: int = _SHOWN) -> str:
-    """Tables for the docs and the Hub: of every test set the best rows, and all rows that were not inherited.
+    """Render tables for the docs and the Hub: the best rows of every test set, and all rows that are not inherited.
 
     Args:
         board: The leaderboard.
-        links: Whether to link to the CSV files, which are in the same folder then.
-        shown: How many of the best.
+        links: Whether to link to the CSV files, which must be in the same folder.
+        shown: Number of best rows.
     """
     rows = [row for table in board.tables.values() for row in table]
     text = _INTRODUCTION.format(
@@ -166,7 +166,7 @@ def _line(row: Row) -> str:
 
 
 def board_model_index(board: Board) -> str:
-    """The Hub's `model-index` of every named model, as JSON: the value for the metadata of its model card."""
+    """Render the `model-index` metadata for the model card of every named model, as JSON."""
     found: dict[str, list[EvalResult]] = {}
     for name, rows in board.tables.items():
         for row in rows:
@@ -196,7 +196,7 @@ def _eval_result(board: Board, name: str, row: Row, metric: str, title: str, val
 
 
 def board_html(board: Board) -> str:
-    """The web page: one file that loads nothing and works from a disk."""
+    """Render the web page: one file that loads no other files and works offline."""
     scripts = {
         "d3": _asset("vendor/d3.min.js"),
         "plot": _asset("vendor/plot.umd.min.js"),
