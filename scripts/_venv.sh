@@ -6,13 +6,15 @@
 #
 #   UBN_VENV  folder of the environment (default: .venv)
 #   PYTHON    interpreter that creates it (default: python3)
+#   UBN_WITH  further requirements for pip, such as "torch==2.11.*"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 UBN_VENV=${UBN_VENV:-$PWD/.venv}
 export UBN_VENV
 
 use_venv() {
-    local python=${PYTHON:-python3} extra=$1 mark state
+    local python=${PYTHON:-python3} extra=$1 with mark state
+    read -ra with <<<"${UBN_WITH:-}"
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
         echo "Python 3.10 or newer is required, found: $("$python" --version 2>&1); set PYTHON to a newer one" >&2
         return 1
@@ -22,11 +24,11 @@ use_venv() {
         "$python" -m venv "$UBN_VENV"
     fi
     mark=$UBN_VENV/.installed-$extra
-    state=$(pwd && cat setup.cfg pyproject.toml | cksum)
+    state=$(pwd && echo "${UBN_WITH:-}" && cat setup.cfg pyproject.toml | cksum)
     if [ ! -f "$mark" ] || [ "$(cat "$mark")" != "$state" ]; then
         echo "installing ubn-zoo[$extra]; the first time takes minutes and, with torch's CUDA packages, several GB"
         # Install in one call, so that pip chooses compatible versions of torch and torchvision.
-        "$UBN_VENV/bin/python" -m pip install --disable-pip-version-check --editable ".[$extra]"
+        "$UBN_VENV/bin/python" -m pip install --disable-pip-version-check --editable ".[$extra]" ${with[@]+"${with[@]}"}
         printf '%s\n' "$state" >"$mark"
     fi
 }

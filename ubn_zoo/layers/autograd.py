@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import functional as reference
+from . import internals
 from .parameters import Parameters, State
 
 __all__ = [
@@ -347,7 +348,7 @@ class _CalibratedAffine(torch.autograd.Function):
         parameters = (weight, bias, center_weight, scale_weight, scale_bias)
         given = gate if isinstance(gate, Tensor) else None
         ctx.save_for_backward(input, *parameters, instance_mean, mean, var, given, *scales)
-        return _affine(input, weight, bias, scales)
+        return internals.unaliased(_affine(input, weight, bias, scales))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
     "autocast_enabled",
@@ -19,6 +19,7 @@ __all__ = [
     "is_transformed",
     "leaf_call",
     "sequence_number",
+    "unaliased",
     "without_modes",
 ]
 
@@ -96,6 +97,16 @@ def backward_node() -> tuple[str, int] | None:
     """Name and sequence number of the autograd node whose backward is running, if any."""
     node: Any = torch._C._current_autograd_node()
     return None if node is None else (node.name(), node._sequence_nr())
+
+
+# Dynamo of torch 2.11 returns an autograd function's intermediate results beside its output. One that aliases the
+# output, as the operand of an in-place operation does, receives the output's gradient, and backward receives zeros.
+_ALIASES_TAKE_GRADIENTS = torch.__version__ < "2.12"
+
+
+def unaliased(output: Tensor) -> Tensor:
+    """Makes the result of in-place operations fit to be an autograd function's output under ``torch.compile``."""
+    return output.clone() if _ALIASES_TAKE_GRADIENTS and torch.compiler.is_compiling() else output
 
 
 def without_modes() -> Any:
