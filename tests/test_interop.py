@@ -350,7 +350,7 @@ def test_frozen_parameters_with_moving_statistics_are_reported(
     model.eval()(x)
     interop.update_statistics([x], model)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="running statistics and gate still move"):
+    with pytest.warns(UserWarning, match="running statistics and gate still change"):
         model.train()(x)
     model(x)
     assert not recwarn.list

@@ -117,7 +117,7 @@ def test_frozen_parameters_are_reported(tmp_path: Path) -> None:
     from ubn_zoo.layers import overlooked
 
     overlooked._warned.clear()
-    with pytest.warns(UserWarning, match="running statistics and gate still move"):
+    with pytest.warns(UserWarning, match="running statistics and gate still change"):
         fit(tmp_path, Classifier(), FrozenAtFirst(train_bn=False), epochs=1)
 
 

@@ -1,4 +1,4 @@
-"""Helpers of the layer's tests: layers with random parameters and statistics, and comparisons with the reference."""
+"""Helpers for the layer's tests: layers with random parameters and statistics, and comparisons with the reference."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .tolerances import OUTPUT, SIMILARITY, STATISTICS, assert_gradient
 PARAMETERS = ("weight", "bias", "center_weight", "scale_weight", "scale_bias")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "feature_similarity")
 
-# Values of `feature_similarity` from which no single batch can cross the threshold of 0.15.
+# Values of `feature_similarity` so far from the threshold of 0.15 that no single batch can cross it.
 OPEN = 1.0  # batch statistics are used
 SHUT = -1.0  # running statistics are used
 
 
 class ThroughFunctional(ubn_zoo.UnifiedBatchNorm2d):
-    """The layer computed by the plain-torch equations, which compiled, scripted and exported graphs are made of."""
+    """The layer computed by the plain-torch equations, which compiled, scripted and exported graphs contain."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.unified_batch_norm(
@@ -95,7 +95,7 @@ def ubn_layers(model: nn.Module) -> list[nn.Module]:
 def random_input(
     shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64, shared: float = 0.7
 ) -> tuple[Tensor, Tensor]:
-    """An input whose samples resemble each other as much as `shared` says, and a gradient of the output."""
+    """An input whose samples are as similar as `shared` specifies, and a gradient of the output."""
     generator = torch.Generator().manual_seed(1000 + seed)
     own = torch.randn(shape, generator=generator, dtype=torch.float64)
     common = torch.randn(shape[1:], generator=generator, dtype=torch.float64)
@@ -104,7 +104,7 @@ def random_input(
 
 
 def step(layer: nn.Module, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and backward; returns the output and the input's gradient, fresh parameter gradients in the layer."""
+    """Runs forward and backward; returns the output and the input's gradient, and renews parameter gradients."""
     layer.zero_grad()
     x = x.detach().requires_grad_()
     y = layer(x)
@@ -134,7 +134,7 @@ def assert_state(layer: nn.Module, expected: reference.State, dtype: torch.dtype
         )
     assert int(layer.num_batches_tracked) == expected.num_batches_tracked
     if layer.threshold is None:
-        return  # the similarity decides nothing then, and the method does not say whether it is followed
+        return  # the similarity has no effect here, and the method does not specify whether it is tracked
     torch.testing.assert_close(
         layer.feature_similarity.double(),
         torch.tensor(expected.feature_similarity, dtype=torch.float64),

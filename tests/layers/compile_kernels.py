@@ -102,7 +102,7 @@ def launches_of(
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
-    """A launch compiled as Triton's own launcher would."""
+    """Compiles a launch as Triton's launcher would."""
     options = {name: arguments[name] for name in _OPTIONS if name in arguments}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):

@@ -1,4 +1,4 @@
-"""The equations of Unified Batch Normalization (arXiv 2311.15993), stated a second time for the tests.
+"""An independent implementation of the equations of Unified Batch Normalization (arXiv 2311.15993), for the tests.
 
 Everything is float64 and written out: cosines pair by pair, centered variances, the calibrated features in full, the
 depthwise convolution as a padded sum over its taps. It shares no code with `ubn_zoo`, so the two agree only if both are
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Settings:
-    """What stays fixed: the constants of the layer."""
+    """The constants of the layer."""
 
     eps: float = 1e-5
     momentum: float | None = 0.1
@@ -151,7 +151,7 @@ def run(
     settings: Settings | None = None,
     training: bool = True,
 ) -> Result:
-    """Forward and backward of the layer on float64 copies of what is given.
+    """Forward and backward of the layer on float64 copies of the arguments.
 
     Args:
         x: Input (N, C, H, W) of any dtype; its values are used as they are.
@@ -183,7 +183,7 @@ def parameters_of(layer: torch.nn.Module) -> Parameters:
 
 
 def state_of(layer: torch.nn.Module) -> State:
-    """The state that a UBN layer holds now."""
+    """The current state of a UBN layer."""
     if layer.running_mean is None:
         return State(None, None)
     return State(
@@ -195,7 +195,7 @@ def state_of(layer: torch.nn.Module) -> State:
 
 
 def settings_of(layer: torch.nn.Module) -> Settings:
-    """The constants that a UBN layer was made with."""
+    """The constants of a UBN layer."""
     return Settings(
         eps=layer.eps,
         momentum=layer.momentum,
@@ -206,5 +206,5 @@ def settings_of(layer: torch.nn.Module) -> Settings:
 
 
 def run_like(layer: torch.nn.Module, x: Tensor, grad_y: Tensor) -> Result:
-    """The expected results of `layer` on `x` in its present mode; its state does not move."""
+    """The expected results of `layer` on `x` in its current mode; its state stays unchanged."""
     return run(x, grad_y, parameters_of(layer), state_of(layer), settings_of(layer), layer.training)

@@ -1,7 +1,7 @@
-"""Batches that overflowed: a training step whose statistics are not finite changes no state, on every path.
+"""Batches that overflow: a training step with non-finite statistics changes no state, in every implementation.
 
-Such a step is what float16 training with loss scaling skips. Its output may hold anything; the layer has to be the same
-afterwards as if the step had not been.
+Float16 training with loss scaling skips such a step. Its output may be anything, but the layer's state must be the same
+as without the step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def assert_unmoved(layer: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def assert_same_steps(layer: nn.Module, twin: nn.Module, dtype: torch.dtype) -> None:
-    """Finite steps of two layers, bit by bit."""
+    """Compares finite steps of two layers bitwise."""
     for seed in range(2):
         x, grad_y = random_input((4, 3, 5, 4), 10 + seed, dtype)
         for found, expected in zip(step(layer, x, grad_y), step(twin, x, grad_y), strict=True):
@@ -79,7 +79,7 @@ def test_the_first_step_of_a_cumulative_average(cls: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("cls", PATHS)
 def test_a_sample_beyond_those_compared(cls: type[nn.Module]) -> None:
-    """The similarity is finite then, and still does not move: the step is skipped as a whole."""
+    """The similarity is finite here but stays unchanged too: the whole step is skipped."""
     layer = make_layer(3, gate=0.5, cls=cls, similarity_samples=2)
     before = snapshot(layer)
     x, grad_y = random_input((4, 3, 5, 4), dtype=F32)
@@ -89,7 +89,7 @@ def test_a_sample_beyond_those_compared(cls: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("cls", PATHS)
 def test_variances_that_overflow(cls: type[nn.Module]) -> None:
-    """Finite inputs whose variance is not."""
+    """Finite inputs with a non-finite variance."""
     layer = make_layer(3, cls=cls)
     before = snapshot(layer)
     x, grad_y = random_input((4, 3, 5, 4), dtype=F32)
@@ -132,7 +132,7 @@ def test_compiled(gate: float) -> None:
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @both_gates
 def test_checkpointed(gate: float, reentrant: bool) -> None:
-    """A bad forward and a good one await their recomputation at the same time, in either order."""
+    """A bad and a good forward are pending recomputation at the same time, in either order."""
     layer = make_layer(3, gate=gate)
     twin = copy.deepcopy(layer)
     before = snapshot(layer)
@@ -193,7 +193,7 @@ def train(model: nn.Module, bad: set[int], steps: int = 5) -> tuple[list[float],
 
 
 def test_training_recovers_at_the_next_step() -> None:
-    """BatchNorm's sibling trains on with running statistics of NaN; here nothing is lost."""
+    """A BatchNorm sibling continues with NaN running statistics; UBN recovers."""
     model = timm.create_model("resnet10t_ubn", num_classes=10).train()
     losses, state = train(model, {1, 3})
     finite = [bool(torch.isfinite(torch.tensor(loss))) for loss in losses]

@@ -1,8 +1,8 @@
 """Activation checkpointing runs a layer's forward a second time during backward.
 
-The state must move once, and the second run must normalize as the first did: on the same side of the gate, with the
-same running statistics. BatchNorm would hide both errors, because its gradients do not depend on its state. So every
-test here sets the gate such that moving the state twice would flip it.
+The state must be updated once, and the second run must normalize as the first did: with the same gate and the same
+running statistics. BatchNorm would hide both errors, because its gradients do not depend on its state. So every test
+here sets the gate such that a second update would flip it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .tolerances import OUTPUT
 
 F32, F64 = torch.float32, torch.float64
 
-# With the threshold far above the similarity of the inputs here the gate is poised to shut, far below it, to open.
+# With the threshold far above the similarity of the inputs here, the gate is about to close; far below it, to open.
 FALLING, RISING = 0.9, -0.9
 poised = pytest.mark.parametrize("threshold", [FALLING, RISING], ids=["falling", "rising"])
 both_kinds = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 
 
 def poise(layer: nn.Module, x: Tensor) -> None:
-    """Sets a layer's r such that one move towards the similarity of `x` stays on this side of the gate, two do not."""
+    """Sets a layer's r such that one update toward the similarity of `x` keeps the gate, and two flip it."""
     s = reference.similarity(x, layer.similarity_samples)
     step_size = layer.similarity_momentum
     after_one_move = layer.threshold + 0.5 * step_size * (layer.threshold - s)
@@ -39,7 +39,7 @@ def poise(layer: nn.Module, x: Tensor) -> None:
 
 
 def poise_model(model: nn.Module, x: Tensor) -> nn.Module:
-    """Poises every layer of a model for the input that reaches it when `x` is given, first layers first."""
+    """Prepares every layer of a model for the input that it receives for `x`, in order of the layers."""
     layers = ubn_layers(model)
     for i, layer in enumerate(layers):
         twin = copy.deepcopy(model)
@@ -96,7 +96,7 @@ def checkpointed(reentrant: bool) -> Runner:
 
 
 def compare(model: nn.Module, reentrant: bool, train: Callable[[nn.Module, Runner], list[Tensor]]) -> None:
-    """Trains two copies of a model, one of them with checkpoints, and compares what comes out."""
+    """Trains two copies of a model, one with checkpointing, and compares the results."""
     twin = copy.deepcopy(model)
     expected = train(twin, plain)
     found = train(model, checkpointed(reentrant))
@@ -192,7 +192,7 @@ class TestSeveralForwards:
     @pytest.mark.parametrize("order", ["first in first out", "last in first out", "together"])
     @pytest.mark.parametrize("same_input", [True, False])
     def test_gradient_accumulation(self, same_input: bool, order: str, threshold: float, reentrant: bool) -> None:
-        """Two forwards, then their backwards: the gate flips between the two, and the running statistics move."""
+        """Two forwards, then their backwards: the gate flips between the two, and the running statistics change."""
         first = random_input((4, 3, 6, 5))[0]
         second = first if same_input else random_input((4, 3, 6, 5), seed=1)[0]
         layer = make_poised_layer(threshold, first)
@@ -284,7 +284,7 @@ class TestSeveralForwards:
 
     @pytest.mark.parametrize("late", [0, 1])
     def test_pipelined_forwards_and_backwards(self, late: int, threshold: float, reentrant: bool) -> None:
-        """Batches in flight while the next come: a backward is followed by a forward, then by older backwards."""
+        """Pipelined batches: a forward runs between a backward and older backwards."""
         xs = [random_input((4, 3, 6, 5), seed)[0] for seed in range(6)]
         layer = make_poised_layer(threshold, xs[0])
 
@@ -314,7 +314,7 @@ class TestSeveralForwards:
         compare(layer, reentrant, train)
 
     def test_forwards_that_no_backward_follows(self, threshold: float, reentrant: bool) -> None:
-        """Evaluation, statistics gathered without gradients, and a loss thrown away, between forward and backward."""
+        """Evaluation, statistics computed without gradients, and a discarded loss, between forward and backward."""
         x, other = random_input((4, 3, 6, 5))[0], random_input((4, 3, 6, 5), seed=1)[0]
         layer = make_poised_layer(threshold, x)
 
@@ -391,7 +391,7 @@ class TestOnlyNonReentrant:
 
     @pytest.mark.parametrize("early", [True, False])
     def test_early_stop(self, early: bool, threshold: float) -> None:
-        """By default the second run stops as soon as everything is there; a layer may then not run again at all."""
+        """By default the second run stops once it has all saved tensors, so a layer may not run again at all."""
         xs = [random_input((4, 3, 6, 5), seed)[0] for seed in range(3)]
         model = poise_model(make_model(threshold), xs[0])
 
@@ -471,7 +471,7 @@ def test_other_settings(settings: dict, reentrant: bool) -> None:
     compare(layer, reentrant, train)
 
 
-def test_timms_own_checkpointing() -> None:
+def test_timms_checkpointing() -> None:
     torch.manual_seed(0)
     model = ubn_zoo.convert_batchnorm(timm.create_model("resnet10t", num_classes=5), threshold=0.9).double()
     x = torch.randn(3, 3, 32, 32, dtype=F64)
@@ -488,8 +488,8 @@ def test_timms_own_checkpointing() -> None:
         torch.testing.assert_close(found[name] / scale, value / scale, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_nothing_is_kept_for_ever() -> None:
-    """Forwards whose backward never comes must not pile up in the layer."""
+def test_records_are_bounded() -> None:
+    """Forwards without a backward must not accumulate in the layer."""
     layer = make_layer(3, dtype=F64)
     x = random_input((4, 3, 6, 5))[0].requires_grad_()
 

@@ -1,4 +1,4 @@
-"""On a CPU the layer works on a batch in chunks of samples: whatever their size, the result is that of the batch."""
+"""On a CPU the layer processes a batch in chunks of samples; the result must not depend on their size."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_precisions(layout, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_similarity_is_of_the_first_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 3 do not end where the 16 samples do that are compared."""
+    """Chunks of 3 do not divide the 16 compared samples."""
     layer = make_layer(2, dtype=torch.float64)
     x, grad_y = random_input((20, 2, 3, 3))
     x[4] = 0  # no direction
@@ -85,7 +85,7 @@ def test_the_similarity_is_of_the_first_samples(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_nothing_given_is_overwritten(samples: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_are_not_overwritten(samples: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for settings in SETTINGS:
         layer = make_layer(3, **settings).train(training)
         x, grad_y = random_input((3, 3, 5, 4), dtype=F32)

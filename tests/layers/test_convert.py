@@ -1,4 +1,4 @@
-"""From BatchNorm to UBN: models, state dicts, and what other libraries' converters do to a UBN model."""
+"""Conversion from BatchNorm to UBN: models, state dicts, and other libraries' converters on UBN models."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class TestModels:
         torch.testing.assert_close(model.train()(x), original.train()(x), **OUTPUT[F64].kwargs())
 
     def test_first_training_step_equals_batchnorms(self) -> None:
-        """The gate starts open, so before any update the converted model normalizes with the batch as well."""
+        """The gate starts open, so the first step of the converted model uses batch statistics too."""
         original = small_model().double()
         model = ubn_zoo.convert_batchnorm(copy.deepcopy(original))
         x = random_input((4, 3, 9, 9))[0]
@@ -212,8 +212,8 @@ class TestModels:
         assert [type(layer) for layer in ubn_layers(model)] == CLASSES
         assert_same_function(model, original, torch.randn(2, 3, 9, 9), 1e-5)
 
-    def test_batchnorm_with_a_forward_of_its_own_is_refused(self) -> None:
-        """What it computes is unknown, so nothing can be promised; the model stays as it was."""
+    def test_batchnorm_with_its_own_forward_is_refused(self) -> None:
+        """Its function is unknown, so it cannot be converted; the model stays unchanged."""
 
         class Doubled(nn.BatchNorm2d):
             def forward(self, x: Tensor) -> Tensor:
@@ -394,7 +394,7 @@ class TestWhatSurvives:
 
 
 def authors_format(state: dict[str, Tensor], prefixes: list[str]) -> dict[str, Tensor]:
-    """A UBN state dict as the paper's authors would have written it."""
+    """A UBN state dict in the format of the paper's authors."""
     out = {}
     for key, value in state.items():
         prefix, _, name = key.rpartition(".")
@@ -440,7 +440,7 @@ class TestStateDicts:
         x = torch.randn(2, 3, 9, 9)
         assert torch.equal(model.eval()(x), source.eval()(x))
 
-    def test_own_format_is_left_as_it_is(self) -> None:
+    def test_ubn_format_stays_unchanged(self) -> None:
         _, model = self.pair()
         source = randomize(copy.deepcopy(model), seed=4, gate=0.25)
         converted = convert.convert_state_dict(source.state_dict(), model)
@@ -527,7 +527,7 @@ class TestStateDicts:
 
 
 class TestOtherConverters:
-    """They must leave a UBN model as it is: same modules, same function, same state."""
+    """They must leave a UBN model unchanged: same modules, same function, same state."""
 
     @staticmethod
     def check(convert_other) -> None:

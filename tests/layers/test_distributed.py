@@ -1,7 +1,7 @@
-"""Two processes against one: synchronized layers, and plain DistributedDataParallel.
+"""Two processes compared with one: synchronized layers, and plain DistributedDataParallel.
 
-The processes are started once per group of cases; every case leaves its results in a file, which the tests then compare
-with one process on the joined batch, by the layer itself and by the independent reference.
+The processes are started once per group of cases; every case writes its results to a file, and the tests compare them
+with those of the layer and of the reference for the joined batch in one process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ pytestmark = [
 
 F32, F64 = torch.float32, torch.float64
 WORLD = 2
-TIMEOUT = 120.0  # seconds until processes that wait for each other are given up
+TIMEOUT = 120.0  # seconds until deadlocked processes are stopped
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def run_ddp_case(name: str, rank: int) -> dict[str, Any]:
         if step == 1:
             ddp.eval()
             with torch.no_grad():
-                # One rank alone: evaluation of the bare model is nobody else's business.
+                # One rank alone: evaluation of the bare model needs no other rank.
                 if rank == 0:
                     model(batch)
             ddp.train()
@@ -196,7 +196,7 @@ def run_copied(rank: int) -> dict[str, Any]:
 
 
 def run_subgroups(rank: int) -> dict[str, Any]:
-    """Every rank its own group: converted, and yet as if it were not."""
+    """One group per rank: converted layers behave like plain ones."""
     groups = [dist.new_group([0]), dist.new_group([1])]
     layer = ubn_zoo.convert_sync_ubn(make_layer(3, dtype=F64), groups[rank])
     x, grad_y = random_input((4, 3, 5, 5), rank)
@@ -233,7 +233,7 @@ GROUPS: dict[str, dict[str, Callable[[int], dict[str, Any]]]] = {
 
 
 def run_cases(group: str, rank: int) -> dict[str, Any]:
-    """All cases of a group. One that fails, which it does on all ranks alike, leaves its traceback as its result."""
+    """Runs all cases of a group. The result of a case that fails, which it does on all ranks, is its traceback."""
     results: dict[str, Any] = {}
     for name, run in GROUPS[group].items():
         try:
@@ -244,7 +244,7 @@ def run_cases(group: str, rank: int) -> dict[str, Any]:
 
 
 def work(rank: int, group: str, folder: str) -> None:
-    """What each process does: joins the others, runs the cases, leaves the results."""
+    """Runs in each process: joins the group, runs the cases, saves the results."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -281,7 +281,7 @@ Results = Callable[[str, str], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What a case of a group left, one entry per rank; the processes of a group run when it is first asked for."""
+    """Results of a case, one entry per rank; the processes of its group run on first use."""
     finished: dict[str, Any] = {}
 
     def get(group: str, case: str) -> list[dict[str, Any]]:
@@ -302,7 +302,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.mark.parametrize("gate", ["open", "shut"])
-def test_bad_batch_of_one_rank_moves_no_state(gate: str, results: Results) -> None:
+def test_bad_batch_of_one_rank_changes_no_state(gate: str, results: Results) -> None:
     ours, theirs = (rank[gate] for rank in results("sync", "bad batch"))
     start, after_bad, after_good = ours
     for name, value in start.items():
@@ -362,7 +362,7 @@ def test_synchronized_equals_one_process(name: str, results: Results) -> None:
     torch.testing.assert_close(ranks[0]["eval"].double(), evaluated, **tolerance)
 
 
-def test_ranks_in_groups_of_their_own_share_nothing(results: Results) -> None:
+def test_ranks_in_separate_groups_share_nothing(results: Results) -> None:
     for rank, result in enumerate(results("sync", "subgroups")):
         layer = make_layer(3, dtype=F64)
         x, grad_y = random_input((4, 3, 5, 5), rank)
@@ -383,7 +383,7 @@ def test_a_copy_is_synchronized_too(results: Results) -> None:
 
 @pytest.mark.parametrize("name", DDP_CASES)
 def test_ddp_ends_with_equal_parameters_and_buffers(name: str, results: Results) -> None:
-    """Ranks gate by their own data, and still every step leaves one model, not two."""
+    """Each rank gates on its own data, but after every step all ranks have the same model."""
     first, second = results("ddp", name)
     for key, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][key]), key
@@ -400,7 +400,7 @@ def test_ddp_ends_with_equal_parameters_and_buffers(name: str, results: Results)
 
 
 def test_synchronized_ddp_has_the_gradients_of_one_process(results: Results) -> None:
-    """DDP averages over ranks what the joined batch sums up."""
+    """DDP averages over ranks the gradients that the joined batch sums."""
     ranks = results("ddp", "synchronized")
     model = toy_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)

@@ -49,7 +49,7 @@ def small_model(gate: float = OPEN, **settings: object) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def zoo_model() -> nn.Module:
-    """The smallest of timm's ResNets with UBN in every place of a BatchNorm, its calibrations switched on."""
+    """timm's smallest ResNet with UBN instead of BatchNorm and with calibrations that have an effect."""
     torch.manual_seed(0)
     model = ubn_zoo.convert_batchnorm(timm.create_model("test_resnet", num_classes=7))
     generator = torch.Generator().manual_seed(0)
@@ -116,8 +116,8 @@ class TestCompile:
             x, grad_y = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad_y))
         assert_step(layer, x, grad_y)
 
-    def test_what_is_kept_for_backward(self) -> None:
-        """Of the input's size nothing but the input, as in eager mode."""
+    def test_saved_for_backward(self) -> None:
+        """The input is the only saved tensor of its size, as in eager mode."""
         layer = torch.compile(make_layer(3), fullgraph=True, backend="aot_eager")
         x = random_input((4, 3, 16, 16), dtype=F32)[0].requires_grad_()
         kept: list[Tensor] = []
@@ -178,7 +178,7 @@ class TestCompile:
     @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
     def test_inductor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Over a flip of the gate; generated code stays out of the user's cache."""
+        """The gate flips during the test; generated code stays out of the user's cache."""
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         self.compare(nn.Sequential(make_layer(3, gate=0.5, similarity_momentum=0.6)), "inductor")
 
@@ -209,7 +209,7 @@ class TestTorchExport:
 
     @pytest.mark.parametrize("momentum", [0.1, None])
     def test_training_step(self, momentum: float | None) -> None:
-        """A training graph carries its state along."""
+        """A training graph contains the state."""
         layer = make_layer(3, momentum=momentum)
         twin = copy.deepcopy(layer)
         program = torch.export.export(layer, (torch.randn(4, 3, 8, 6),)).module()
@@ -220,7 +220,7 @@ class TestTorchExport:
         for name, value in snapshot(twin).items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
-    def test_exporting_moves_no_state(self) -> None:
+    def test_exporting_changes_no_state(self) -> None:
         layer = make_layer(3)
         before = snapshot(layer)
         torch.export.export(layer, (torch.randn(4, 3, 8, 6),))

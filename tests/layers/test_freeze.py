@@ -1,4 +1,4 @@
-"""Freezing: running statistics in training too, state and parameters at rest, and back again."""
+"""Freezing: running statistics in training too, fixed state and parameters, and unfreezing."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_frozen_parameters_take_no_gradient_and_others_do() -> None:
     assert model[0].weight.grad is not None
 
 
-def test_train_does_not_thaw() -> None:
+def test_train_does_not_unfreeze() -> None:
     model = ubn_zoo.freeze_ubn(small_model())
     before = snapshot(model)
     for mode in (False, True):
@@ -101,20 +101,20 @@ def test_unfrozen_layer_matches_the_reference() -> None:
     assert_step(ubn_zoo.unfreeze_ubn(ubn_zoo.freeze_ubn(make_layer(3, dtype=F64))), *random_input((4, 3, 5, 5)))
 
 
-def test_requires_grad_returns_as_it_was() -> None:
+def test_requires_grad_is_restored() -> None:
     model = small_model()
     model[1].weight.requires_grad_(False)
     model[4].scale_bias.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     for _ in range(2):
-        # Freezing twice must not forget what was trainable at first.
+        # Freezing twice must not overwrite the record of trainable parameters.
         ubn_zoo.freeze_ubn(model)
     assert not any(p.requires_grad for layer in ubn_layers(model) for p in layer.parameters())
     ubn_zoo.unfreeze_ubn(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
-def test_unfreezing_what_is_not_frozen_changes_nothing() -> None:
+def test_unfreezing_an_unfrozen_layer_changes_nothing() -> None:
     model = small_model()
     model[1].weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -172,6 +172,6 @@ def test_nothing_to_freeze_raises(function) -> None:
         function(nn.Sequential(nn.BatchNorm2d(3)))
 
 
-def test_without_running_statistics_there_is_nothing_to_freeze_to() -> None:
+def test_layer_without_running_statistics_cannot_be_frozen() -> None:
     with pytest.raises(ValueError, match="running"):
         ubn_zoo.freeze_ubn(make_layer(3, track_running_stats=False))

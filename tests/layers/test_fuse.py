@@ -1,4 +1,4 @@
-"""Fusing for inference: the same function, what folds and what must not, and what the result can be used for."""
+"""Fusing for inference: the same function, what is folded and what must not be, and uses of the result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kinds(model: nn.Module) -> list[str]:
 
 
 def fused(model: nn.Module, example: object = None) -> nn.Module:
-    """What `fuse` makes of a model, after a look that the model is still what it was."""
+    """The fused model, after a check that the original is unchanged."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modules = list(model.modules())
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
@@ -73,7 +73,7 @@ def assert_same(model: nn.Module, result: nn.Module, x: Tensor, rtol: float = 1e
 
 
 def expected_by_equations(conv: nn.Conv2d, layer: nn.Module, x: Tensor) -> Tensor:
-    """The convolution in float64, then the tests' own statement of the layer."""
+    """The convolution in float64, then the reference layer."""
     convolved = copy.deepcopy(conv).double()(x.double())
     parameters = {name: value.detach().double() for name, value in layer.named_parameters(recurse=False)}
     state = reference.State(layer.running_mean.double(), layer.running_var.double())
@@ -114,7 +114,7 @@ def no_scaling(layer: nn.Module) -> None:
 def some_channels(layer: nn.Module) -> None:
     layer.center_weight[1:] = 0
     layer.scale_weight[:1] = 0
-    layer.center_weight[2] = -1  # takes the mean off altogether
+    layer.center_weight[2] = -1  # removes the mean completely
 
 
 def edge(layer: nn.Module) -> None:
@@ -124,7 +124,7 @@ def edge(layer: nn.Module) -> None:
     layer.weight[2, 0, 0, layer.weight.shape[-1] // 2] = 0.7
 
 
-# How a layer is changed after everything in it was made random, its settings, and what must be left of it.
+# Changes to a randomly initialized layer, its settings, and the modules that must remain.
 LAYERS = [
     (nothing, {}, ["Conv2d", "InferenceNorm2d"]),
     (nothing, {"kernel_size": 5}, ["Conv2d", "InferenceNorm2d"]),
@@ -165,7 +165,7 @@ class TestFunction:
     @pytest.mark.parametrize("size", [(5, 7), (1, 1), (2, 1)], ids=str)
     @pytest.mark.parametrize(("change", "settings", "left"), LAYERS, ids=IDS)
     def test_is_that_of_the_equations(self, change: Callable, settings: dict, left: list[str], size: tuple) -> None:
-        """To the last column, in maps that are all border too."""
+        """Including the last column, and maps that consist only of borders."""
         model = pair(change, **settings)
         result = fused(model)
         assert kinds(result) == left
@@ -195,7 +195,7 @@ class TestFunction:
 
     @pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
     def test_cast_after_fusing(self, dtype: torch.dtype) -> None:
-        """The vectors that meet statistics stay in float32 under bfloat16, as in the layer."""
+        """Vectors that are combined with statistics stay in float32 under bfloat16, as in the layer."""
         model = pair(dtype=F32)
         result = fused(model).to(dtype)
         x = images(2, 4, 6, 5, dtype=dtype)
@@ -251,7 +251,7 @@ class TestFunction:
         assert found.dtype == expected.dtype == torch.bfloat16
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 * float(expected.detach().abs().max()))
 
-    def test_autocast_leaves_float32_features_as_they_are(self) -> None:
+    def test_autocast_leaves_float32_features_unchanged(self) -> None:
         layer = make_layer(6).eval()
         x = images(2, 6, 4, 5, dtype=F32)
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
@@ -264,7 +264,7 @@ class TestFunction:
 
     @pytest.mark.parametrize("change", [nothing, no_centering, only_the_middle, constant])
     def test_gradient_of_the_input(self, change: Callable) -> None:
-        """For saliency maps; working in place must not spoil it."""
+        """As for saliency maps; in-place operations must not corrupt it."""
         model = pair(change)
         leaves = images(2, 4, 6, 5).requires_grad_(), images(2, 4, 6, 5).requires_grad_()
         for leaf, m in zip(leaves, (model, fused(model)), strict=True):
@@ -273,7 +273,7 @@ class TestFunction:
 
     @pytest.mark.parametrize(("change", "settings", "left"), LAYERS, ids=IDS)
     def test_norm_without_a_convolution(self, change: Callable, settings: dict, left: list[str]) -> None:
-        """Alone, and never overwriting what it is given."""
+        """The norm alone, which must not overwrite its input."""
         layer = pair(change, **settings)[1]
         result = fused(layer)
         assert isinstance(result, InferenceNorm2d)
@@ -390,7 +390,7 @@ class TestAct:
         torch.testing.assert_close(leaves[1].grad, leaves[0].grad, **OUTPUT[F64].kwargs())
 
     def test_relu_that_stays(self) -> None:
-        """Behind a drop, of another class, looked at by a hook, or where nothing is left of the norm."""
+        """After a drop layer, of another class, with a hook, or where the norm folds completely."""
         seen: list[Tensor] = []
         hooked = self.with_relu()
         hooked[1].act.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
@@ -430,7 +430,7 @@ class TestAct:
             torch.testing.assert_close(captured(x), expected, **OUTPUT[F32].kwargs())
         OnnxTests.run(result, tmp_path / "model.onnx", x, [x])
 
-    def test_an_input_that_is_not_ones_own_stays(self) -> None:
+    def test_a_shared_input_is_not_overwritten(self) -> None:
         x = images(2, 4, 6, 5)
         before = x.clone()
         norm = InferenceNorm2d(None, None, None, None, None, None, None, overwrite=False, activation="relu")
@@ -443,7 +443,7 @@ class TestAct:
 
 
 class Network(nn.Module):
-    """Two convolutions and two norms, for forwards that lead the first convolution's output elsewhere too."""
+    """Two convolutions and two norms, for forwards with another use of the first convolution's output."""
 
     def __init__(self, convolution: type[nn.Conv2d] = nn.Conv2d) -> None:
         super().__init__()
@@ -515,7 +515,7 @@ class BiasElsewhere(Network):
 
 
 class Reversed(Network):
-    """Defined in one order and run in the other, with norms and convolutions of the same widths."""
+    """Modules defined in one order and run in another, with norms and convolutions of the same width."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv2(self.norm2(self.conv(x))))
@@ -564,7 +564,7 @@ OTHER_USES = [
 class TestPairs:
     @staticmethod
     def check(model: nn.Module, kept: list[str], changed: list[str] = ()) -> nn.Module:
-        """The function is the same, and the named convolutions are as they were, or are not."""
+        """The function is the same, and the named convolutions are unchanged, or changed."""
         result = fused(model)
         x = images(2, 4, 6, 5)
         assert_same(model, result, x)
@@ -600,7 +600,7 @@ class TestPairs:
         assert torch.equal(result.conv.weight, model.conv.weight)
 
     def test_shared_weight(self) -> None:
-        """Two convolutions with one weight between them."""
+        """Two convolutions that share one weight."""
 
         class Shared(Network):
             def __init__(self) -> None:
@@ -648,7 +648,7 @@ class TestPairs:
     @pytest.mark.parametrize("where", ["conv", "norm", "inner"])
     @pytest.mark.parametrize("before", [True, False])
     def test_hooks(self, where: str, before: bool) -> None:
-        """A hook sees what it saw: it is kept, and what it looks at is not folded."""
+        """A hook observes the same values: it is kept, and its module is not folded."""
         model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1)), make_layer(6), nn.Conv2d(6, 6, 1))
         model = nn.Sequential(*model, make_layer(6, seed=1)).double().eval()
         seen: list[Tensor] = []
@@ -674,7 +674,7 @@ class TestPairs:
         self.check(model, ["conv"], ["conv2"])
 
     def test_example_inputs(self) -> None:
-        """For several arguments, and for what cannot run without values."""
+        """For several arguments, and for models that cannot run without values."""
 
         class Two(Network):
             def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -702,7 +702,7 @@ class TestPairs:
         x = images(2, 3, 4, 4)
         torch.testing.assert_close(result.spare(x), model.spare(x))
 
-    def test_runs_move_no_state(self) -> None:
+    def test_runs_change_no_state(self) -> None:
         model = Network()
         result = fused(model, images(2, 4, 6, 5))
         before = {name: value.clone() for name, value in result.state_dict().items()}
@@ -761,7 +761,7 @@ class TestRefusals:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """All three kinds of leftovers: instance-dependent, constant with a kernel, folded away."""
+    """All three kinds of remainders: instance-dependent, constant with a kernel, none."""
     model = ubn_zoo.convert_batchnorm(timm.create_model("test_resnet", num_classes=7).eval())
     layers = ubn_layers(model)
     generator = torch.Generator().manual_seed(0)
@@ -784,7 +784,7 @@ def result(model: nn.Module) -> nn.Module:
 
 
 class TestUse:
-    """What is left folds, stays and copies like any other model."""
+    """Fused models can be exported, compiled, scripted and copied like other models."""
 
     def test_class(self, model: nn.Module, result: nn.Module) -> None:
         assert isinstance(result, type(model))

@@ -1,7 +1,7 @@
-"""The layer and the tests' own statement of the equations, against numbers of the paper's authors' layer.
+"""The layer and the reference equations, compared with outputs of the paper authors' layer.
 
-The numbers lie beside a developer's checkout and are no part of the repository, so these tests are skipped elsewhere;
-every other test compares with `reference.py`, which is held to the same numbers here.
+The values are next to a developer's checkout, not in the repository, so these tests are skipped elsewhere. Other tests
+compare with `reference.py`, which is checked against the same values here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Models that start from scratch on hard data: channels that are constant over the batch, as of images' blank corners.
+"""Training from scratch on channels that are constant over the batch, as in blank corners of images.
 
-A residual branch starts at zero. Where the shortcut beside it is constant over the batch it normalizes to exactly 0,
-and a ReLU at exactly 0 passes no gradient: the whole model would be dead from its first step on.
+A residual branch starts at zero. If its shortcut is constant over the batch, it normalizes to exactly 0, and a ReLU at
+exactly 0 passes no gradient: the whole model could never learn.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def train(model: nn.Module, images: Tensor, steps: int, dtype: torch.dtype | Non
 
 
 @pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in MODELS), ("resnet18", 64), ("regnetx_002", 48)])
-def test_no_parameter_stays_asleep(name: str, size: int) -> None:
+def test_every_parameter_receives_a_gradient(name: str, size: int) -> None:
     torch.manual_seed(0)
     model = timm.create_model(f"{name}_ubn", num_classes=10).train()
     assert not train(model, blank_corners(size), 5)

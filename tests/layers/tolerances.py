@@ -1,4 +1,4 @@
-"""One table of tolerances per dtype, with the reason for each; the tests over the layer take theirs from here."""
+"""Tolerances of the layer's tests per dtype, with the reason for each."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ STATISTICS = {
 }
 SIMILARITY = Tolerance(0.0, 2e-6)
 
-# Against the golden values: the accuracy that the project promises.
+# For the golden values: the accuracy that the project guarantees.
 GOLDEN = Tolerance(1e-6, 1e-6)
 
-# Exported graphs and other runtimes in float32, logits of the order of 1: the project's promise.
+# Exported graphs and other runtimes in float32, logits of the order of 1: the accuracy that the project guarantees.
 EXPORTED = Tolerance(1e-4, 1e-4)
 
 
@@ -61,10 +61,10 @@ def assert_gradient(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.d
     """Compares a gradient with the float64 reference's, relative to its largest entry.
 
     Args:
-        actual: The gradient found.
+        actual: The computed gradient.
         expected: The reference's, in float64.
-        dtype: The dtype that the layer computed in, which decides the tolerance.
-        name: What it is the gradient of, for the message.
+        dtype: The dtype of the layer's computation, which selects the tolerance.
+        name: Name of the differentiated tensor, for the message.
     """
     tolerance = GRADIENT[dtype]
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
