@@ -95,7 +95,7 @@ def test_info_of_converted_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, err) == (0, "")
     for part in (
         "regnety_032_ubn.bn_ra_in1k",
-        "regnety_032.ra_in1k, converted on load",
+        "converted exactly from timm's regnety_032.ra_in1k on load",
         "hub timm/regnety_032.ra_in1k, file model.safetensors",
         f"{built:,}",
         "1000",

@@ -140,7 +140,7 @@ def test_the_command_says_what_is_wrong(
     (tmp_path / "other.csv").write_text("a,b\n", encoding="utf-8")
     write_image(tmp_path / "test" / "cat" / "1.png", numpy.zeros((8, 8, 3), numpy.uint8))
     wrong: list[tuple[list[str], str]] = [
-        (options(data), "valid: one of them"),
+        (options(data), "valid: one or more of --model"),
         (options(data, model="resnet1"), "resnet1: Unknown model"),
         (options(data, run=tmp_path), "the run has not finished an epoch"),
         (options(tmp_path / "absent", run=run_folder), "has none of validation, val, test"),
