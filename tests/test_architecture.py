@@ -94,7 +94,7 @@ def test_package_imports_neither_scripts_nor_tests(path: Path) -> None:
     assert {name for name in mine if importlib.util.find_spec(name) is None} == set()
 
 
-def test_guard_sees_every_form_of_import(tmp_path: Path) -> None:
+def test_the_import_check_sees_every_form_of_import(tmp_path: Path) -> None:
     (tmp_path / "layers").mkdir()
     source = tmp_path / "layers" / "x.py"
     for text, room in [
@@ -120,7 +120,7 @@ def test_public_errors_are_defined_in_one_place(path: Path) -> None:
     assert found == (set(errors.__all__) if room_of(path) == "errors" else set())
 
 
-def test_errors_have_one_base_class_and_are_what_python_calls_them() -> None:
+def test_errors_have_one_base_class_and_a_builtin_base() -> None:
     kinds = [getattr(errors, name) for name in errors.__all__ if name != "UbnZooError"]
     assert all(issubclass(kind, errors.UbnZooError) for kind in kinds)
     assert all(issubclass(kind, (ImportError, LookupError, OSError, RuntimeError, ValueError)) for kind in kinds)
@@ -130,7 +130,7 @@ def test_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_import_brings_nothing_heavy() -> None:
+def test_import_loads_no_heavy_packages() -> None:
     code = (
         "import sys, timm\n"
         "before = set(sys.modules)\n"

@@ -92,14 +92,14 @@ def test_a_command_that_does_not_exist_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_links_lead_to_files(page: Path) -> None:
+def test_links_point_to_files(page: Path) -> None:
     text = re.sub(r"`[^`]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
     targets = re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)", text)
     assert not [target for target in targets if not (page.parent / target).exists()]
 
 
 @pytest.mark.parametrize("page", sorted((REPOSITORY / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
-def test_the_reference_names_what_exists(page: Path) -> None:
+def test_the_reference_names_existing_objects(page: Path) -> None:
     for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
         pkgutil.resolve_name(name)
 

@@ -65,7 +65,7 @@ def installed() -> Iterator[None]:
         yield
 
 
-def test_freeze_stops_everything_and_unfreeze_starts_it_again() -> None:
+def test_freeze_and_unfreeze() -> None:
     model = small()
     interop.freeze(model)
     assert moved(model) == 0
@@ -76,7 +76,7 @@ def test_freeze_stops_everything_and_unfreeze_starts_it_again() -> None:
     assert moved(model) == 4 + 4 + 3
 
 
-def test_freeze_of_submodules_leaves_the_rest() -> None:
+def test_freeze_of_submodules_does_not_affect_others() -> None:
     model = nn.Sequential(small(), small())
     interop.freeze(model, ["0.1", "1"])
     assert model[0][1].frozen and not model[0][3].frozen and model[1][1].frozen and model[1][3].frozen
@@ -89,7 +89,7 @@ def test_freeze_of_submodules_leaves_the_rest() -> None:
         interop.freeze(model, "2")
 
 
-def test_freeze_of_parameters_only_lets_statistics_move() -> None:
+def test_freeze_of_parameters_only_updates_statistics() -> None:
     model = small()
     interop.freeze(model, include_bn_running_stats=False)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -142,7 +142,7 @@ def test_update_statistics_changes_nothing_when_it_fails() -> None:
         interop.update_statistics(batches(), model)
 
 
-def test_weight_decay_groups_spare_depthwise_kernels_and_count_once() -> None:
+def test_weight_decay_groups_exclude_depthwise_kernels_and_count_once() -> None:
     twin = timm.create_model("resnet10t_ubn", features_only=True)
     model = nn.Sequential(twin, nn.Linear(8, 8))
     model.again = model[1]
@@ -183,12 +183,12 @@ def decayed_by_timm(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", ["resnet10t_ubn", "regnetx_002_ubn"])
-def test_timms_optimizers_spare_feature_extractors(name: str) -> None:
+def test_timms_optimizers_do_not_decay_feature_extractors(name: str) -> None:
     model = timm.create_model(name, features_only=True)
     assert decayed_by_timm(model) == 0 and decayed_by_timm(copy.deepcopy(model)) == 0
 
 
-def test_timms_optimizers_spare_converted_models(tmp_path: Path) -> None:
+def test_timms_optimizers_do_not_decay_converted_models(tmp_path: Path) -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -321,7 +321,7 @@ def warned_of_nothing() -> Iterator[None]:
         (timm.layers.convert_splitbn_model, "convert_split_ubn", convert_split_ubn),
     ],
 )
-def test_functions_that_overlook_ubn_are_reported_once(
+def test_functions_that_ignore_ubn_are_reported_once(
     walk: Callable[[nn.Module], object],
     cure: str,
     before: Callable[[nn.Module], nn.Module],
@@ -337,7 +337,7 @@ def test_functions_that_overlook_ubn_are_reported_once(
     assert not recwarn.list
 
 
-def test_unfreezing_that_overlooks_ubn_is_reported(warned_of_nothing: None) -> None:
+def test_unfreezing_that_ignores_ubn_is_reported(warned_of_nothing: None) -> None:
     with pytest.warns(UserWarning, match="leaves UBN layers frozen"):
         timm.layers.unfreeze_batch_norm_2d(ubn_zoo.freeze_ubn(small()))
 

@@ -33,7 +33,7 @@ BUNDLED = [record for record in load_manifest() if record.source == "bundled"]
 MEASURED = [load_grid(name) for name in list_grids() if (RESULTS / f"{name}.csv").is_file()]
 
 
-def test_there_is_something_to_check() -> None:
+def test_there_are_tables_and_records() -> None:
     families = {"resnet", "regnet", "mobilenet"}
     assert families == {family for family in families for record in BUNDLED if record.architecture.startswith(family)}
     assert {experiment.name for experiment in MEASURED} >= {"cifar10_mobilenet", "cifar10_regnet", "cifar10_resnet"}
@@ -43,7 +43,7 @@ def test_there_is_something_to_check() -> None:
 
 
 @pytest.mark.parametrize("experiment", MEASURED, ids=lambda experiment: experiment.name)
-def test_tables_hold_whole_runs_of_all_that_was_planned(experiment: Grid) -> None:
+def test_tables_contain_complete_runs_of_the_plan(experiment: Grid) -> None:
     found = load(experiment, RESULTS)
     planned = plan(experiment, "runs")
     labels = dict.fromkeys(each.label for each in planned)
@@ -65,7 +65,7 @@ def test_tables_hold_whole_runs_of_all_that_was_planned(experiment: Grid) -> Non
     assert set(found.layers) == {each.label for each in planned if each.recipe.probe_images}
 
 
-def test_the_page_is_that_of_the_tables() -> None:
+def test_the_page_matches_the_tables() -> None:
     written = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
     assert written == page(RESULTS), "make it again: python -m research.experiments report"
     for picture in re.findall(r"\]\((\w+\.png)\)", written):
@@ -75,7 +75,7 @@ def test_the_page_is_that_of_the_tables() -> None:
 # Weights
 
 
-def test_bundled_files_are_those_of_the_manifest_and_small() -> None:
+def test_bundled_files_match_the_manifest_and_are_small() -> None:
     folder = bundled_path(BUNDLED[0]).parent
     assert {path.name for path in folder.iterdir()} == {record.file for record in BUNDLED}
     assert max(record.bytes for record in BUNDLED) <= MAX_BYTES
@@ -83,7 +83,7 @@ def test_bundled_files_are_those_of_the_manifest_and_small() -> None:
 
 
 @pytest.mark.parametrize("record", BUNDLED, ids=lambda record: record.id)
-def test_bundled_models_load_and_are_what_their_records_say(record: Record) -> None:
+def test_bundled_models_match_their_records(record: Record) -> None:
     content = bundled_path(record).read_bytes()
     assert (hashlib.sha256(content).hexdigest(), len(content)) == (record.sha256, record.bytes)
     model = timm.create_model(record.id, pretrained=True)

@@ -42,7 +42,7 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str
     return [row.split() for row in rows]
 
 
-def test_list_shows_every_model_and_what_was_trained_with_ubn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_every_model_and_ubn_weights(capsys: pytest.CaptureFixture[str]) -> None:
     rows = listed(capsys)
     assert list(dict.fromkeys(row[0] for row in rows)) == ARCHITECTURES
     names = [f"{row[0]}.{row[1]}" for row in rows]
@@ -65,7 +65,7 @@ def test_list_with_tags_shows_every_set_of_weights(capsys: pytest.CaptureFixture
     assert len(rows) > 10
 
 
-def test_list_pretrained_leaves_out_models_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_pretrained_omits_models_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
     everything, pretrained = listed(capsys, "--tags"), listed(capsys, "--tags", "--pretrained")
     assert sorted(f"{row[0]}.{row[1]}" for row in pretrained) == sorted(timm.list_pretrained("*_ubn"))
     assert {row[-3] for row in everything if row not in pretrained} == {"no"}
@@ -155,18 +155,18 @@ def test_info_of_a_typo_suggests_names(capsys: pytest.CaptureFixture[str], name:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_table_of_architectures_is_fresh() -> None:
+def test_table_of_architectures_is_up_to_date() -> None:
     assert json.loads(TABLE.read_text()) == catalog.architecture_table(), "run: python -m ubn_zoo.models.catalog"
 
 
 @pytest.mark.parametrize("name", ["resnet10t_ubn", "efficientnet_b1_pruned_ubn", "inception_v3_ubn", "vgg11_bn_ubn"])
-def test_parameters_in_the_table_are_those_of_the_model(name: str) -> None:
+def test_parameters_in_the_table_match_the_model(name: str) -> None:
     with torch.device("meta"):
         counted = sum(parameter.numel() for parameter in timm.create_model(name, num_classes=1000).parameters())
     assert catalog.count_parameters(name, 1000) == counted
 
 
-def test_models_missing_in_the_table_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_missing_from_the_table_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
     known = catalog.count_parameters("mobilenetv3_small_050_ubn", 1000)
     monkeypatch.setattr(catalog, "parameter_table", dict)
     assert catalog.count_parameters("mobilenetv3_small_050_ubn", 1000) == known
@@ -205,7 +205,7 @@ def test_recipes_as_json_have_every_value(capsys: pytest.CaptureFixture[str]) ->
     assert (one["lr"], one["decay_milestones"], one["label_smoothing"]) == (0.1, [30.0, 60.0, 90.0], 0.0)
 
 
-def test_recipes_that_are_not_there_or_not_valid_are_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_or_invalid_recipes_are_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = run(capsys, "recipes", "rsb")
     assert (code, out) == (1, "")
     assert "no recipe 'rsb'; valid: " in err and "rsb_a1" in err and err.count("\n") == 1
@@ -239,9 +239,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_says_what_it_does_and_shows_an_example(
-    capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_help_of_a_command_has_a_summary_and_an_example(capsys: pytest.CaptureFixture[str], name: str) -> None:
     name = name.replace("_", "-")
     with pytest.raises(SystemExit) as caught:
         cli.main([name, "--help"])
@@ -257,13 +255,13 @@ def test_help_of_a_command_says_what_it_does_and_shows_an_example(
 
 
 @pytest.mark.parametrize("name", ["analyze", "benchmark", "train", "validate"])
-def test_scripts_of_a_clone_are_the_commands(name: str) -> None:
+def test_scripts_run_the_commands_of_the_same_name(name: str) -> None:
     script = Path(cli.__file__).parents[2] / "scripts" / f"{name}.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.startswith(f"usage: ubn-zoo {name} ")
 
 
-def test_commands_import_their_work_when_they_run() -> None:
+def test_commands_import_implementations_lazily() -> None:
     code = "import sys, ubn_zoo.cli; ubn_zoo.cli._parser(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     rooms = {name.split(".")[1] for name in done.stdout.split() if name.startswith("ubn_zoo.")}

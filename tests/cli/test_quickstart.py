@@ -142,7 +142,7 @@ def test_batchnorm_and_ubn_predict_the_same_with_imagenet_weights(tmp_path: Path
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
-def test_a_missing_package_is_named_with_the_way_to_get_it(
+def test_a_missing_package_is_named_with_install_instructions(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -152,12 +152,12 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
 
 
 @pytest.mark.usefixtures("_threads")
-def test_settings_that_are_not_valid_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_settings_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["quickstart", "--output", str(tmp_path), "--set", "epoch=1"]) == 1
     assert "epoch: unknown key" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("needed")
-def test_a_folder_without_a_saved_model_cannot_be_checked(tmp_path: Path) -> None:
+def test_check_requires_a_saved_model(tmp_path: Path) -> None:
     with pytest.raises(QuickstartError, match="run the quickstart first"):
         quickstart.check_saved_model(tmp_path)

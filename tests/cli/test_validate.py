@@ -82,7 +82,7 @@ def logits_of(run_folder: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize("dataset", ["folder", "memory"])
-def test_a_run_is_measured_by_its_own_configuration(
+def test_a_run_is_evaluated_with_its_configuration(
     dataset: str, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "results.csv"
@@ -102,7 +102,7 @@ def test_a_run_is_measured_by_its_own_configuration(
     assert printed.endswith(f"{IMAGES} images\n")
 
 
-def test_results_of_several_are_added(data: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_results_of_several_models_are_added(data: Path, run_folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "results.csv"
     weights = tmp_path / "weights.safetensors"
     torch.manual_seed(2)
@@ -134,7 +134,7 @@ def test_results_of_several_are_added(data: Path, run_folder: Path, tmp_path: Pa
     assert len({row["weights_sha256"] for row in rows(table)}) == 3
 
 
-def test_the_command_says_what_is_wrong(
+def test_the_command_reports_errors(
     data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "other.csv").write_text("a,b\n", encoding="utf-8")
@@ -170,7 +170,7 @@ def test_the_command_says_what_is_wrong(
 
 
 @pytest.mark.slow
-def test_the_script_runs_by_itself(data: Path, run_folder: Path) -> None:
+def test_the_script_runs(data: Path, run_folder: Path) -> None:
     command = [sys.executable, "scripts/validate.py", *options(data, run=run_folder, threads=1)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0

@@ -137,13 +137,13 @@ def test_readers_agree_on_uncommon_files(kind: str, name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_the_rotation_can_be_left_out(kind: str, tmp_path: Path) -> None:
+def test_exif_rotation_can_be_disabled(kind: str, tmp_path: Path) -> None:
     recipe = dataclasses.replace(write(kind, tmp_path, rotated()), exif_rotation=False)
     assert numpy.array_equal(read(recipe, tmp_path), numpy.rot90(CORNERS))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientations_are_those_of_pillow(orientation: int) -> None:
+def test_orientations_match_pillow(orientation: int) -> None:
     from PIL import ImageOps
 
     exif = Image.Exif()
@@ -153,7 +153,7 @@ def test_orientations_are_those_of_pillow(orientation: int) -> None:
     assert numpy.array_equal(numpy.asarray(open_image(io.BytesIO(content))), numpy.asarray(expected))
 
 
-def test_pixels_without_an_8_bit_equivalent_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_without_an_8_bit_equivalent_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases: list[tuple[Callable[[], Image.Image], str]] = [
         (lambda: Image.fromarray(numpy.ones((4, 4), numpy.float32)), "floating-point pixels have no defined range"),
         (lambda: Image.fromarray(numpy.full((4, 4), 70_000, numpy.int32)), "integer pixels beyond 16 bits"),

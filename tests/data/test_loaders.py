@@ -220,7 +220,7 @@ def read(batches: EvalBatches) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_images_come_once_with_their_labels(kind: str, written: Written) -> None:
+def test_training_images_appear_once_with_their_labels(kind: str, written: Written) -> None:
     train = open_train(recipe_of(kind), written(kind, pixels), Ranks())
     assert train.steps == TRAIN // 8
     assert train.classes == (() if kind in ("wds", "braces") else CLASSES)
@@ -259,7 +259,7 @@ def test_held_out_images_are_read_once_over_all_ranks(kind: str, count: int, wri
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("wds", "braces")])
-def test_held_out_labels_are_those_of_training(kind: str, written: Written) -> None:
+def test_held_out_labels_match_training_labels(kind: str, written: Written) -> None:
     order = ("zebra", "a10", "a2", "a1")
     settings = recipe_of(kind, num_classes=4, test_split="test")
     test = open_eval(settings, written(kind, pixels), Ranks(), order)
@@ -271,7 +271,7 @@ def test_held_out_labels_are_those_of_training(kind: str, written: Written) -> N
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["wds", "hfids"])
-def test_the_workers_of_a_stream_share_it(kind: str, workers: int, written: Written) -> None:
+def test_workers_split_a_stream(kind: str, workers: int, written: Written) -> None:
     # Each worker's share of an epoch is a whole number of batches; this is the case in which that is each image once.
     recipe = recipe_of(kind, workers=workers, batch_size=11, test_split="test")
     train = open_train(recipe, written(kind, pixels), Ranks())
@@ -298,7 +298,7 @@ def test_batches_do_not_depend_on_workers(kind: str, written: Written) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_numbers_are_those_of_seed_and_epoch(kind: str, written: Written) -> None:
+def test_random_numbers_depend_on_seed_and_epoch(kind: str, written: Written) -> None:
     root = written(kind, noise)
     train = open_train(recipe_of(kind, AUGMENTED), root, Ranks())
     first, second = epoch_of(train, 0), epoch_of(train, 1)
@@ -312,7 +312,7 @@ def test_random_numbers_are_those_of_seed_and_epoch(kind: str, written: Written)
 
 
 @pytest.mark.parametrize(("kind", "workers"), [(kind, 0) for kind in KINDS] + [("folder", 2), ("wds", 2), ("hfids", 2)])
-def test_an_epoch_can_be_entered_at_any_update(kind: str, workers: int, written: Written) -> None:
+def test_an_epoch_can_resume_at_any_update(kind: str, workers: int, written: Written) -> None:
     recipe = recipe_of(kind, AUGMENTED, workers=workers, batch_size=6, accumulation=2)
     train = open_train(recipe, written(kind, noise), Ranks())
     whole = epoch_of(train, 1)
@@ -329,7 +329,7 @@ def test_an_epoch_can_be_entered_at_any_update(kind: str, workers: int, written:
 
 @pytest.mark.parametrize("kind", RANDOM_ACCESS)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_shares_of_ranks_are_the_batch_of_one_process(kind: str, accumulation: int, written: Written) -> None:
+def test_parts_of_ranks_form_the_batch_of_one_process(kind: str, accumulation: int, written: Written) -> None:
     root = written(kind, noise)
     whole = epoch_of(open_train(recipe_of(kind, AUGMENTED), root, Ranks()))
     recipe = recipe_of(kind, AUGMENTED, accumulation=accumulation)
@@ -343,7 +343,7 @@ def test_shares_of_ranks_are_the_batch_of_one_process(kind: str, accumulation: i
 
 
 @pytest.mark.parametrize("kind", STREAMS)
-def test_ranks_share_a_stream(kind: str, written: Written) -> None:
+def test_ranks_split_a_stream(kind: str, written: Written) -> None:
     recipe = recipe_of(kind, batch_size=4, accumulation=2)
     shares = [epoch_of(open_train(recipe, written(kind, pixels), Ranks(rank, 2))) for rank in range(2)]
     assert all(len(share) == 10 and all(len(labels) == 1 for _, labels in share) for share in shares)
@@ -370,7 +370,7 @@ def test_repeated_copies_differ_and_go_to_different_ranks(kind: str, written: Wr
 
 
 @pytest.mark.parametrize("kind", RANDOM_ACCESS)
-def test_a_part_of_the_images_is_spread_over_the_classes(kind: str, written: Written) -> None:
+def test_a_subset_of_images_covers_all_classes(kind: str, written: Written) -> None:
     recipe = recipe_of(kind, batch_size=3, train_samples=9, test_samples=6)
     train = open_train(recipe, written(kind, pixels), Ranks())
     seen = [number for epoch in range(2) for images, _ in epoch_of(train, epoch) for number in numbers(images)]
@@ -386,7 +386,7 @@ def test_a_part_of_the_images_is_spread_over_the_classes(kind: str, written: Wri
 
 
 @pytest.mark.parametrize("kind", ["wds", "hfids"])
-def test_a_part_of_a_stream_is_its_beginning(kind: str, written: Written) -> None:
+def test_a_subset_of_a_stream_is_its_beginning(kind: str, written: Written) -> None:
     recipe = recipe_of(kind, batch_size=4, train_samples=9, test_samples=5, test_split="test")
     assert open_train(recipe, written(kind, pixels), Ranks()).steps == 2
     for count in (1, 2):
@@ -395,7 +395,7 @@ def test_a_part_of_a_stream_is_its_beginning(kind: str, written: Written) -> Non
         assert len(set(found)) == len(found) == tests[0].images == 5
 
 
-def test_samples_are_the_largest_number_of_images_in_streams_too(written: Written) -> None:
+def test_samples_limit_the_images_of_a_stream(written: Written) -> None:
     for kind in ("wds", "hfids"):
         recipe = recipe_of(kind, test_samples=TEST + 5, test_split="test")
         assert len(read(open_eval(recipe, written(kind, pixels), Ranks()))) == TEST
@@ -403,7 +403,7 @@ def test_samples_are_the_largest_number_of_images_in_streams_too(written: Writte
     assert train.steps == TRAIN // 8
 
 
-def test_a_damaged_image_in_a_shard_is_left_out_of_training_and_told_of_held_out_ones(
+def test_a_damaged_image_in_a_shard_is_skipped_in_training_and_an_error_in_evaluation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def draw(number: int) -> numpy.ndarray:
@@ -423,7 +423,7 @@ def test_a_damaged_image_in_a_shard_is_left_out_of_training_and_told_of_held_out
         list(open_eval(recipe, root, Ranks()))
 
 
-def test_shards_are_read_from_an_address(written: Written) -> None:
+def test_shards_are_read_from_a_url(written: Written) -> None:
     if shutil.which("curl") is None:
         pytest.skip("webdataset reads addresses with curl, which is not here")
 
@@ -449,7 +449,7 @@ def test_shards_are_read_from_an_address(written: Written) -> None:
     ("size", "crop_pct", "interpolation", "crop_mode"),
     [(24, 0.875, "bicubic", None), (20, 1.0, "bilinear", "center"), (24, 0.9, "bicubic", "squash")],
 )
-def test_held_out_images_are_fed_as_timm_does(
+def test_preprocessing_of_held_out_images_matches_timm(
     tmp_path: Path, size: int, crop_pct: float, interpolation: str, crop_mode: str | None
 ) -> None:
     random = numpy.random.default_rng(0)
@@ -476,7 +476,7 @@ def test_held_out_images_are_fed_as_timm_does(
     torch.testing.assert_close(images, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_the_same_small_images_are_the_same_from_memory(written: Written) -> None:
+def test_small_images_from_memory_match_those_from_a_folder(written: Written) -> None:
     recipe = recipe_of("folder", img_size=16)
     root = written("folder", noise)
     for (images, labels), (other, other_labels) in zip(
@@ -490,7 +490,7 @@ def test_the_same_small_images_are_the_same_from_memory(written: Written) -> Non
     ("kind", "workers"),
     [*((kind, 0) for kind in ("folder", "tar", "tars", "memory", "hfds", "hfids")), ("folder", 2), ("hfids", 2)],
 )
-def test_an_image_that_cannot_be_read_is_named(kind: str, workers: int, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named(kind: str, workers: int, tmp_path: Path) -> None:
     if kind == "hfids":
         damaged = write_parquet(tmp_path, lambda number: noise(number))
         # An image's bytes within the file, of the same length.
@@ -543,7 +543,7 @@ WRITERS_OF_TEST: dict[str, Callable[[Path], None]] = {
 }
 
 
-def test_a_training_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_training_image_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path, noise)
     (tmp_path / "train" / "a1" / "0.png").write_bytes(b"")
     for workers in (0, 2):
@@ -556,7 +556,7 @@ def test_a_training_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
+def test_unusable_folders_raise_clear_errors(tmp_path: Path) -> None:
     for kind in ("folder", "memory"):
         with pytest.raises(DataError, match=r"train"):
             open_train(recipe_of(kind), tmp_path / "absent", Ranks())
@@ -586,7 +586,7 @@ def test_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "memory", "tar"])
-def test_hidden_files_and_other_kinds_are_left_out(kind: str, tmp_path: Path) -> None:
+def test_hidden_and_other_files_are_skipped(kind: str, tmp_path: Path) -> None:
     write_folder(tmp_path, pixels)
     for name in (
         ".DS_Store",
@@ -608,7 +608,7 @@ def test_hidden_files_and_other_kinds_are_left_out(kind: str, tmp_path: Path) ->
     assert sorted(read(test)) == [(number, number % 3) for number in range(TEST)]
 
 
-def test_names_that_are_equal_to_timm_have_an_order_too(tmp_path: Path) -> None:
+def test_names_that_tie_in_timms_order_are_sorted(tmp_path: Path) -> None:
     for name in ("1", "01", "B", "b", "c"):
         write_image(tmp_path / "test" / name / "1.png", pixels(1))
         write_image(tmp_path / "test" / name / "01.png", pixels(2))
@@ -618,7 +618,7 @@ def test_names_that_are_equal_to_timm_have_an_order_too(tmp_path: Path) -> None:
     assert read(open_eval(settings, tmp_path, Ranks())) == read(memory) == [(n, c) for c in range(5) for n in (2, 1)]
 
 
-def test_batches_that_cannot_be_made_say_why(written: Written) -> None:
+def test_impossible_batches_raise_clear_errors(written: Written) -> None:
     for kind in KINDS:
         root = written(kind, pixels)
         with pytest.raises(DataError, match=r"batch_size: received 8; valid: a multiple of 6, .* 3 ranks in 2 parts"):
@@ -628,7 +628,7 @@ def test_batches_that_cannot_be_made_say_why(written: Written) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
-def test_streams_say_what_they_need(written: Written, tmp_path: Path) -> None:
+def test_unusable_streams_raise_clear_errors(written: Written, tmp_path: Path) -> None:
     shards, parquet = written("wds", pixels), written("hfids", pixels)
     with pytest.raises(DataError, match=r"2 shards for 4 workers in total; valid: .* at most 1 workers with 2"):
         open_train(recipe_of("wds", workers=2), shards, Ranks(0, 2))
@@ -667,12 +667,12 @@ def test_a_missing_package_is_named(kind: str, package: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", ["folder", "hfds", "wds", "hfids"])
-def test_a_label_without_an_output_is_named(kind: str, written: Written) -> None:
+def test_a_label_out_of_range_is_named(kind: str, written: Written) -> None:
     with pytest.raises(DataError, match=r"received label 2; valid: 0 to 1; see num_classes"):
         epoch_of(open_train(recipe_of(kind, num_classes=2, batch_size=22), written(kind, pixels), Ranks()))
 
 
-def test_images_in_memory_are_square(tmp_path: Path) -> None:
+def test_images_in_memory_must_be_square(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_image(tmp_path / split / "a" / "1.png", numpy.zeros((4, 6, 3), numpy.uint8))
     for opened in (open_train, open_eval):
@@ -680,7 +680,7 @@ def test_images_in_memory_are_square(tmp_path: Path) -> None:
             opened(recipe_of("memory"), tmp_path, Ranks())
 
 
-def test_loading_leaves_the_process_its_random_numbers(written: Written) -> None:
+def test_loading_does_not_change_the_global_random_state(written: Written) -> None:
     recipe = recipe_of("folder", AUGMENTED, workers=1)
     train, test = (opened(recipe, written("folder", noise), Ranks()) for opened in (open_train, open_eval))
     before = torch.get_rng_state()
@@ -690,7 +690,7 @@ def test_loading_leaves_the_process_its_random_numbers(written: Written) -> None
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_runs_record_tells_one_data_set_from_another(tmp_path: Path, written: Written) -> None:
+def test_a_runs_record_distinguishes_datasets(tmp_path: Path, written: Written) -> None:
     recipe = recipe_of("folder")
     root = written("folder", pixels)
     train, test = open_train(recipe, root, Ranks()), open_eval(recipe, root, Ranks(), CLASSES)

@@ -23,7 +23,7 @@ from ubn_zoo.data.memory import (
 )
 
 
-def test_image_folders_are_read_in_timms_order_of_names(tmp_path: Path) -> None:
+def test_image_folders_are_read_in_timms_order(tmp_path: Path) -> None:
     random = numpy.random.default_rng(0)
     written = {}
     for name in ("b10/2.png", "b10/10.png", "b2/1.png"):
@@ -47,7 +47,7 @@ def test_image_folders_are_read_in_timms_order_of_names(tmp_path: Path) -> None:
     assert torch.equal(data.images[1], data.images[1, :1].expand(3, -1, -1))
 
 
-def test_image_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
+def test_unusable_image_folders_raise_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_image_folder(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="has no images"):
@@ -67,14 +67,14 @@ def test_image_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         load_image_folder(tmp_path)
 
 
-def test_the_order_of_names_is_timms() -> None:
+def test_name_order_matches_timm() -> None:
     names = ["b", "a10", "A2", "a2", "1", "01", "10", "n2", "n01"]
     order = name_order(names)
     assert order == name_order(names[::-1]) == ["01", "1", "10", "A2", "a2", "a10", "b", "n01", "n2"]
     assert list(map(natural_key, order)) == sorted(map(natural_key, names))
 
 
-def test_image_sets_check_themselves() -> None:
+def test_image_sets_are_validated() -> None:
     images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
     assert len(ImageSet(images, labels, ("a", "b"))) == 2
     with pytest.raises(ValueError, match="images: received"):
@@ -105,7 +105,7 @@ def test_random_crop_and_flip_move_whole_images() -> None:
 
 
 @pytest.mark.parametrize("size", [20, 48, 64])
-def test_preprocessing_is_that_of_timms_transforms(size: int) -> None:
+def test_preprocessing_matches_timms_transforms(size: int) -> None:
     images = striped_images(4, seed=5).images
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     transform = timm.data.create_transform(

@@ -12,7 +12,7 @@ from ubn_zoo.errors import DataError
 
 
 @pytest.mark.parametrize("dataset", ["folder", "memory", "wds"])
-def test_test_images_are_used_only_where_there_are_no_others(dataset: str, tmp_path: Path) -> None:
+def test_the_test_split_is_used_only_without_another_held_out_split(dataset: str, tmp_path: Path) -> None:
     if dataset == "wds":
         pytest.importorskip("webdataset")
     with pytest.raises(DataError, match=r"has none of validation, val, test; it needs one of them, or set test_split"):

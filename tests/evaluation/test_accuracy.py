@@ -90,7 +90,7 @@ def check(found: Accuracy, logits: Tensor, labels: Tensor) -> None:
 
 @pytest.mark.parametrize("classes", [2, 5, 6, 40])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 200.0])
-def test_accuracy_is_that_of_the_formulas(classes: int, scale: float) -> None:
+def test_accuracy_matches_the_formulas(classes: int, scale: float) -> None:
     """At the largest scale confidence is exactly 1 and most bins are empty; at the smallest all are in one."""
     generator = torch.Generator().manual_seed(classes)
     logits = scale * torch.randn((37, classes), generator=generator)
@@ -101,7 +101,7 @@ def test_accuracy_is_that_of_the_formulas(classes: int, scale: float) -> None:
     assert seen == [5, 10, 15, 20, 25, 30, 35, 37]
 
 
-def test_certain_guesses_are_in_the_last_bin() -> None:
+def test_confidence_of_one_is_in_the_last_bin() -> None:
     logits = torch.tensor([[1000.0, 0.0], [1000.0, 0.0], [0.0, 1000.0], [0.0, 1000.0]])
     found = measure(Table(logits), batches_of(torch.tensor([0, 0, 1, 0]), 4), Ranks())
     assert (found.top1, found.calibration_error) == (75.0, 25.0)
@@ -114,7 +114,7 @@ def test_a_model_that_gives_nan_has_a_loss_of_nan() -> None:
     assert found.images == 3
 
 
-def test_the_models_mode_is_left_as_it_was() -> None:
+def test_the_models_mode_is_restored() -> None:
     model = nn.Sequential(Table(torch.eye(4)), nn.Dropout(), nn.BatchNorm1d(4))
     model.train()
     model[2].eval()
@@ -128,7 +128,7 @@ def test_the_models_mode_is_left_as_it_was() -> None:
         measure(model, [], Ranks())
 
 
-def test_autocast_is_for_the_model_alone() -> None:
+def test_autocast_applies_only_to_the_model() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
     images, labels = torch.rand(6, 3, 2, 2), torch.arange(6)
@@ -222,7 +222,7 @@ def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> N
     assert all((a.file, a.label, a.prediction) == (b.file, b.label, b.prediction) for a, b in pairs)
 
 
-def test_predictions_are_the_models_own() -> None:
+def test_logits_match_a_direct_call() -> None:
     images = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
     model = Table(torch.eye(7)).train()
 
@@ -236,7 +236,7 @@ def test_predictions_are_the_models_own() -> None:
         logits_of(model, images[:0], NORMALIZE, img_size=4)
 
 
-def test_models_are_fed_as_their_configuration_says() -> None:
+def test_preprocessing_follows_the_configuration() -> None:
     cfg: dict[str, Any] = {"input_size": (3, 64, 64), "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "crop_pct": 1.0}
     images = striped_images(4, seed=6).images
     model = timm.create_model(
@@ -252,7 +252,7 @@ def test_models_are_fed_as_their_configuration_says() -> None:
         logits_as_configured(other, images)
 
 
-def test_a_checkpoint_says_how_many_classes_it_has(checkpoint: Path) -> None:
+def test_the_number_of_classes_comes_from_the_checkpoint(checkpoint: Path) -> None:
     subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
     expected = safetensors.torch.load_file(checkpoint)
     assert all(torch.equal(value, expected[name]) for name, value in subject.model.state_dict().items())
@@ -261,7 +261,7 @@ def test_a_checkpoint_says_how_many_classes_it_has(checkpoint: Path) -> None:
     assert feed_of(subject).num_classes == 2
 
 
-def test_a_bundled_model_has_its_records_hash() -> None:
+def test_a_bundled_model_has_the_hash_of_its_record() -> None:
     subject = load_subject("regnetx_002_ubn.cifar10")
     file = Path(str(subject.model.pretrained_cfg["file"]))
     assert subject.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -269,7 +269,7 @@ def test_a_bundled_model_has_its_records_hash() -> None:
     assert (feed.img_size, feed.crop_pct, feed.interpolation, feed.workers) == (64, 1.0, "bilinear", 3)
 
 
-def test_images_in_memory_are_measured_as_a_model_predicts_them() -> None:
+def test_accuracy_of_images_in_memory_matches_predictions() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.arange(9)
@@ -281,7 +281,7 @@ def test_images_in_memory_are_measured_as_a_model_predicts_them() -> None:
     assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
-def test_models_are_fed_at_their_test_size() -> None:
+def test_models_are_evaluated_at_their_test_size() -> None:
     overlay = {"test_input_size": (3, 96, 96), "test_crop_pct": 0.95, "crop_mode": "squash"}
     model = timm.create_model("resnet10t", num_classes=2, pretrained_cfg_overlay=overlay)
     subject = load_subject("regnetx_002_ubn.cifar10")
@@ -316,12 +316,12 @@ def test_models_are_fed_at_their_test_size() -> None:
         ({"run": "/nowhere", "ema": True}, r"no model_ema\.safetensors; its recipe has no ema_decay, or"),
     ],
 )
-def test_models_that_cannot_be_loaded_say_why(arguments: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_be_loaded_raise_clear_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         load_subject(**arguments)
 
 
-def test_weights_that_do_not_fit_say_why(checkpoint: Path, tmp_path: Path) -> None:
+def test_mismatched_weights_raise_clear_errors(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("resnet10t", "resnet10t_ubn"):
         with pytest.raises(EvaluationError, match=r"fc\.weight"):
             load_subject(name, checkpoint=checkpoint, num_classes=7)
@@ -332,7 +332,9 @@ def test_weights_that_do_not_fit_say_why(checkpoint: Path, tmp_path: Path) -> No
         load_subject("resnet10t_ubn", checkpoint=tmp_path / "weights.safetensors")
 
 
-def test_images_go_with_the_models_classes(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_are_matched_to_the_models_classes(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = write_image_folder(tmp_path / "data", 2, 6)
     subject = load_subject("resnet10t_ubn", checkpoint=checkpoint)
     feed = feed_of(subject, img_size=32)
@@ -375,7 +377,7 @@ def test_imagenet_models_without_names_find_their_outputs_by_wordnet_ids(tmp_pat
     assert sorted(labels.tolist()) == [0, 0, 0, 985, 985, 985]
 
 
-def test_bundled_models_refuse_a_folder_of_other_classes(tmp_path: Path) -> None:
+def test_bundled_models_reject_a_folder_of_other_classes(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "data", 2, 6)
     with pytest.raises(ClassMismatchError, match="unknown classes: horizontal, vertical; valid: airplane, automobile"):
         evaluate("regnetx_002_ubn.cifar10", root)

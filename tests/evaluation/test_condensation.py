@@ -116,7 +116,7 @@ def test_similarity_is_the_mean_over_all_pairs(name: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(3, 3, 2), (4, 1, 3)])
-def test_pairs_of_all_batches_count_the_same(sizes: tuple[int, ...]) -> None:
+def test_pairs_of_all_batches_have_equal_weight(sizes: tuple[int, ...]) -> None:
     model, batches = build("resnet10t"), images(sum(sizes)).split(sizes)
     name = batchnorm_names(model)[4]
     pairs = [n * (n - 1) // 2 for n in sizes]
@@ -139,7 +139,7 @@ def test_one_tensor_is_split_evenly_and_samples_are_the_first_of_a_batch() -> No
     assert measure_similarity(model, batch, samples=50) == measure_similarity(model, batch)
 
 
-def test_layers_come_in_the_order_they_run() -> None:
+def test_layers_are_in_execution_order() -> None:
     model = Chain(
         lambda self, x: self.first(self.second(self.third(x))),
         first=nn.BatchNorm2d(3),
@@ -156,7 +156,7 @@ def test_layers_come_in_the_order_they_run() -> None:
     assert [(row.depth, row.layer) for row in rows] == [(0, "third"), (1, "second"), (2, "first")]
 
 
-def test_a_model_that_is_one_norm_layer() -> None:
+def test_a_model_can_be_a_single_norm_layer() -> None:
     (row,) = measure_similarity(nn.BatchNorm2d(3), images(4))
     assert row.similarity == pytest.approx(mean_cosine(images(4)), abs=TOLERANCE)
     assert row.layer == ""
@@ -198,7 +198,7 @@ def test_gates_are_reported() -> None:
     assert [row.gate for row in measure_similarity(model, images(3))] == ["closed", "closed", None, None]
 
 
-def test_the_gate_is_the_one_that_training_takes() -> None:
+def test_the_reported_gate_matches_training() -> None:
     # float32's 0.15 is above float64's: compared in float64 it would be open.
     layer = UnifiedBatchNorm2d(3)
     assert layer.feature_similarity is not None
@@ -209,7 +209,7 @@ def test_the_gate_is_the_one_that_training_takes() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "resnet10t_ubn"])
-def test_the_model_is_left_as_it_was(name: str) -> None:
+def test_the_model_is_restored(name: str) -> None:
     model = build(name)
     model.layer2.eval()
     model.layer1[0].bn1.register_forward_pre_hook(lambda *_: None)
@@ -222,7 +222,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     loss.backward()
 
 
-def test_the_model_is_left_as_it_was_by_an_error() -> None:
+def test_the_model_is_restored_after_an_error() -> None:
     model = build("resnet10t_ubn")
     model.layer3.eval()
     before = state_of(model)
@@ -245,7 +245,7 @@ def test_the_model_is_left_as_it_was_by_an_error() -> None:
     assert state_of(model) == before
 
 
-def test_buffers_that_move_in_evaluation_are_put_back() -> None:
+def test_buffers_that_change_in_evaluation_are_restored() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -264,7 +264,7 @@ def test_buffers_that_move_in_evaluation_are_put_back() -> None:
     assert state_of(model) == before
 
 
-def test_modes_are_set_without_the_models_own_train() -> None:
+def test_modes_are_set_without_calling_an_overridden_train() -> None:
     class Stubborn(nn.Sequential):
         def train(self, mode: bool = True) -> nn.Module:
             raise AssertionError("called")
@@ -291,7 +291,7 @@ def test_large_features_in_float16_do_not_overflow() -> None:
     assert row.similarity == pytest.approx(mean_cosine(batch), abs=TOLERANCE)
 
 
-def test_autocast_of_the_caller_holds() -> None:
+def test_autocast_of_the_caller_applies() -> None:
     model = build("resnet10t")
     with torch.autocast("cpu", torch.bfloat16):
         expected = inputs_of(model, batchnorm_names(model), images(4))
@@ -320,7 +320,7 @@ def test_dead_features_have_no_similarity() -> None:
     assert row.similarity == pytest.approx(others * 3 / 6, abs=TOLERANCE)
 
 
-def test_equal_images_are_condensed_whole() -> None:
+def test_equal_images_have_similarity_one() -> None:
     rows = measure_similarity(build("resnet10t"), images(1).expand(4, -1, -1, -1))
     assert all(row.similarity == pytest.approx(1, abs=1e-5) for row in rows)
 
@@ -360,7 +360,7 @@ def test_compiled_models_are_measured_uncompiled() -> None:
         ({"images": images(3), "samples": 1}, "samples: received 1; valid: at least 2"),
     ],
 )
-def test_what_cannot_be_measured_is_named(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_inputs_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure_similarity(nn.BatchNorm2d(3), **arguments)
 
@@ -388,7 +388,7 @@ def rows_of(values: Sequence[float], epoch: int = 1, gate: str | None = None) ->
     ]
 
 
-def test_sources_side_by_side() -> None:
+def test_layers_of_several_sources_are_compared() -> None:
     ubn = rows_of([0.9, 0.9], epoch=1, gate="open") + rows_of([0.18, 0.4], epoch=2, gate="closed")
     bn = rows_of([0.5, 0.6, 0.7], epoch=1) + rows_of([0.5, 0.6, 0.8], epoch=1)
     sources = {"BatchNorm": bn, "UBN": ubn}
@@ -410,7 +410,7 @@ def test_layers_are_listed_by_depth() -> None:
         assert [row["layer"] for row in compare_layers({"UBN": order})] == [f"bn{depth}" for depth in range(12)]
 
 
-def test_nothing_to_compare() -> None:
+def test_empty_sources_are_rejected() -> None:
     with pytest.raises(ValueError, match="'UBN': received no rows"):
         compare_layers({"UBN": []})
     with pytest.raises(ValueError, match="'UBN': received epoch 7; valid: 1, 2"):
@@ -445,7 +445,7 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "photographs"
 
 
-def test_the_command_measures_as_timm_prepares_images(photographs: Path, tmp_path: Path) -> None:
+def test_the_command_uses_timms_preprocessing(photographs: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "output"
     name = "regnetx_002_ubn.cifar10"
     assert analyze("--model", name, "--data-dir", str(photographs), "--output", str(output)) == 0
@@ -459,7 +459,7 @@ def test_the_command_measures_as_timm_prepares_images(photographs: Path, tmp_pat
     assert sorted(path.name for path in output.iterdir()) == ["similarity.csv", "similarity.png"]
 
 
-def test_the_command_takes_a_checkpoint_with_its_number_of_classes(photographs: Path, tmp_path: Path) -> None:
+def test_the_command_reads_the_number_of_classes_from_a_checkpoint(photographs: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file(build("resnet10t").state_dict(), tmp_path / "bn.safetensors")
     arguments = ["--checkpoint", str(tmp_path / "bn.safetensors"), "--data-dir", str(photographs), "--img-size", "32"]
     for name in ("resnet10t", "resnet10t_ubn"):

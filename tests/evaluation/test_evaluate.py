@@ -86,7 +86,7 @@ def loop(folder: Path, photos: Path) -> tuple[float, float, float, Tensor]:
     return float(top1), float(top5), nn.functional.cross_entropy(logits, labels).item(), logits
 
 
-def test_evaluation_is_that_of_a_plain_timm_loop(runs: Path, photos: Path) -> None:
+def test_evaluation_matches_a_plain_timm_loop(runs: Path, photos: Path) -> None:
     top1, top5, loss, _ = loop(runs / "first", photos)
     for settings in ({"batch_size": 3}, {"fuse": True}):
         found = evaluate(runs / "first", photos, **settings)
@@ -114,12 +114,12 @@ def test_larger_images_are_pooled_as_in_timm(runs: Path, photos: Path) -> None:
 
 
 @pytest.mark.exhaustive
-def test_compiled_models_are_the_same(runs: Path, photos: Path) -> None:
+def test_compiled_models_have_the_same_results(runs: Path, photos: Path) -> None:
     _, _, loss, _ = loop(runs / "first", photos)
     assert evaluate(runs / "first", photos, compile=True, batch_size=17).loss == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_snapshot_is_fed_as_its_run(runs: Path, photos: Path) -> None:
+def test_a_snapshot_uses_the_configuration_of_its_run(runs: Path, photos: Path) -> None:
     """Its settings too: the kernel of the default layer has another size."""
     snapshot = runs / "first" / "checkpoints" / "0000000003" / "model.safetensors"
     expected = load_subject(runs / "first").model.state_dict()
@@ -132,7 +132,7 @@ def test_a_snapshot_is_fed_as_its_run(runs: Path, photos: Path) -> None:
     assert norm_of(timm.create_model("resnet10t")) == "bn"
 
 
-def test_weights_of_the_sibling_are_fed_as_they_were_trained(runs: Path, tmp_path: Path) -> None:
+def test_weights_of_the_sibling_keep_their_preprocessing(runs: Path, tmp_path: Path) -> None:
     plain = timm.create_model("resnet10t", num_classes=7)
     safetensors.torch.save_file(plain.state_dict(), tmp_path / "weights.safetensors")
     alone = load_subject("resnet10t", checkpoint=tmp_path / "weights.safetensors")
@@ -143,7 +143,7 @@ def test_weights_of_the_sibling_are_fed_as_they_were_trained(runs: Path, tmp_pat
     assert (config["mean"], config["interpolation"], subject.classes) == ([0.4, 0.5, 0.6], "bicubic", CLASSES)
 
 
-def test_a_failure_gets_a_row_and_the_next_model_follows(runs: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_failure_is_recorded_and_the_next_model_is_evaluated(runs: Path, photos: Path, tmp_path: Path) -> None:
     table = tmp_path / "results.json"
     models = [runs / "first", "no_such_model", runs / "third", runs / "second"]
     rows = list(evaluate_many(models, photos, results=table, command="ubn-zoo validate", batch_size=8))
@@ -232,7 +232,7 @@ def test_a_batch_is_halved_until_it_fits(error: Exception, photos: Path) -> None
     assert failed.error is not None and failed.error.startswith(type(error).__name__)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+def test_other_errors_are_not_taken_for_out_of_memory() -> None:
     assert all(map(is_out_of_memory, OUT_OF_MEMORY))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("out of memory"))
@@ -246,7 +246,7 @@ def test_a_model_that_gives_nan_has_no_result(runs: Path, photos: Path) -> None:
         evaluate(subject, photos)
 
 
-def test_details_are_those_of_each_image(runs: Path, photos: Path, tmp_path: Path) -> None:
+def test_details_match_the_result_of_each_image(runs: Path, photos: Path, tmp_path: Path) -> None:
     found = evaluate(runs / "first", photos, details=tmp_path, batch_size=4)
     _, _, _, logits = loop(runs / "first", photos)
     stem = f"first-{photos.name}"

@@ -78,7 +78,7 @@ def test_wilson_interval_solves_its_equation() -> None:
         assert -1e-9 <= low <= percent / 100 <= high <= 1 + 1e-9
 
 
-def test_figures_cover_the_zoo_and_are_possible() -> None:
+def test_figures_cover_the_zoo_and_are_plausible() -> None:
     figures = load_figures()
     assert FIGURES.stat().st_size < 300_000 and set(figures["tables"]) > {each.table for each in TEST_SETS}
     named = {row[0] for row in figures["rows"]}
@@ -92,7 +92,7 @@ def test_figures_cover_the_zoo_and_are_possible() -> None:
 
 
 @pytest.mark.skipif(not TIMM.is_dir(), reason=f"timm's tables are not in {TIMM}")
-def test_figures_are_those_of_timms_tables() -> None:
+def test_figures_match_timms_tables() -> None:
     for place, test_set in enumerate(TEST_SETS):
         with (TIMM / test_set.table).open(encoding="utf-8", newline="") as file:
             theirs = {(line["model"], int(line["img_size"])): line for line in csv.DictReader(file)}
@@ -105,7 +105,7 @@ def test_figures_are_those_of_timms_tables() -> None:
             assert (crop, interpolation) == (float(line["crop_pct"]), line["interpolation"])
 
 
-def test_operations_are_those_of_all_layers() -> None:
+def test_operations_of_all_layers_are_counted() -> None:
     counted: list[tuple[int, int]] = []
 
     def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -128,7 +128,7 @@ def test_operations_are_those_of_all_layers() -> None:
 # Rows
 
 
-def test_inherited_rows_carry_their_source(board: Board) -> None:
+def test_inherited_rows_name_their_source(board: Board) -> None:
     (row,) = [row for row in board.tables["imagenet"] if (row.model, row.img_size) == ("resnet50_ubn.bn_a1_in1k", 288)]
     assert (row.measured, row.table, row.date) == (INHERITED, "results-imagenet.csv", load_figures()["date"])
     assert (row.sibling, row.top1_diff, row.norm, row.origin) == ("resnet50.a1_in1k", 0, "ubn", "converted")
@@ -140,7 +140,7 @@ def test_inherited_rows_carry_their_source(board: Board) -> None:
         assert all(row.rank == 1 + sum(other.top1 > row.top1 for other in rows) for row in rows[::97])
 
 
-def test_bundled_models_stand_with_seed_and_twin(board: Board) -> None:
+def test_bundled_models_have_seed_and_twin(board: Board) -> None:
     rows = {row.model: row for row in board.tables["cifar-10-jpeg"]}
     for record in load_manifest().find(source="bundled"):
         values = {metric.name: metric.value for metric in record.metrics}
@@ -149,7 +149,7 @@ def test_bundled_models_stand_with_seed_and_twin(board: Board) -> None:
         assert row.top1_diff == pytest.approx(values["top1"] - values["top1_batchnorm_twin"])
 
 
-def test_runs_are_joined_over_seeds_and_paired_with_their_sibling(tmp_path: Path) -> None:
+def test_runs_are_combined_over_seeds_and_paired_with_their_sibling(tmp_path: Path) -> None:
     reached = {"bn": (40, 44, 45), "ubn": (50, 47, 56)}
     rows = [
         result("resnet18" if norm == "bn" else "resnet18_ubn", right, norm=norm, source=f"runs/a/{norm}_seed{seed}")
@@ -172,7 +172,7 @@ def test_runs_are_joined_over_seeds_and_paired_with_their_sibling(tmp_path: Path
     )
 
 
-def test_what_was_measured_replaces_what_was_inherited(tmp_path: Path) -> None:
+def test_measured_rows_replace_inherited_rows(tmp_path: Path) -> None:
     name = "resnet18_ubn.bn_a1_in1k"
     mine = result(name, 36_600, 50_000, test_set="imagenet")
     sibling = result("resnet18.a1_in1k", 36_550, 50_000, test_set="imagenet", norm="bn")
@@ -217,7 +217,7 @@ def test_speed_tables_join_rows_of_their_size(tmp_path: Path) -> None:
     assert (row.infer_samples_per_sec, row.infer_samples_per_sec_bn, row.train_samples_per_sec) == (42.61, 51.28, 10.76)
 
 
-def test_other_files_are_refused_with_what_is_valid(tmp_path: Path) -> None:
+def test_other_files_are_rejected_with_the_valid_ones(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(EvaluationError, match=r"x\.csv: received the columns a, b; valid: a results file"):
         build_board([tmp_path / "x.csv"])
@@ -234,7 +234,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Board:
     return Board({name: full.tables[name] for name in ("mine", HOSTILE[0])}, full.titles)
 
 
-def test_csv_begins_with_timms_columns_and_runs_nothing(hostile: Board, board: Board) -> None:
+def test_csv_begins_with_timms_columns_and_has_no_formulas(hostile: Board, board: Board) -> None:
     lines = list(csv.reader(io.StringIO(board_csv(hostile.tables["mine"]))))
     timms = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation"]
     assert lines[0][: len(timms)] == timms and len(lines) == 1 + len(HOSTILE)
@@ -284,7 +284,7 @@ def test_committed_files_are_up_to_date(tmp_path: Path) -> None:
     assert page.read_text("utf-8") == committed.read_text("utf-8"), "run the command of docs/leaderboard.md"
 
 
-def test_committed_rows_are_those_of_the_experiments() -> None:
+def test_committed_rows_match_the_experiments() -> None:
     evaluations = pytest.importorskip("research.experiments.board").evaluations
     committed = read_results(REPOSITORY / "results" / "leaderboard" / "experiments.csv")
     ignored = {"date": "", "timm": "", "ubn_zoo": ""}
@@ -297,7 +297,7 @@ def test_committed_rows_are_those_of_the_experiments() -> None:
 # Checks
 
 
-def test_a_right_row_is_accepted() -> None:
+def test_a_correct_row_is_accepted() -> None:
     assert not list(refusals(result()))
     record = load_manifest().find(source="bundled")[0]
     named = result(record.id, weights_sha256=record.sha256, param_count=round(record.params / 1e6, 2), classes=10)
@@ -328,12 +328,12 @@ def test_a_right_row_is_accepted() -> None:
         ({"model": "resnet18.x", "source": "resnet18.x"}, "model: Invalid pretrained tag (x) for resnet18"),
     ],
 )  # fmt: skip
-def test_a_wrong_row_is_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+def test_a_wrong_row_is_rejected_with_the_reason(changes: dict[str, Any], reason: str) -> None:
     found = list(refusals(dataclasses.replace(result(), **changes)))
     assert any(reason in each for each in found), found
 
 
-def test_what_is_known_of_weights_is_compared(tmp_path: Path) -> None:
+def test_known_facts_about_weights_are_compared(tmp_path: Path) -> None:
     record = load_manifest().find(source="bundled")[0]
     named = result(record.id, weights_sha256="0" * 64, param_count=round(record.params / 1e6, 2))
     assert [f"valid: {record.sha256}, of the manifest" in reason for reason in refusals(named)] == [True]
@@ -387,7 +387,7 @@ def test_the_command_builds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.exhaustive  # ten minutes: `pytest -m exhaustive -k every_cost tests/evaluation/test_leaderboard.py`
-def test_every_cost_is_that_of_its_twin() -> None:
+def test_every_cost_matches_its_twin() -> None:
     for architecture, sizes in load_figures()["cost"].items():
         for size, (gmacs, macts, *_) in sizes.items():
             assert count_operations(architecture, int(size)) == pytest.approx((gmacs, macts), abs=6e-3)

@@ -152,7 +152,7 @@ def test_search_and_filters(page: Any) -> None:
     assert page.locator("#count").inner_text() == "0 of 5 models"
 
 
-def test_models_stand_beside_their_twin(page: Any) -> None:
+def test_models_are_shown_beside_their_twin(page: Any) -> None:
     page.get_by_role("link", name="resnet18_ubn", exact=True).first.click()
     text = page.locator("#model").inner_text()
     assert "± 0.25 over 2 seeds" in text and "+1.50" in text and "4 of 5" in text
@@ -260,7 +260,7 @@ def test_two_thousand_rows_within_a_second(page: Any) -> None:
     playwright.expect(page.locator("#table tbody tr")).to_have_count(2000, timeout=20_000)
 
 
-def test_paper_shows_all_rows_and_no_controls(page: Any) -> None:
+def test_print_shows_all_rows_and_no_controls(page: Any) -> None:
     page.goto(f"{page.address}#set=many&q=model1")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("#table tbody tr").count() == 1111

@@ -92,18 +92,18 @@ def draw(
     return {path.name: look(path) for path in written}
 
 
-def test_a_run_gets_its_pictures(tmp_path: Path) -> None:
+def test_plots_of_a_run_are_written(tmp_path: Path) -> None:
     pictures = draw(tmp_path / "run", metrics(5), similarity(5, 44))
     assert list(pictures) == ["loss_accuracy.png", "learning_rate.png", "similarity.png"]
 
 
-def test_without_similarity_there_is_no_picture_of_it(tmp_path: Path) -> None:
+def test_without_similarity_there_is_no_similarity_plot(tmp_path: Path) -> None:
     names = ["loss_accuracy.png", "learning_rate.png"]
     assert list(draw(tmp_path / "absent", metrics(2))) == names
     assert list(draw(tmp_path / "empty", metrics(2), [])) == names
 
 
-def test_pictures_change_with_what_they_show_and_only_then(tmp_path: Path) -> None:
+def test_plots_change_only_with_their_data(tmp_path: Path) -> None:
     rows, layers = metrics(3, ema=True), similarity(3, 6)
     first = draw(tmp_path / "first", rows, layers)
     assert draw(tmp_path / "again", rows[::-1], layers[::-1]) == first
@@ -127,7 +127,7 @@ def test_pictures_change_with_what_they_show_and_only_then(tmp_path: Path) -> No
         assert {other for other, picture in pictures.items() if picture != first[other]} == {name}, field
 
 
-def test_gates_are_drawn_where_there_are_any(tmp_path: Path) -> None:
+def test_gates_are_drawn_if_there_are_any(tmp_path: Path) -> None:
     with_gates = draw(tmp_path / "gates", metrics(2), similarity(2, 6))["similarity.png"][0]
     without = draw(tmp_path / "none", metrics(2), similarity(2, 6, gates=False))["similarity.png"][0]
     assert with_gates[0] > 1.4 * without[0]
@@ -143,7 +143,7 @@ def test_any_size_of_run_can_be_drawn(tmp_path: Path, epochs: int, layers: int) 
     assert all(height <= 1300 for (_, height), _ in pictures.values())
 
 
-def test_a_single_epoch_is_not_an_empty_picture(tmp_path: Path) -> None:
+def test_a_single_epoch_is_not_an_empty_plot(tmp_path: Path) -> None:
     size, pixels = draw(tmp_path / "run", metrics(1))["loss_accuracy.png"]
     blue = (0x00, 0x72, 0xB2)
     drawn = sum(tuple(pixels[i : i + 3]) == blue for i in range(0, len(pixels), 3))
@@ -197,7 +197,7 @@ def examples() -> dict[str, tuple[Drawing, dict[str, Any], dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("kind", examples())
-def test_comparisons_change_with_what_they_show_and_only_then(tmp_path: Path, kind: str) -> None:
+def test_comparisons_change_only_with_their_data(tmp_path: Path, kind: str) -> None:
     function, groups, changed = examples()[kind]
     found = []
     for number, shown in enumerate((groups, groups, changed, {f"{label}!": rows for label, rows in groups.items()})):
@@ -210,7 +210,7 @@ def test_comparisons_change_with_what_they_show_and_only_then(tmp_path: Path, ki
 
 
 @pytest.mark.parametrize("kind", examples())
-def test_comparisons_of_nothing(tmp_path: Path, kind: str) -> None:
+def test_empty_comparisons_are_rejected(tmp_path: Path, kind: str) -> None:
     function, groups, _ = examples()[kind]
     with pytest.raises(ValueError, match="received (0|no) groups"):
         function({}, tmp_path / "none.png")
@@ -219,7 +219,7 @@ def test_comparisons_of_nothing(tmp_path: Path, kind: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_comparisons_of_eight_groups_and_no_more(tmp_path: Path) -> None:
+def test_comparisons_have_at_most_eight_groups(tmp_path: Path) -> None:
     compare_runs({f"variant {i} with a long name": group(i) for i in range(8)}, tmp_path / "runs.png")
     look(tmp_path / "runs.png")
     compare_similarity({f"variant {i}": similarity(1, 5, shift=i / 10) for i in range(8)}, tmp_path / "similarity.png")
@@ -242,7 +242,7 @@ def test_runs_over_time(tmp_path: Path) -> None:
         compare_runs(groups, tmp_path / "hours.png", x="hours")
 
 
-def test_runs_of_one_epoch_stand_beside_each_other(tmp_path: Path) -> None:
+def test_runs_of_one_epoch_do_not_overlap(tmp_path: Path) -> None:
     # The same numbers under two labels: on top of each other the first would be hidden.
     compare_runs({"BatchNorm": group(0, epochs=1), "UBN": group(0, epochs=1)}, tmp_path / "one.png")
     _, pixels = look(tmp_path / "one.png")
@@ -271,7 +271,7 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monke
         compare_similarity({"UBN": similarity(1, 2)}, tmp_path / "none.png")
 
 
-def test_a_failed_picture_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_plot_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     path = tmp_path / "similarity.png"

@@ -87,7 +87,7 @@ def test_equals_a_plain_timm_loop_on_200_photographs(model: torch.nn.Module, tmp
     check_against_timm(model, tmp_path, 200, batch_size=32)
 
 
-def test_odd_files_are_what_they_look_like(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_uncommon_image_files_are_predicted(model: torch.nn.Module, tmp_path: Path) -> None:
     pixels = load_sample_images().images[1][:256, :256]
     photo = Image.fromarray(pixels)
     photo.save(tmp_path / "plain.png")
@@ -187,7 +187,7 @@ def test_parquet_has_the_rows(tmp_path: Path) -> None:
     assert len(rows) == 5000 and rows[-1] == {"file": "4999.jpg", "class_1": "a", "probability_1": 1.0}
 
 
-def test_parquet_without_pyarrow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(MissingPackageError, match="pip install pyarrow"):  # noqa: SIM117
         with open_prediction_files(output=tmp_path / "t.parquet"):
@@ -195,7 +195,7 @@ def test_parquet_without_pyarrow_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
-def test_names_are_those_of_the_run(photos: Path, tmp_path: Path, hub: HubServer) -> None:
+def test_class_names_come_from_the_run(photos: Path, tmp_path: Path, hub: HubServer) -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t_ubn", num_classes=2)
     run = tmp_path / "run"
@@ -211,7 +211,7 @@ def test_names_are_those_of_the_run(photos: Path, tmp_path: Path, hub: HubServer
         assert [one.top for one in same] == [one.top for one in found]
 
 
-def test_a_checkpoint_of_timms_training_is_used_with_its_architecture(
+def test_a_checkpoint_of_timms_training_loads_with_its_architecture(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -255,7 +255,7 @@ def test_a_model_that_does_not_exist_is_named(
         assert f"ubn-zoo: {message}" in capsys.readouterr().err
 
 
-def test_names_without_a_run_are_imagenets_or_numbers(model: torch.nn.Module) -> None:
+def test_class_names_without_a_run_come_from_imagenet_or_are_numbers(model: torch.nn.Module) -> None:
     network = timm.create_model("resnet10t")
     names = class_names(subject_of(network))
     assert (names.names[0], names.names[985]) == ("tench, Tinca tinca", "daisy")

@@ -55,7 +55,7 @@ STRANGE = (
 )
 
 
-def test_columns_begin_with_those_of_timms_results() -> None:
+def test_first_columns_are_those_of_timms_results() -> None:
     timms = "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation"
     assert ",".join(TIMM_COLUMNS) == ",".join(COLUMNS[: len(TIMM_COLUMNS)]) == timms
 
@@ -78,7 +78,7 @@ def test_no_cell_of_a_csv_file_is_a_formula(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".csv", ".json"])
-def test_a_row_of_the_same_question_is_replaced(ending: str, tmp_path: Path) -> None:
+def test_a_row_with_the_same_key_is_replaced(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"results{ending}"
     rows = [row(top1=10.0), row(top1=20.0, source="runs/a"), row(top1=15.0), row(error="no", ema=True)]
     for one in rows:
@@ -88,14 +88,14 @@ def test_a_row_of_the_same_question_is_replaced(ending: str, tmp_path: Path) -> 
     assert [found.top1 for found in read_results(path)] == [20.0, 15.0, None, None]
 
 
-def test_many_may_add_to_one_file(tmp_path: Path) -> None:
+def test_several_processes_may_add_to_one_file(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: add_result(path, row(source=str(number))), range(12)))
     assert sorted(int(found.source) for found in read_results(path)) == list(range(12))
 
 
-def test_accuracies_are_sorted_from_the_best_and_the_rest_upward() -> None:
+def test_accuracies_are_sorted_descending_and_other_columns_ascending() -> None:
     rows = [row(top1=1.0, top1_err=99.0, model="b"), row(model="c"), row(top1=3.0, top1_err=97.0, model="a")]
     for column, models in (("top1", "abc"), ("top1_err", "abc"), ("model", "abc"), ("top5", "bca")):
         assert "".join(found.model for found in sort_results(rows, column)) == models

@@ -48,7 +48,7 @@ class FakeMachine:
         return step
 
 
-def test_every_mode_times_both_models_at_work() -> None:
+def test_every_mode_times_both_models() -> None:
     rows = speed.compare_speed(UBN_MODEL, batch_size=2, img_size=64, seconds=0.01, channels_last=False)
     expected = [(mode, name) for mode in speed.MODES for name in (MODEL, UBN_MODEL)]
     assert [(row.mode, row.model) for row in rows] == expected
@@ -84,7 +84,7 @@ def test_more_time_gives_more_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", [MODEL, UBN_MODEL, f"{UBN_MODEL}.cifar10", f"{MODEL}.c3_in1k"])
-def test_either_name_of_a_pair_will_do(name: str) -> None:
+def test_either_name_of_a_pair_is_accepted(name: str) -> None:
     assert speed.sibling_names(name) == (MODEL, UBN_MODEL)
 
 
@@ -103,7 +103,7 @@ def test_numbers_that_are_not_positive_are_refused(name: str, value: Any) -> Non
         speed.compare_speed(MODEL, **{name: value})
 
 
-def test_batches_that_the_models_cannot_compute_are_an_error_of_the_package() -> None:
+def test_unsupported_batches_raise_an_evaluation_error() -> None:
     # With one image of 32 pixels, BatchNorm in training is left with one value per channel.
     with pytest.raises(EvaluationError, match=r"cannot compute images of shape \(1, 3, 32, 32\) on cpu: .*per channel"):
         speed.compare_speed(MODEL, batch_size=1, img_size=32, seconds=0.01)
@@ -124,7 +124,7 @@ def test_too_large_batches_name_the_options_to_change(
     )
 
 
-def test_all_parts_of_the_layer_are_at_work() -> None:
+def test_all_parts_of_the_layer_have_an_effect() -> None:
     model = speed.as_if_trained(timm.create_model(UBN_MODEL))
     fresh = dict(timm.create_model(UBN_MODEL).named_modules())
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, UnifiedBatchNorm2d)}
@@ -137,7 +137,7 @@ def test_all_parts_of_the_layer_are_at_work() -> None:
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_steps_compute_what_they_say(amp: torch.dtype | None) -> None:
+def test_steps_run_the_documented_computation(amp: torch.dtype | None) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images, targets = speed.random_batch(4, 8, 4, torch.device("cpu"), torch.channels_last)
     assert images.is_contiguous(memory_format=torch.channels_last) and targets.max() < 4

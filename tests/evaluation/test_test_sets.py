@@ -102,7 +102,7 @@ def test_classes_are_found_by_ids_descriptions_numbers_and_order() -> None:
             labels_of(names, subject(3), allow_class_mismatch=True)
 
 
-def test_a_wide_model_has_imagenets_classes_at_other_places(tmp_path: Path) -> None:
+def test_a_model_with_more_classes_has_imagenets_at_other_indices(tmp_path: Path) -> None:
     wide = subject(11821)
     names = list(ImageNetInfo("imagenet-12k").label_names())  # type: ignore[no-untyped-call]
     known = KnownSet("two classes", 2, numbered=True)
@@ -153,7 +153,7 @@ def expected_of(few: Path, outputs: list[int]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("dataset", ["folder", "memory"])
-def test_a_model_chooses_among_the_classes_of_the_images(dataset: str, few: Path, tmp_path: Path) -> None:
+def test_predictions_are_restricted_to_the_classes_of_the_images(dataset: str, few: Path, tmp_path: Path) -> None:
     found = evaluate(subject(), few, dataset=dataset)
     top1, loss = expected_of(few, CHOSEN)
     # By hand: the image between classes 3 and 4 is right by the mask, the last one is wrong, 500 is no choice.
@@ -167,7 +167,7 @@ def test_a_model_chooses_among_the_classes_of_the_images(dataset: str, few: Path
     assert part.loss == pytest.approx(expected_of(few, [1, 9])[1], rel=1e-5)
 
 
-def test_real_labels_are_those_of_timm(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_labels_match_timm(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Image 1 has two labels, 2 has none, 4 has its neighbor's; the others have ImageNet's."""
     real = tmp_path / "real.json"
     names = sorted(few.rglob("*.png"), key=lambda path: path.name)
@@ -205,7 +205,7 @@ def test_real_labels_are_those_of_timm(few: Path, tmp_path: Path, monkeypatch: p
         evaluate(subject(), few, real_labels=real)
 
 
-def test_timms_masks_and_labels_are_those_of_the_known_sets() -> None:
+def test_known_sets_match_timms_masks_and_labels() -> None:
     for name in ("imagenet-a", "imagenet-r"):
         labels = ClassLabels(subject(), 1000, "images", known=KNOWN_SETS[f"{name}-clean"])
         labels(SYNSETS)
@@ -232,14 +232,14 @@ def test_a_folder_of_classes_needs_no_split(few: Path, tmp_path: Path) -> None:
             assert held_out_split(splits) == name
 
 
-def test_one_class_alone_is_no_test(tmp_path: Path) -> None:
+def test_a_single_class_is_rejected(tmp_path: Path) -> None:
     root = write(tmp_path / "one", {SYNSETS[1]: [20, 30]})
     with pytest.raises(EvaluationError, match="received images of one class"):
         evaluate(subject(), root)
     assert evaluate(subject(), root, all_outputs=True).images == 2
 
 
-def test_preprocessing_is_that_of_the_options(tmp_path: Path) -> None:
+def test_preprocessing_follows_the_options(tmp_path: Path) -> None:
     """As timm's own transform of the same settings gives it."""
     generator = numpy.random.default_rng(0)
     for name in ("a", "b"):

@@ -29,7 +29,7 @@ def test_checkpoints_of_timms_training_script(prefix: str, container: str | None
         assert_same_function(ours(x), theirs(x))
 
 
-def test_a_head_of_any_size_is_replaced_where_asked(tmp_path: Path) -> None:
+def test_a_head_of_any_size_is_replaced_on_request(tmp_path: Path) -> None:
     """As timm's train.py --pretrained-path --input-key ... asks with num_classes=-1."""
     save_file(trained("resnet10t", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
     overlay = {"file": str(tmp_path / "seven.safetensors"), "num_classes": -1}
@@ -37,7 +37,7 @@ def test_a_head_of_any_size_is_replaced_where_asked(tmp_path: Path) -> None:
     assert model(images(2, 3, 64, 64)).shape == (2, 3)
 
 
-def test_whole_counters_stored_as_floats_are_taken(tmp_path: Path) -> None:
+def test_integer_counters_stored_as_floats_are_accepted(tmp_path: Path) -> None:
     state = trained("resnet10t").state_dict()
     counters = {key: value.float() for key, value in state.items() if key.endswith("num_batches_tracked")}
     save_file({**state, **counters}, tmp_path / "averaged.safetensors")
@@ -58,7 +58,7 @@ def test_negative_variances_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", ["weight", "bias", "running_mean", "running_var"])
-def test_what_a_batchnorm_file_lacks_is_named_as_the_file_would(entry: str, tmp_path: Path) -> None:
+def test_keys_missing_from_a_batchnorm_file_are_named_in_its_format(entry: str, tmp_path: Path) -> None:
     state = trained("resnet10t").state_dict()
     del state[f"layer1.0.bn1.{entry}"]
     save_file(state, tmp_path / "lacking.safetensors")

@@ -89,7 +89,7 @@ def assert_same(model: nn.Module, reference: nn.Module, images: Tensor) -> None:
     torch.testing.assert_close(logits(model, images), logits(reference, images), rtol=1e-4, atol=1e-4)
 
 
-def test_siblings_weights_give_the_siblings_function(
+def test_sibling_weights_compute_the_same_function(
     hub: HubServer, upstream: bytes, sibling: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     assert_same(load(tmp_path), sibling, images)
@@ -109,7 +109,7 @@ def test_siblings_weights_give_the_siblings_function(
     ],
     ids=["HEAD 503", "HEAD dropped", "GET 500", "reset", "short", "altered"],
 )
-def test_passing_faults_do_not_show(
+def test_transient_faults_are_retried(
     hub: HubServer, upstream: bytes, sibling: nn.Module, images: Tensor, tmp_path: Path, fault: dict[str, object]
 ) -> None:
     hub.fail(**fault)
@@ -132,7 +132,7 @@ def test_warm_cache_serves_while_the_hub_is_down(
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_refused_safetensors_do_not_lead_to_the_pickle(
+def test_rejected_safetensors_do_not_fall_back_to_the_pickle(
     hub: HubServer, upstream: bytes, tmp_path: Path, status: int
 ) -> None:
     hub.fail(method="HEAD", path=r"\.safetensors", status=status, times=None)
@@ -187,7 +187,7 @@ CONFIG_FAULTS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("fault", CONFIG_FAULTS.values(), ids=CONFIG_FAULTS.keys())
-def test_configuration_is_read_as_patiently_as_weights(
+def test_reading_the_configuration_is_retried_like_weights(
     hub: HubServer, own: str, twin: nn.Module, images: Tensor, tmp_path: Path, fault: dict[str, object]
 ) -> None:
     if fault.get("times", 1) is None:
@@ -272,7 +272,7 @@ def test_recorded_model_loads_by_name_in_a_fresh_process(
     assert hub.count("GET", BODY) == 1
 
 
-def test_spoiled_files_are_never_given_out(hub: HubServer, own: str, twin: nn.Module, tmp_path: Path) -> None:
+def test_corrupt_files_are_never_loaded(hub: HubServer, own: str, twin: nn.Module, tmp_path: Path) -> None:
     """A bit changed in the header or the weights: most such files would load, with other weights."""
     content = bytearray(hub.repositories[OWN].commits[own][FILE])
     header = int.from_bytes(content[:8], "little")
@@ -310,7 +310,7 @@ def test_download_prints_checked_paths(
         (("mobilenet_edgetpu_100_ubn",), "has no weights"),
     ],
 )
-def test_download_of_what_is_not_there_fails(
+def test_download_of_missing_weights_fails(
     hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, ...], hint: str
 ) -> None:
     code, out, err = command(capsys, "download", *names, "--cache-dir", str(tmp_path))
@@ -319,7 +319,7 @@ def test_download_of_what_is_not_there_fails(
     assert hub.requests == []
 
 
-def test_verify_checks_what_is_here(
+def test_verify_checks_local_checkpoints(
     hub: HubServer, upstream: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundled = [record.id for record in manifest.load_manifest().find(source="bundled")]
@@ -475,7 +475,7 @@ def test_convert_of_other_classes_needs_their_number(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("output", ["model.bin", "nowhere/model.safetensors"])
-def test_convert_to_a_bad_place_fails(
+def test_convert_to_an_invalid_path_fails(
     sibling: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
 ) -> None:
     source = batchnorm(sibling, tmp_path / "bn.safetensors")

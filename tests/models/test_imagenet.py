@@ -75,7 +75,7 @@ def test_photographs_are_recognized(lite0: Lite) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_converted_and_fused_the_logits_are_batchnorms(number: int) -> None:
+def test_converted_and_fused_logits_match_batchnorm(number: int) -> None:
     lite = load(number)
     ours = lite.twin()
     assert_logits(ours, lite)
@@ -121,7 +121,7 @@ def test_half_precision_keeps_the_classes(lite0: Lite, dtype: torch.dtype) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
-def test_onnx_runtime_gives_the_logits(lite0: Lite, fused: bool, tmp_path: Path) -> None:
+def test_onnx_runtime_matches_the_logits(lite0: Lite, fused: bool, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript")
     model = ubn_zoo.fuse(lite0.twin()) if fused else lite0.twin()

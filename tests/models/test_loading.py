@@ -482,7 +482,7 @@ def test_damaged_weights(request: pytest.FixtureRequest, tmp_path: Path, format:
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "half", "nan"])
-def test_nothing_is_half_loaded(theirs: nn.Module, damage: str) -> None:
+def test_failed_loading_leaves_the_model_unchanged(theirs: nn.Module, damage: str) -> None:
     change, message = DAMAGES[damage]
     state = dict(theirs.state_dict())
     change(state)

@@ -96,7 +96,7 @@ def shapes(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else [shapes(part) for part in value]
 
 
-def test_structure_is_the_siblings(pair: Pair) -> None:
+def test_structure_matches_the_sibling(pair: Pair) -> None:
     ours, theirs = pair.ours, pair.theirs
     assert not any(isinstance(module, nn.BatchNorm2d) for module in ours.modules())
     swapped = [n for n, module in theirs.named_modules() if isinstance(module, nn.BatchNorm2d)]
@@ -119,7 +119,7 @@ def test_structure_is_the_siblings(pair: Pair) -> None:
         pair.compare(lambda model, layer=layer: shapes(model.get_submodule(layer).weight))
 
 
-def test_heads_are_the_siblings(pair: Pair) -> None:
+def test_heads_match_the_sibling(pair: Pair) -> None:
     copied = copy.deepcopy(pair)
     x = torch.empty(2, *copied.ours.default_cfg["input_size"], device="meta")
     copied.compare(lambda model: shapes(model(x)))
@@ -132,7 +132,7 @@ def test_heads_are_the_siblings(pair: Pair) -> None:
     copied.compare(lambda model: type(model.get_classifier()))
 
 
-def test_features_are_the_siblings(pair: Pair) -> None:
+def test_features_match_the_sibling(pair: Pair) -> None:
     size = input_size(pair.name, 96) if pair.name in BUILD_PATHS else pair.ours.default_cfg["input_size"]
 
     def features(model: nn.Module) -> Any:
@@ -151,7 +151,7 @@ def test_features_are_the_siblings(pair: Pair) -> None:
         assert len(outputs) >= 4
 
 
-def test_weight_decay_spares_the_norms(pair: Pair) -> None:
+def test_weight_decay_excludes_the_norms(pair: Pair) -> None:
     assert pair.ours.no_weight_decay() <= {key for key, _ in pair.ours.named_parameters()}
 
     def decayed(model: nn.Module) -> set[str]:

@@ -53,7 +53,7 @@ def test_every_architecture_has_a_twin_or_a_reason() -> None:
         ("dm_nfnet_f0", ""),
     ],
 )
-def test_reasons_are_what_models_are_made_of(name: str, norms: str) -> None:
+def test_reasons_match_the_modules_of_models(name: str, norms: str) -> None:
     assert normalization(name) == norms
     assert name in architectures_without_twin()[norms][timm.model_entrypoint(name).__module__.rpartition(".")[2]]
 
@@ -65,7 +65,7 @@ def test_readme_counts_the_zoo() -> None:
     assert f"each of timm's {len(ALL)} architectures" in readme
 
 
-def test_the_rule_is_what_models_are_made_of() -> None:
+def test_the_rule_matches_the_modules_of_models() -> None:
     """For one architecture of each kind, and for three without BatchNorm."""
     for name in [*map(sibling, KINDS), "resnet50_gn", "convnext_atto", "regnety_040_sgn"]:
         with torch.device("meta"):
@@ -211,7 +211,7 @@ def test_importing_builds_no_model() -> None:
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, cwd=REPOSITORY)
 
 
-def test_table_of_models_is_fresh() -> None:
+def test_table_of_models_is_up_to_date() -> None:
     if timm.__version__ != "1.0.31":
         pytest.skip("the table is written for timm 1.0.31")
     written = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8")

@@ -232,7 +232,7 @@ def test_strange_entry(saved: Path, tmp_path: Path, allocated: list[int], path: 
         ("model_args.ubn_kwargs", {"kernel_size": 10001}),
     ],
 )
-def test_sizes_are_limited_without_weights_too(
+def test_sizes_are_also_limited_without_weights(
     saved: Path, tmp_path: Path, allocated: list[int], path: str, value: Any
 ) -> None:
     source = f"local-dir:{folder_with(saved, tmp_path, changed(saved, path, value))}"
@@ -274,7 +274,7 @@ def test_ordinary_folder_loads(saved: Path, pretrained: bool) -> None:
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_other_models_of_timm_are_left_alone(tmp_path: Path) -> None:
+def test_other_timm_models_are_unaffected(tmp_path: Path) -> None:
     config = {"architecture": "resnet10t", "num_classes": 7, "pretrained_cfg": {"crop_mode": "of timm's future"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert timm.create_model(f"local-dir:{tmp_path}").num_classes == 7

@@ -304,7 +304,7 @@ def test_defaults() -> None:
         RECIPE.lr = 1.0  # type: ignore[misc]
 
 
-def test_the_tables_of_this_file_have_every_field() -> None:
+def test_the_tables_in_this_file_have_every_field() -> None:
     assert set(OTHER) == set(FIELDS)
     assert set(WRONG) | UNBOUNDED == set(FIELDS)
     assert not set(WRONG) & UNBOUNDED
@@ -320,7 +320,7 @@ def test_valid_values_are_read_and_written(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), pairs(WRONG))
-def test_wrong_values_are_refused_by_their_name(name: str, value: object) -> None:
+def test_invalid_values_are_rejected_by_name(name: str, value: object) -> None:
     with pytest.raises(RecipeError, match="received .*; valid: ") as caught:
         parse_recipe(with_value(name, value))
     # Of two values that contradict each other, either may be the one that is named.
@@ -331,14 +331,14 @@ def test_wrong_values_are_refused_by_their_name(name: str, value: object) -> Non
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_wrong_types_are_refused(name: str) -> None:
+def test_wrong_types_are_rejected(name: str) -> None:
     for value in WRONG_TYPES[kind(name)]:
         with pytest.raises(RecipeError, match=f"^{name}: received .*; valid: (a|true or false)"):
             parse_recipe(with_value(name, value))
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_null_is_valid_only_where_it_means_something(name: str) -> None:
+def test_null_is_valid_only_for_optional_fields(name: str) -> None:
     if "None" in str(TYPES[name]):
         assert getattr(parse_recipe(with_value(name, None)), name) is None
     else:
@@ -382,7 +382,7 @@ def test_null_is_valid_only_where_it_means_something(name: str) -> None:
         (["mean=[0.5]"], r"mean: received \[0.5\]; valid: a list of 3 numbers"),
     ],
 )
-def test_values_that_contradict_each_other_are_refused(settings: list[str], message: str) -> None:
+def test_contradictory_values_are_rejected(settings: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         apply_settings(RECIPE, settings)
 
@@ -400,7 +400,7 @@ def test_values_that_contradict_each_other_are_refused(settings: list[str], mess
         ["batch_size=2048", "repeats=3"],
     ],
 )
-def test_values_that_need_each_other_are_valid_together(settings: list[str]) -> None:
+def test_dependent_values_are_valid_together(settings: list[str]) -> None:
     recipe = apply_settings(RECIPE, settings)
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
@@ -408,7 +408,7 @@ def test_values_that_need_each_other_are_valid_together(settings: list[str]) -> 
 # Texts
 
 
-def test_exponents_without_a_point_are_numbers() -> None:
+def test_exponents_without_a_decimal_point_are_numbers() -> None:
     assert parse_recipe(MINIMAL.replace("lr: 0.1", "lr: 5e-4")).lr == 5e-4
     assert parse_recipe(MINIMAL + "betas: [9e-1, 0.999]").betas == (0.9, 0.999)
 
@@ -429,14 +429,14 @@ def test_exponents_without_a_point_are_numbers() -> None:
         (("lr: 0.1", "lr: fast"), "lr: received 'fast'; valid: a finite number"),
     ],
 )
-def test_keys_that_are_wrong_or_missing_are_named(change: tuple[str, str], message: str) -> None:
+def test_unknown_and_missing_keys_are_named(change: tuple[str, str], message: str) -> None:
     assert change[0] in MINIMAL
     with pytest.raises(RecipeError, match=message):
         parse_recipe(MINIMAL.replace(*change))
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "just text", "a: [", "!!python/object/apply:os.getcwd []", "? [1]\n: 2"])
-def test_what_is_no_mapping_is_refused(text: str) -> None:
+def test_other_yaml_than_a_mapping_is_rejected(text: str) -> None:
     with pytest.raises(RecipeError):
         parse_recipe(text)
 
@@ -461,7 +461,7 @@ def test_files_are_found_by_name_or_path(tmp_path: Path) -> None:
 # Settings
 
 
-def test_settings_change_values_as_the_file_would() -> None:
+def test_settings_are_parsed_like_the_file() -> None:
     recipe = apply_settings(RECIPE, ["epochs=5", "lr=1e-3", "mean=[0.1, 0.2, 0.3]", "ema_decay=null"])
     assert (recipe.epochs, recipe.lr, recipe.mean, recipe.ema_decay) == (5, 1e-3, (0.1, 0.2, 0.3), None)
     assert RECIPE.epochs == 4
@@ -474,7 +474,7 @@ def test_settings_change_values_as_the_file_would() -> None:
         apply_settings(RECIPE, ["mean=[0.1"])
 
 
-def test_names_of_twins_are_read_as_norm_ubn() -> None:
+def test_names_of_twins_set_norm_to_ubn() -> None:
     twin = parse_recipe(MINIMAL.replace("model: resnet10t", "model: resnet10t_ubn"))
     assert twin == RECIPE
     assert (twin.model, twin.norm) == ("resnet10t", "ubn")
@@ -485,7 +485,7 @@ def test_names_of_twins_are_read_as_norm_ubn() -> None:
         parse_recipe(MINIMAL.replace("model: resnet10t", "model: resnet10t_ubn\nnorm: bnet"))
 
 
-def test_settings_are_checked_together_with_the_file(tmp_path: Path) -> None:
+def test_settings_are_validated_together_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(MINIMAL + "warmup_epochs: 9\n", encoding="utf-8")
     assert load_recipe(path, ["epochs=10"]).warmup_epochs == 9  # alone, the file is invalid
@@ -493,14 +493,14 @@ def test_settings_are_checked_together_with_the_file(tmp_path: Path) -> None:
         load_recipe(path, ["epochs=8"])
 
 
-def test_no_pretrained_weights_means_no_tag() -> None:
+def test_disabling_pretrained_removes_the_tag() -> None:
     start = apply_settings(RECIPE, ["pretrained=true", "pretrained_tag=a1_in1k"])
     assert apply_settings(start, ["pretrained=false"]).pretrained_tag is None
     with pytest.raises(RecipeError, match="pretrained_tag: received 'b'; valid: null"):
         apply_settings(start, ["pretrained=false", "pretrained_tag=b"])
 
 
-def test_every_key_says_what_it_means_and_what_is_valid() -> None:
+def test_every_key_documents_its_meaning_and_valid_values() -> None:
     found = {field.key: field for field in fields()}
     assert list(found) == list(FIELDS)
     for key, field in found.items():
@@ -526,7 +526,7 @@ def test_every_key_is_read_by_the_package() -> None:
     assert not set(FIELDS) - read - {"source", "hardware", "time"}  # for people; the page of recipes shows them
 
 
-def test_the_everyday_settings_have_these_names() -> None:
+def test_names_of_common_settings() -> None:
     settings: dict[str, Any] = {
         "model": "resnet18",
         "pretrained": True,
@@ -547,7 +547,7 @@ def test_the_everyday_settings_have_these_names() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), pairs(OTHER))
-def test_what_a_recipe_says_and_where_it_runs_decide_nothing(name: str, value: object) -> None:
+def test_descriptions_and_execution_settings_are_not_decisive(name: str, value: object) -> None:
     changed = dataclasses.replace(RECIPE, **{name: value})
     same = decisive_settings(changed) == decisive_settings(RECIPE)
     assert same == (name in (*OPENING, *OPERATIONAL, *PUBLISHED) or value == FIELDS[name].default)
@@ -557,7 +557,7 @@ def test_what_a_recipe_says_and_where_it_runs_decide_nothing(name: str, value: o
 # The recipes of the package
 
 
-def test_the_package_has_what_is_needed() -> None:
+def test_the_package_has_the_required_recipes() -> None:
     assert set(list_recipes()) >= set(NEEDED)
     assert recipe_path("cifar10_small").parent == Path(ubn_zoo.__file__).parent / "recipes"
 
@@ -573,7 +573,7 @@ def test_recipes_are_valid_and_name_models_of_the_zoo(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_recipes_open_with_what_they_are(name: str) -> None:
+def test_recipes_open_with_a_description(name: str) -> None:
     lines = recipe_path(name).read_text(encoding="utf-8").splitlines()
     keys = [line.partition(":")[0] for line in lines if line[:1].isalpha()]
     assert lines[0].startswith("# ")
@@ -582,7 +582,7 @@ def test_recipes_open_with_what_they_are(name: str) -> None:
         assert f"--recipe {name} " in load_recipe(name).command
 
 
-def test_the_page_of_recipes_is_fresh() -> None:
+def test_the_page_of_recipes_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "recipes.md"
     assert page.read_text(encoding="utf-8") == recipe_page(), "run: python -m ubn_zoo.recipes.page docs/recipes.md"
 
@@ -616,7 +616,7 @@ def cosine(peak: float, low: float, share: float) -> float:
         ("cifar10_full", {0: 0.1, 100: 0.05, 150: cosine(0.1, 0, 0.75)}),
     ],
 )
-def test_learning_rates_are_the_sources(name: str, rates: dict[float, float]) -> None:
+def test_learning_rates_match_the_sources(name: str, rates: dict[float, float]) -> None:
     recipe = load_recipe(name)
     assert {epoch: rate(recipe, epoch) for epoch in rates} == pytest.approx(rates, rel=1e-9, abs=1e-12)
 
@@ -638,7 +638,7 @@ def test_learning_rates_are_the_sources(name: str, rates: dict[float, float]) ->
         ("finetune_full", "AdamW", {"weight_decay": 0.05}),
     ],
 )
-def test_optimizers_are_the_sources(name: str, kind_of: str, options: dict[str, Any]) -> None:
+def test_optimizers_match_the_sources(name: str, kind_of: str, options: dict[str, Any]) -> None:
     recipe = load_recipe(name)
     optimizer = build_optimizer(recipe, nn.Linear(2, 2))
     assert type(optimizer).__name__ == kind_of
@@ -649,7 +649,7 @@ def test_optimizers_are_the_sources(name: str, kind_of: str, options: dict[str, 
     assert (decays == {2: recipe.weight_decay}) == recipe.norm_decay
 
 
-def test_losses_are_the_sources() -> None:
+def test_losses_match_the_sources() -> None:
     logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([0])
     mixed = torch.tensor([[0.7, 0.3, 0.0]])
     log_probabilities = logits.log_softmax(1)[0]
@@ -679,7 +679,7 @@ def test_losses_are_the_sources() -> None:
         ("torchvision_v2", 1, 1.0, 10, math.inf),
     ],
 )
-def test_augmentation_is_the_sources(name: str, layers: int, prob: float, magnitude: int, std: float) -> None:
+def test_augmentation_matches_the_sources(name: str, layers: int, prob: float, magnitude: int, std: float) -> None:
     policy = load_recipe(name).auto_augment
     assert policy is not None
     augment = rand_augment_transform(policy, {})

@@ -513,7 +513,7 @@ def test_page_takes_the_best_of_a_gpu(tmp_path: Path) -> None:
     assert "speed_models.png" in page and "speed_models_gpu.png" in page
 
 
-def test_the_page_is_that_of_the_tables() -> None:
+def test_the_page_matches_the_tables() -> None:
     written = (REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8")
     assert written == benchmark.page(REPOSITORY / "results"), "make it again: python -m research.benchmark --report"
     pictures = re.findall(r"\]\((\w+\.png)\)", written)

@@ -43,7 +43,7 @@ def made() -> nn.Module:
     return model
 
 
-def test_class_is_made_once() -> None:
+def test_class_is_created_once() -> None:
     assert derive(First, Base) is derive(First, Base)
     assert derive(First, Base) is not derive(Second, Base)
     assert derive(Second, derive(First, Base)).__name__ == "SecondUbnBase"

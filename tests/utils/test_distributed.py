@@ -21,7 +21,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_without_torchrun_a_process_is_alone() -> None:
+def test_without_torchrun_there_is_one_process() -> None:
     with joined("cpu") as ranks:
         assert (ranks.rank, ranks.count, ranks.device, ranks.first) == (0, 1, torch.device("cpu"), True)
         values = torch.tensor([1.0, 2.0])
@@ -35,7 +35,7 @@ def test_without_torchrun_a_process_is_alone() -> None:
 
 @pytest.mark.parametrize("total", [0, 1, 2, 7, 100])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_shares_are_everything_once(total: int, count: int) -> None:
+def test_shares_cover_everything_once(total: int, count: int) -> None:
     shares = [Ranks(rank, count).share(total) for rank in range(count)]
     assert [index for share in shares for index in share] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -49,7 +49,7 @@ def test_shares_are_everything_once(total: int, count: int) -> None:
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is 2; valid: 0 to 1"),
     ],
 )
-def test_an_environment_that_is_not_torchruns_is_refused(
+def test_an_incomplete_environment_is_rejected(
     environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -59,12 +59,12 @@ def test_an_environment_that_is_not_torchruns_is_refused(
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "mps:3"])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+def test_a_missing_device_is_rejected(device: str) -> None:
     with pytest.raises(RanksError, match=rf"device: .*{device}"), joined(device):
         pass
 
 
-def test_ranks_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ranks_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
@@ -99,7 +99,7 @@ with joined("cpu") as ranks:
     assert done.returncode == 0, done.stderr
 
 
-def test_alone_buffers_stay() -> None:
+def test_a_single_process_keeps_its_buffers() -> None:
     norm = nn.BatchNorm2d(2)
     Ranks().equalize_buffers(norm)
     assert torch.equal(norm.running_var, torch.ones(2))

@@ -25,7 +25,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_new_file_has_the_permissions_of_any_new_file(tmp_path: Path, umask: int) -> None:
+def test_new_file_has_default_permissions(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         (tmp_path / "plain").write_bytes(b"")
