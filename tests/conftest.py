@@ -1,4 +1,4 @@
-"""What every test relies on: no network beyond loopback, no user files, few threads.
+"""Settings for all tests: no network except loopback, no user files, few threads.
 
 huggingface_hub reads its settings when it is imported, so they are made here, before any test module is. Its endpoint
 is a local server, which answers "no such repository" unless a test puts one there.
@@ -34,7 +34,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_XET="1",
-    # Tests that switch Xet on have a storage that does not decompress, and no time for the client's patience.
+    # Tests that enable Xet use a storage server that does not decompress, and short client timeouts.
     HF_XET_CLIENT_RETRY_BASE_DELAY="10ms",
     HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="2",
     HF_XET_DATA_XORB_COMPRESSION_POLICY="none",
@@ -53,7 +53,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _interpret_triton() -> None:
-    """Lets Triton's functions run on the CPU where there is no GPU.
+    """Run Triton kernels on the CPU if there is no GPU.
 
     Triton decides that when it is imported, which timm does. Afterwards nothing is to see the setting but the tests of
     our kernels, which decide for themselves in the same way.

@@ -1,4 +1,4 @@
-"""A Hub on loopback: what huggingface_hub calls to read and to publish, with real revisions and switchable faults."""
+"""A Hub server on loopback for huggingface_hub's read and publish requests, with real revisions and injected faults."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Repository:
 
 @dataclasses.dataclass
 class Fault:
-    """What goes wrong with a request.
+    """A fault to inject into a request.
 
     Attributes:
         method: The requests it strikes: ``HEAD``, ``GET``, ``POST`` or ``PUT``.
@@ -161,7 +161,7 @@ class HubServer:
         return None
 
     def blob(self, oid: str) -> bytes | None:
-        """A large file: one that was uploaded, committed or not yet, or is in a commit."""
+        """Return a large file that was uploaded or is in a commit."""
         if oid in self.objects:
             return self.objects[oid]
         for repository in list(self.repositories.values()):
@@ -178,16 +178,16 @@ class _Server(ThreadingHTTPServer):
     hub: HubServer
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that go away in the middle of an answer are part of the tests."""
+        """Ignore clients that disconnect during a response, which some tests do on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every answer takes 40 ms, because headers and body are sent apart
+    disable_nagle_algorithm = True  # otherwise every response takes 40 ms, because headers and body are sent separately
     server: _Server
 
     def log_message(self, format: str, *args: object) -> None:
-        """The log is `HubServer.requests`."""
+        """Do nothing, because `HubServer.requests` is the log."""
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -217,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length)
-        if len(self.body) < length:  # the client is gone
+        if len(self.body) < length:  # the client disconnected
             self.close_connection = True
             return
         if self.fault.status is not None:
@@ -269,7 +269,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._error(404, "", "no such page")
 
     def _files(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """The commit and its files, or an error sent."""
+        """Return the commit and its files, or send an error."""
         repository = self.hub.repositories.get(repo_id)
         if repository is None:
             self._error(404, "RepoNotFound", "Repository not found")
@@ -336,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"branches": branches, "tags": [], "converts": []})
 
     def _tree(self, repo_id: str, revision: str, folder: str, query: dict[str, list[str]]) -> None:
-        """The listing, two entries a page, as the real one pages its long listings."""
+        """Send the listing with two entries per page, to test paging."""
         found = self._files(repo_id, revision)
         if found is None:
             return
@@ -357,7 +357,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json(entries, headers)
 
     def _create(self) -> None:
-        """A new repository begins with a commit of its own, as on the real Hub."""
+        """Create a repository with an initial commit, as on the real Hub."""
         wanted = json.loads(self.body)
         repo_id = f"{wanted['organization']}/{wanted['name']}"
         known = repo_id in self.hub.repositories
@@ -402,7 +402,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"transfer": "basic", "objects": answers})
 
     def _upload_action(self, oid: str, size: int) -> dict[str, object]:
-        """Where to send a large file: to one address, or in parts to one address each and then a last request."""
+        """Return the upload URL of a large file, or one URL per part and one to complete the upload."""
         signature, part_size = "X-Amz-Signature=secret", self.hub.part_size
         if part_size is None or size <= part_size:
             return {"href": f"{self.hub.storage}/lfs/{oid}?{signature}"}
@@ -416,7 +416,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"ETag": f'"{git_oid(self.body)}"'}, b"")
 
     def _complete(self, oid: str) -> None:
-        """Put a file together from its parts, in the order and with the hashes that the client names."""
+        """Assemble a file from its parts, in the order and with the hashes that the client sends."""
         named = [(part["partNumber"], part["etag"]) for part in json.loads(self.body)["parts"]]
         stored = [self.hub.parts.get((oid, number), b"") for number, _ in named]
         content = b"".join(stored)
@@ -486,7 +486,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({}, status=200 if known else 404)
 
     def _commit(self, repo_id: str, revision: str) -> None:
-        """All or nothing: a commit on another parent than main's head, or with a file that was not sent, is refused."""
+        """Commit atomically; reject a commit whose parent is not main's head or whose files were not uploaded."""
         with self.hub.committing:
             found = self._files(repo_id, revision)
             if found is None:

@@ -1,4 +1,4 @@
-"""Small made-up images that are easy to tell apart, and a recipe that learns to in seconds."""
+"""Small synthetic images that are easy to classify, and a recipe that learns them in seconds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RECIPE = Recipe(
 
 
 def striped_images(count: int, seed: int, side: int = 16) -> ImageSet:
-    """Horizontal stripes against vertical ones, with noise."""
+    """Noisy images of two classes: horizontal and vertical stripes."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 2
     stripes = 80.0 * (torch.arange(side) % 4 < 2)

@@ -1,4 +1,4 @@
-"""Which part of the package may import which, and what importing it costs."""
+"""Allowed imports between parts of the package, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ubn_zoo import errors
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "ubn_zoo"
 
-# From the innermost room outwards: each may import those before its own line, and only those.
+# From the innermost room outward: each may import only the rooms before it.
 ROOMS = [
     {"errors"},
     {"utils"},
@@ -73,13 +73,13 @@ def test_every_module_has_a_room() -> None:
 def test_imports_go_one_way(path: Path) -> None:
     room, found = room_of(path), rooms_imported(path)
     if room == "__init__":
-        # Whoever imports any room runs this file first. What it imports lazily, and for type checkers, costs nothing.
+        # Importing any room runs this file first. Lazy imports and imports for type checkers have no cost.
         tree = ast.parse(path.read_text(encoding="utf-8"))
         run = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         assert run <= {"__future__", "typing", "ubn_zoo", "ubn_zoo.errors", "ubn_zoo.layers"}
         return
     if "ubn_zoo" in found:
-        # The package's own names exist once its layers and models are imported.
+        # The package's public names exist after its layers and models are imported.
         assert RANKS[room] > RANKS["models"]
     outward = {other for other in found - {"ubn_zoo", room} if RANKS[other] >= RANKS[room]}
     assert not outward, f"{room} imports {outward}"
@@ -89,7 +89,7 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_package_imports_neither_scripts_nor_tests(path: Path) -> None:
     outside = {folder.name for folder in REPOSITORY.iterdir() if folder.is_dir()} - {"ubn_zoo"}
     outside |= {file.stem for folder in ("scripts", "tests") for file in (REPOSITORY / folder).glob("*.py")}
-    # A name that an installed package has as well (`benchmark`, `train`) cannot be told apart and is no danger here.
+    # A name that an installed package also has (`benchmark`, `train`) is ambiguous, but harmless here.
     mine = {name.partition(".")[0] for name in imported(path, PACKAGE)} & outside
     assert {name for name in mine if importlib.util.find_spec(name) is None} == set()
 

@@ -39,7 +39,7 @@ def code_lines(page: Path) -> list[str]:
 
 @functools.cache
 def help_of(command: str) -> str:
-    """What a command prints as its help; an error if there is no such command."""
+    """Help text of a command; raises an error if the command does not exist."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as exited:
         main([command, "--help"])
@@ -48,7 +48,7 @@ def help_of(command: str) -> str:
 
 
 def problems(line: str) -> list[str]:
-    """What is wrong with the command in a line of code, if it has one."""
+    """Describe the error in the command on a line of code, if there is one."""
     match = COMMAND.search(line)
     if match is None:
         return []

@@ -1,4 +1,4 @@
-"""UBN in functions of torch and timm that look for BatchNorm by class, and in ours for both."""
+"""UBN in torch and timm functions that look for BatchNorm by class, and in this package's versions."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_update_statistics_averages_over_batches(gate: float) -> None:
     similarities = torch.stack([functional.feature_similarity(y, 16) for y in outputs])
     torch.testing.assert_close(first.feature_similarity, similarities.mean().float())
     assert int(first.num_batches_tracked) == 3
-    # What later layers see is normalized with batch statistics, whatever the gate was.
+    # Inputs of later layers are normalized with batch statistics, whether the gate is open or closed.
     open_gate = copy.deepcopy(first).train()
     open_gate.threshold = None
     seen = [model[2](open_gate(y)).mean((0, 2, 3)) for y in outputs]
@@ -204,7 +204,7 @@ def test_timms_optimizers_do_not_decay_converted_models(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     for other in (copy.deepcopy(model), loaded):
         assert decayed_by_timm(other) == 0
-        # It names the parameters of the copy, not of the original.
+        # The names refer to the parameters of the copy, not the original.
         del other.layer1
         assert not any(name.startswith("layer1") for name in other.no_weight_decay())
     names = ubn_zoo.convert_batchnorm(Tokens()).no_weight_decay()
@@ -440,7 +440,7 @@ def test_exec_names_a_missing_script(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def frozen_pair() -> nn.Sequential:
-    """torchvision's and timm's frozen layers with random numbers in them."""
+    """torchvision's and timm's frozen layers with random values."""
     model = nn.Sequential(FrozenBatchNorm2d(4), timm.layers.FrozenBatchNormAct2d(4))
     generator = torch.Generator().manual_seed(2)
     for buffer in model.buffers():

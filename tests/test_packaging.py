@@ -36,7 +36,7 @@ def build(function: str, source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is built, as building leaves files beside the sources."""
+    """A copy of the sources, because building leaves files in the source tree."""
     folder = tmp_path_factory.mktemp("source") / "copy"
     folder.mkdir()
     ignored = shutil.ignore_patterns("__pycache__")
@@ -73,7 +73,7 @@ def installed(wheel: Path) -> Path:
 
 
 def content_of(wheel: Path) -> dict[str, bytes]:
-    """Every file of a wheel but its list of files."""
+    """All files of a wheel except its RECORD."""
     with zipfile.ZipFile(wheel) as file:
         return {name: file.read(name) for name in file.namelist() if not name.endswith("RECORD")}
 

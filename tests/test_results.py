@@ -1,4 +1,4 @@
-"""Published numbers agree with each other, and with the bundled weights where the data is at hand."""
+"""Published numbers agree with each other, and with the bundled weights if the data is available."""
 
 from __future__ import annotations
 
@@ -39,9 +39,6 @@ def test_there_are_tables_and_records() -> None:
     assert {experiment.name for experiment in MEASURED} >= {"cifar10_mobilenet", "cifar10_regnet", "cifar10_resnet"}
 
 
-# Tables
-
-
 @pytest.mark.parametrize("experiment", MEASURED, ids=lambda experiment: experiment.name)
 def test_tables_contain_complete_runs_of_the_plan(experiment: Grid) -> None:
     found = load(experiment, RESULTS)
@@ -70,9 +67,6 @@ def test_the_page_matches_the_tables() -> None:
     assert written == page(RESULTS), "make it again: python -m research.experiments report"
     for picture in re.findall(r"\]\((\w+\.png)\)", written):
         assert (REPOSITORY / "docs" / picture).is_file()
-
-
-# Weights
 
 
 def test_bundled_files_match_the_manifest_and_are_small() -> None:
@@ -105,7 +99,7 @@ def test_records_agree_with_the_tables(record: Record) -> None:
     last = [run[-1] for experiment in MEASURED for runs in load(experiment, RESULTS).runs.values() for run in runs]
     for metric, norm in ((top1, "ubn"), (twin, "bn")):
         mine = [row for row in last if (row.model, row.norm, row.commit) == (model, norm, metric.measured.commit)]
-        # Parameters that are stored in float16 may move a few of the 10,000 images.
+        # Storing parameters in float16 may change the predictions of a few of the 10,000 images.
         assert any(abs(row.top1 - metric.value) <= 0.05 for row in mine)
 
 
@@ -129,5 +123,5 @@ def test_bundled_models_reach_their_published_accuracy(record: Record, decoded: 
     batches = MemoryEval(feed_of(subject, dataset="memory"), images, Ranks())
     found = measure(subject.model.to(memory_format=torch.channels_last), batches, Ranks())
     assert (found.images, subject.classes) == (10_000, decoded.classes)
-    # Another processor or version may round a few of the 10,000 images to the other side.
+    # With another processor or version, rounding may change the predictions of a few of the 10,000 images.
     assert found.top1 == pytest.approx(record.metrics[0].value, abs=0.05)

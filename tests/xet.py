@@ -1,4 +1,4 @@
-"""Xet's storage service as far as hf_xet needs it: xorbs and shards are stored, and files are put together from them.
+"""The parts of Xet's storage service that hf_xet needs: it stores xorbs and shards and assembles files from them.
 
 Formats and requests are those of https://huggingface.co/docs/xet. Chunks must be uncompressed: the client is started
 with ``HF_XET_DATA_XORB_COMPRESSION_POLICY=none``.
@@ -19,20 +19,20 @@ _VERIFIED, _WITH_SHA256 = 1 << 31, 1 << 30
 
 
 def hash_name(raw: bytes) -> str:
-    """A hash as it is written in paths: four little-endian integers."""
+    """Format of a hash in paths: four little-endian integers."""
     return "".join(f"{number:016x}" for number in struct.unpack("<4Q", raw))
 
 
 @dataclasses.dataclass
 class Storage:
-    """What was uploaded: serialized xorbs, and of each file the chunks (xorb, first, last + 1) it consists of."""
+    """Uploaded data: serialized xorbs, and for each file its chunks (xorb, first, last + 1)."""
 
     xorbs: dict[str, bytes] = dataclasses.field(default_factory=dict)
     files: dict[str, list[tuple[str, int, int]]] = dataclasses.field(default_factory=dict)
     by_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def chunks(self, xorb: str) -> list[tuple[int, int]]:
-        """Where the chunks of a xorb begin and end, eight bytes of header included."""
+        """Start and end of each chunk in a xorb, including the eight-byte header."""
         content, position, found = self.xorbs[xorb], 0, []
         while position < len(content):
             version, scheme = content[position], content[position + 4]
@@ -50,7 +50,7 @@ class Storage:
         return b"".join(parts)
 
     def add_shard(self, shard: bytes) -> list[bytes]:
-        """Register a shard's files, and give their contents; ValueError if one is not what its SHA-256 says."""
+        """Register a shard's files and return their contents; raise ValueError if one does not match its SHA-256."""
         entries = (shard[at : at + _ENTRY] for at in range(_ENTRY, len(shard), _ENTRY))
         contents = []
         while (header := next(entries))[:32] != _END:
@@ -63,7 +63,7 @@ class Storage:
             if not flags & _WITH_SHA256:
                 raise ValueError("a file without SHA-256")
             contents.append(self.content(name))
-            # The hash is stored as four little-endian integers too.
+            # The hash is also stored as four little-endian integers.
             sha256 = hash_name(next(entries)[:32])
             if hashlib.sha256(contents[-1]).hexdigest() != sha256:
                 raise ValueError("a file whose content is not what its SHA-256 says")
@@ -71,7 +71,7 @@ class Storage:
         return contents
 
     def reconstruction(self, file: str, address: str) -> dict[str, Any]:
-        """How to put a file together: its terms, and the addresses of the bytes that hold them."""
+        """Instructions to assemble a file: its terms, and the URLs and ranges of their bytes."""
         terms, fetch = [], {}
         for xorb, first, end in self.files[file]:
             places = self.chunks(xorb)

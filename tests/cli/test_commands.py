@@ -1,4 +1,4 @@
-"""The command line: what it lists and says, its exit codes, and errors without a traceback."""
+"""The command line: output, exit codes, and errors without a traceback."""
 
 from __future__ import annotations
 

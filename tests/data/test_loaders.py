@@ -1,4 +1,4 @@
-"""Training and held-out images of every kind of data: labels, order, random numbers, ranks, bad data."""
+"""Training and held-out images for every kind of data: labels, order, random numbers, ranks, invalid data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ubn_zoo.utils.distributed import Ranks
 if TYPE_CHECKING:
     from ubn_zoo.data.loaders import EvalBatches, TrainBatches
 
-# Told apart by timm's order, in which 2 comes before 10.
+# timm's order puts 2 before 10, unlike plain string order.
 CLASSES = ("a1", "a2", "a10")
 TRAIN, TEST = 22, 11
 SIDE = 12
@@ -50,7 +50,7 @@ AUGMENTED = dataclasses.replace(
 
 
 def pixels(number: int) -> numpy.ndarray:
-    """An image of one color, which no crop and no flip changes, and which tells its number."""
+    """A single-color image that encodes its number; crops and flips do not change it."""
     return numpy.full((SIDE, SIDE, 3), (7 * number, 255 - 7 * number, 9), dtype=numpy.uint8)
 
 
@@ -95,7 +95,7 @@ def write_tar(root: Path, draw: Callable[[int], numpy.ndarray]) -> Path:
 
 
 def write_tars(root: Path, draw: Callable[[int], numpy.ndarray]) -> Path:
-    """One tar per class, made in its folder, so that names begin with ``./``."""
+    """One tar per class, created inside the class folder, so that names begin with ``./``."""
     write_folder(root, draw)
     for split in ("train", "test"):
         for name in CLASSES:
@@ -131,7 +131,7 @@ def write_shards(root: Path, draw: Callable[[int], numpy.ndarray]) -> Path:
 
 def write_parquet(root: Path, draw: Callable[[int], numpy.ndarray]) -> Path:
     datasets = pytest.importorskip("datasets")
-    # It sleeps for five seconds whenever threads that read a stream end, in case the interpreter ends with them.
+    # It sleeps for five seconds whenever reader threads of a stream end, in case the interpreter is exiting.
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.05
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     for split in ("train", "test"):
@@ -177,7 +177,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[int], numpy.ndarray]], Path]:
-    """A data set of a kind, written when it is first asked for."""
+    """Datasets by kind, written on first use."""
     made: dict[tuple[Any, Any], Path] = {}
 
     def get(kind: str, draw: Callable[[int], numpy.ndarray]) -> Path:
@@ -246,12 +246,12 @@ def test_held_out_images_are_read_once_over_all_ranks(kind: str, count: int, wri
     pairs = [read(test) for test in ranks]
     assert sorted(itertools.chain(*pairs)) == [(number, number % 3) for number in range(TEST)]
     assert max(map(len, pairs)) - min(map(len, pairs)) <= 2
-    # Of streams, the description says it, or nothing does.
+    # For streams, the number is in the description or unknown.
     assert {test.images for test in ranks} <= {TEST, None}
     assert ranks[0].images == TEST or kind in ("braces", "hfids")
-    # Read again, they are the same.
+    # A second pass returns the same images.
     assert read(ranks[0]) == pairs[0]
-    # Over all ranks alike, as one of them measures for all.
+    # Equal on all ranks, because one rank measures for all.
     probes = [numbers(test.probe(4)) for test in ranks]
     assert len(set(probes[0])) == len(probes[0]) == 4
     assert all(probe == probes[0] for probe in probes)
@@ -272,7 +272,7 @@ def test_held_out_labels_match_training_labels(kind: str, written: Written) -> N
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["wds", "hfids"])
 def test_workers_split_a_stream(kind: str, workers: int, written: Written) -> None:
-    # Each worker's share of an epoch is a whole number of batches; this is the case in which that is each image once.
+    # Each worker reads a whole number of batches per epoch; here, this covers each image exactly once.
     recipe = recipe_of(kind, workers=workers, batch_size=11, test_split="test")
     train = open_train(recipe, written(kind, pixels), Ranks())
     order = [number for images, _ in epoch_of(train) for number in numbers(images)]
@@ -289,7 +289,7 @@ def test_batches_do_not_depend_on_workers(kind: str, written: Written) -> None:
     for workers in (0, 1, 2):
         recipe = recipe_of(kind, AUGMENTED, workers=workers)
         train, test = open_train(recipe, root, Ranks()), open_eval(recipe, root, Ranks(), CLASSES, batch_size=4)
-        # The probe first: what it leaves open must not reach the workers that start later.
+        # Probe first: workers that start later must not inherit its open files.
         probe = (test.probe(5), torch.zeros(5, dtype=torch.int64))
         found = [epoch_of(train, 0), epoch_of(train, 1), list(test), [probe]]
         for batches, others in zip(found, expected, strict=False):
@@ -317,7 +317,7 @@ def test_an_epoch_can_resume_at_any_update(kind: str, workers: int, written: Wri
     train = open_train(recipe, written(kind, noise), Ranks())
     whole = epoch_of(train, 1)
     assert len(whole) == 6
-    # Broken off, what its workers have read ahead must not come up later.
+    # After an early stop, batches that workers have prefetched must not appear later.
     begun = train.epoch(1)
     next(begun)
     begun.close()
@@ -364,7 +364,7 @@ def test_repeated_copies_differ_and_go_to_different_ranks(kind: str, written: Wr
     (images, labels), *_ = epoch_of(open_train(augmented, root, Ranks()))
     assert torch.equal(labels[::2], labels[1::2])
     equal = sum(torch.equal(one, other) for one, other in zip(images[::2], images[1::2], strict=True))
-    assert equal <= 1  # two may come out alike by chance
+    assert equal <= 1  # two copies may be equal by chance
     shares = [epoch_of(open_train(augmented, root, Ranks(rank, 2)))[0] for rank in range(2)]
     assert torch.equal(torch.stack([part for part, _ in shares], 1).flatten(0, 1), images)
 
@@ -379,7 +379,7 @@ def test_a_subset_of_images_covers_all_classes(kind: str, written: Written) -> N
     tests = [open_eval(recipe, written(kind, pixels), Ranks(rank, 2), CLASSES) for rank in range(2)]
     found = read(tests[0]) + read(tests[1])
     assert tests[0].images == len(set(found)) == 6
-    if kind != "hfds":  # its images come in the order of its files
+    if kind != "hfds":  # its images are in file order
         assert {number % 3 for number in seen} == {label for _, label in found} == {0, 1, 2}
     whole = open_train(recipe_of(kind), written(kind, pixels), Ranks())
     assert whole.fingerprint != train.fingerprint
@@ -425,7 +425,7 @@ def test_a_damaged_image_in_a_shard_is_skipped_in_training_and_an_error_in_evalu
 
 def test_shards_are_read_from_a_url(written: Written) -> None:
     if shutil.which("curl") is None:
-        pytest.skip("webdataset reads addresses with curl, which is not here")
+        pytest.skip("webdataset reads URLs with curl, which is not installed")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments: Any) -> None:
@@ -493,7 +493,7 @@ def test_small_images_from_memory_match_those_from_a_folder(written: Written) ->
 def test_an_unreadable_image_is_named(kind: str, workers: int, tmp_path: Path) -> None:
     if kind == "hfids":
         damaged = write_parquet(tmp_path, lambda number: noise(number))
-        # An image's bytes within the file, of the same length.
+        # Damage the bytes of one image within the file without changing its length.
         for path in damaged.rglob("test-*.parquet"):
             path.unlink()
         import datasets
@@ -637,7 +637,7 @@ def test_unusable_streams_raise_clear_errors(written: Written, tmp_path: Path) -
     with pytest.raises(DataError, match=r"train_samples, test_samples"):
         open_train(recipe_of("braces", train_samples=None), shards, Ranks())
     with pytest.raises(DataError, match=r"train_samples, test_samples"):
-        # Its own files, as `datasets` may know the number of those that it has read before.
+        # New files, because `datasets` may remember the number of images in files that it has read before.
         open_train(recipe_of("hfids", train_samples=None), write_parquet(tmp_path / "new", pixels), Ranks())
     with pytest.raises(DataError, match=r"has none of validation, val, test; it needs one of them, or set test_split"):
         open_eval(recipe_of("wds", test_split=None), tmp_path, Ranks())

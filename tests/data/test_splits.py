@@ -1,4 +1,4 @@
-"""Which split is held out: validation before val before test, in every kind of data."""
+"""Choice of the held-out split: validation, then val, then test, for every kind of data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy against what can be worked out by hand, and the models and images that it is measured with."""
+"""Accuracy against hand-computed values, and loading of models and images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NORMALIZE = Normalizer((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
 
 
 class Table(nn.Module):
-    """Gives an image the row of logits that its first pixel names."""
+    """Returns the row of logits whose index is the first pixel of the image."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def batches_of(labels: Tensor, size: int, first: int = 0) -> Iterator[tuple[Tens
 
 
 def expected_accuracy(logits: numpy.ndarray, labels: numpy.ndarray) -> tuple[float, float, float, float]:
-    """top-1, top-5, loss and calibration error, image by image."""
+    """Top-1, top-5, loss and calibration error, computed one image at a time."""
     first, five, loss = [], [], []
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
     for row, label in zip(logits.astype(numpy.float64), labels, strict=True):
@@ -91,7 +91,8 @@ def check(found: Accuracy, logits: Tensor, labels: Tensor) -> None:
 @pytest.mark.parametrize("classes", [2, 5, 6, 40])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 200.0])
 def test_accuracy_matches_the_formulas(classes: int, scale: float) -> None:
-    """At the largest scale confidence is exactly 1 and most bins are empty; at the smallest all are in one."""
+    """At the largest scale, confidence is exactly 1 and most bins are empty; at the smallest, one bin has all
+    images."""
     generator = torch.Generator().manual_seed(classes)
     logits = scale * torch.randn((37, classes), generator=generator)
     labels = torch.randint(0, classes, (37,), generator=generator)
@@ -195,7 +196,7 @@ def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> N
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_LOG_LEVEL": "ERROR"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     script = [str(tmp_path / "script.py"), str(Path(__file__).parents[2]), str(tmp_path)]
-    # A process joins once: one launch measures by the function, one by the command.
+    # A process can join only once, so one launch calls the function and another runs the command.
     for program in (script, ["-m", "ubn_zoo", "validate", *arguments]):
         done = subprocess.run(
             [*launch, *program], capture_output=True, text=True, timeout=180, env=environment, check=False

@@ -1,4 +1,4 @@
-"""Feature similarity equals a direct comparison of all pairs, and measuring leaves no trace on the model."""
+"""Feature similarity equals a direct comparison of all pairs, and measuring does not change the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOLERANCE = 1e-5
 
 
 def images(count: int, size: int = 32, seed: int = 0) -> Tensor:
-    """Normalized images that have something in common, as photographs do."""
+    """Normalized images that are partly similar, as photographs are."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(1, 3, size, size, generator=generator)
     return common + torch.randn(count, 3, size, size, generator=generator)
@@ -44,20 +44,20 @@ def images(count: int, size: int = 32, seed: int = 0) -> Tensor:
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
-    # Statistics of a forward in training, so that features are of ordinary size in evaluation.
+    # Set running statistics from a forward pass in training mode, so that features have a normal scale in evaluation.
     model.train()(images(4, seed=1))
     return model
 
 
 def mean_cosine(features: Tensor) -> float:
-    """The definition: every pair on its own, in float64."""
+    """The definition, applied to every pair separately in float64."""
     vectors = features.detach().double().flatten(1)
     pairs = [F.cosine_similarity(vectors[i], vectors[j], dim=0, eps=0) for i, j in combinations(range(len(vectors)), 2)]
     return float(torch.stack(pairs).mean())
 
 
 def inputs_of(model: nn.Module, layers: Sequence[str], batch: Tensor) -> dict[str, Tensor]:
-    """What a forward in evaluation feeds to some layers, in the order of the calls."""
+    """Inputs of some layers in a forward pass in evaluation mode, in call order."""
     model, found = copy.deepcopy(model).eval(), {}
     for name in layers:
         model.get_submodule(name).register_forward_pre_hook(
@@ -73,7 +73,7 @@ def batchnorm_names(model: nn.Module) -> list[str]:
 
 
 def state_of(model: nn.Module) -> list[Any]:
-    """All that measuring must not change, tensors by value and by identity."""
+    """State that measuring must not change: tensors by value and by identity."""
     found: list[Any] = []
     for name, module in model.named_modules():
         found.append((name, module.training))
@@ -90,7 +90,7 @@ def state_of(model: nn.Module) -> list[Any]:
 
 
 class Chain(nn.Module):
-    """A few layers called as a test says, whatever the order of their registration."""
+    """A few layers called in an order set by the test, independent of registration."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_gates_are_reported() -> None:
 
 
 def test_the_reported_gate_matches_training() -> None:
-    # float32's 0.15 is above float64's: compared in float64 it would be open.
+    # 0.15 in float32 is greater than in float64; compared in float64, the gate would be open.
     layer = UnifiedBatchNorm2d(3)
     assert layer.feature_similarity is not None
     layer.feature_similarity.fill_(0.15)
@@ -308,7 +308,7 @@ def test_channels_last_gives_the_same() -> None:
     for row, expected in zip(
         measure_similarity(model, batch.contiguous(memory_format=torch.channels_last)), plain, strict=True
     ):
-        # Convolutions sum in another order in this layout.
+        # Convolutions sum in a different order in this memory format.
         assert row.similarity == pytest.approx(expected.similarity, abs=1e-4)
 
 
@@ -435,7 +435,7 @@ def analyze(*arguments: str) -> int:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """An image folder of photographs of differing sizes."""
+    """An image folder with photographs of different sizes."""
     for number in range(5):
         values = torch.randint(0, 256, (9 + number, 12 - number, 3), generator=torch.Generator().manual_seed(number))
         folder = tmp_path / "photographs" / "val" / "ab"[number % 2]
@@ -465,7 +465,7 @@ def test_the_command_reads_the_number_of_classes_from_a_checkpoint(photographs: 
     for name in ("resnet10t", "resnet10t_ubn"):
         assert analyze("--model", name, *arguments, "--output", str(tmp_path / name)) == 0
     plain, twin = (read_similarity(tmp_path / name / "similarity.csv") for name in ("resnet10t", "resnet10t_ubn"))
-    # A UBN model made of BatchNorm's weights computes the same function.
+    # A UBN model with converted BatchNorm weights computes the same function.
     for row, other in zip(plain, twin, strict=True):
         assert (row.layer, row.gate, other.gate) == (other.layer, None, "open")
         assert row.similarity == pytest.approx(other.similarity, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Evaluation of many models: equal to a plain loop, after failures, without memory, resumed; details and their test."""
+"""Evaluation of many models: equal to a plain loop, failures, out-of-memory, resuming; details and their comparison."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_evaluation_matches_a_plain_timm_loop(runs: Path, photos: Path) -> None:
 
 
 def test_larger_images_are_pooled_as_in_timm(runs: Path, photos: Path) -> None:
-    """Each place of the features has logits, and their mean and maximum are averaged."""
+    """Logits are computed at each position of the feature map, and their mean and maximum are averaged."""
     subject = load_subject(runs / "first")
     model: Any = subject.model.eval()
 
@@ -120,7 +120,7 @@ def test_compiled_models_have_the_same_results(runs: Path, photos: Path) -> None
 
 
 def test_a_snapshot_uses_the_configuration_of_its_run(runs: Path, photos: Path) -> None:
-    """Its settings too: the kernel of the default layer has another size."""
+    """Also the layer settings: the default layer has another kernel size."""
     snapshot = runs / "first" / "checkpoints" / "0000000003" / "model.safetensors"
     expected = load_subject(runs / "first").model.state_dict()
     for subject in (load_subject(snapshot), load_subject("resnet10t_ubn", checkpoint=snapshot)):
@@ -201,7 +201,7 @@ OUT_OF_MEMORY = [
 
 
 class Hungry(nn.Module):
-    """Two logits from an image's mean, for batches that fit."""
+    """Returns two logits from an image's mean, or runs out of memory for large batches."""
 
     def __init__(self, error: Exception, most: int) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ def test_mcnemars_test_is_exact() -> None:
     assert found.interval == pytest.approx((-20 - 46.381, -20 + 46.381), abs=0.01)
     same = compare(image_rows("10"), image_rows("10"))
     assert (same.p_value, same.difference, same.interval) == (1.0, 0.0, (0.0, 0.0))
-    # Many images: against the normal approximation with continuity correction.
+    # For many images, compare with the normal approximation with continuity correction.
     many = compare(image_rows("1" * 5100 + "0" * 4900), image_rows("0" * 5100 + "1" * 4900))
     assert many.p_value == pytest.approx(math.erfc((200 - 1) / math.sqrt(10_000) / math.sqrt(2)), rel=1e-3)
     assert isinstance(many, Comparison)

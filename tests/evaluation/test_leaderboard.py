@@ -66,14 +66,11 @@ def board() -> Board:
     return build_board()
 
 
-# Figures
-
-
 def test_wilson_interval_solves_its_equation() -> None:
     for percent, images in ((0.0, 10), (37.5, 40), (81.24, 50_000), (100.0, 7)):
         low, high = (end / 100 for end in wilson(percent, images))
         for end in (low, high):
-            # The ends are the shares that the observed one is 1.96 of their own standard deviations away from.
+            # The observed proportion is 1.96 standard deviations of each bound away from that bound.
             assert abs(percent / 100 - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / images), abs=1e-6)
         assert -1e-9 <= low <= percent / 100 <= high <= 1 + 1e-9
 
@@ -123,9 +120,6 @@ def test_operations_of_all_layers_are_counted() -> None:
     gmacs, macts = count_operations("regnetx_002_ubn", 96)
     assert (round(gmacs * 1e9), round(macts * 1e6)) == tuple(map(sum, zip(*counted, strict=True)))
     assert load_figures()["cost"]["resnet50_ubn"]["224"][0] == pytest.approx(4.189, abs=1e-3)
-
-
-# Rows
 
 
 def test_inherited_rows_name_their_source(board: Board) -> None:
@@ -223,9 +217,6 @@ def test_other_files_are_rejected_with_the_valid_ones(tmp_path: Path) -> None:
         build_board([tmp_path / "x.csv"])
 
 
-# Files
-
-
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Board:
     folder = tmp_path_factory.mktemp("hostile")
@@ -294,9 +285,6 @@ def test_committed_rows_match_the_experiments() -> None:
     )
 
 
-# Checks
-
-
 def test_a_correct_row_is_accepted() -> None:
     assert not list(refusals(result()))
     record = load_manifest().find(source="bundled")[0]
@@ -351,7 +339,7 @@ def test_the_command_checks_and_reproduces(tmp_path: Path, capsys: pytest.Captur
         folder.mkdir(parents=True)
         for number in range(3):
             Image.new("RGB", (32, 32), (place * 25, number * 80, 99)).save(folder / f"{number}.png")
-    # Uniform images of all classes: a few of 30 are right at most.
+    # Uniform images of all classes: at most a few of 30 are classified correctly.
     weights = {"weights_sha256": record.sha256, "param_count": 4.96, "classes": 10, "img_size": 32, "split": "test"}
     good = result(record.id, 3, 30, **weights)
     bad = dataclasses.replace(result(record.id, 30, 30, **weights), settings="img_size=33")

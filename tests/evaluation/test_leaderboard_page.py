@@ -78,7 +78,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shared(browser: Any) -> Iterator[Any]:
-    """One tab for all tests, which fail if the page ever loads something, or complains."""
+    """One tab for all tests, which fail if the page loads another file or logs an error."""
     page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     page.problems = []
     page.on("console", lambda message: page.problems.append(message.text))

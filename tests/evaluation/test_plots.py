@@ -1,4 +1,4 @@
-"""Pictures of runs are real PNG files that differ with what they show."""
+"""Plots of runs are valid PNG files that change with their data."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def similarity(epochs: int, layers: int, *, gates: bool = True, shift: float = 0
 
 
 def look(path: Path) -> tuple[tuple[int, int], bytes]:
-    """Size and pixels of a PNG file, which has to show something."""
+    """Size and pixels of a PNG file, which must not be blank."""
     with Image.open(path) as image:
         assert image.format == "PNG"
         pixels = image.convert("RGB")
@@ -147,7 +147,7 @@ def test_a_single_epoch_is_not_an_empty_plot(tmp_path: Path) -> None:
     size, pixels = draw(tmp_path / "run", metrics(1))["loss_accuracy.png"]
     blue = (0x00, 0x72, 0xB2)
     drawn = sum(tuple(pixels[i : i + 3]) == blue for i in range(0, len(pixels), 3))
-    # The points in both panels and the legend's, several pixels wide each.
+    # The points in both panels and in the legend, each several pixels wide.
     assert drawn > 150, size
 
 
@@ -187,7 +187,7 @@ def compare_similarity(groups: Any, path: Path) -> None:
 
 
 def examples() -> dict[str, tuple[Drawing, dict[str, Any], dict[str, Any]]]:
-    """Of every comparison: how to draw it, groups, and groups of which one value differs."""
+    """For every comparison: the drawing function, groups, and groups in which one value differs."""
     runs, layers = {"BatchNorm": group(0), "UBN": group(3)}, {"BatchNorm": similarity(2, 8), "UBN": similarity(2, 8)}
     lower = [*similarity(2, 8)[:-1], dataclasses.replace(similarity(2, 8)[-1], similarity=0.4)]
     return {
@@ -243,7 +243,7 @@ def test_runs_over_time(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_epoch_do_not_overlap(tmp_path: Path) -> None:
-    # The same numbers under two labels: on top of each other the first would be hidden.
+    # The same numbers under two labels: if they overlapped, the first group would be hidden.
     compare_runs({"BatchNorm": group(0, epochs=1), "UBN": group(0, epochs=1)}, tmp_path / "one.png")
     _, pixels = look(tmp_path / "one.png")
     colors = [tuple(pixels[i : i + 3]) for i in range(0, len(pixels), 3)]

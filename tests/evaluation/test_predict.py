@@ -1,4 +1,4 @@
-"""Predictions against a plain timm loop, on odd files, and in the files that they are written to."""
+"""Predictions against a plain timm loop, for uncommon image files, and in output files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def photos(tmp_path: Path) -> Path:
 
 @torch.inference_mode()
 def reference(model: torch.nn.Module, files: list[str]) -> torch.Tensor:
-    """timm's documented loop."""
+    """The inference loop in timm's documentation."""
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model, use_test_size=True))
     model.eval()
     inputs = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])

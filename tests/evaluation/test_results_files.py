@@ -1,4 +1,4 @@
-"""Results files: what is written reads back, and what is no results file says why."""
+"""Results files round-trip, and other files raise clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speed of a pair of models: what is timed, how ratios follow from times, what the command prints and writes."""
+"""Speed of a pair of models: timed steps, ratios, and the output of the command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UBN_MODEL = f"{MODEL}_ubn"
 
 
 class FakeMachine:
-    """Steps of known times: twice as long in every turn, and 1.5 times as long for the UBN model."""
+    """Replace steps with known durations, which double in every turn and are 1.5 times as long for the UBN model."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -37,7 +37,7 @@ class FakeMachine:
         monkeypatch.setattr(speed, "time", types.SimpleNamespace(monotonic=lambda: self.now))
 
     def make(self, mode: str, model: nn.Module, *inputs: object) -> Callable[[], None]:
-        # Fused models have no UBN layers left to tell them apart by; the BatchNorm model comes first.
+        # Fused models have no UBN layers left to distinguish them; the BatchNorm model comes first.
         kind = next(self.kinds)
         model.train(mode == "train")
 
@@ -66,7 +66,7 @@ def test_every_mode_times_both_models() -> None:
 def test_ratios_are_within_turns_and_the_models_take_turns_going_first(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = FakeMachine(monkeypatch)
     bn, ubn, *others = speed.compare_speed(MODEL, batch_size=4, img_size=32, seconds=3e-9)
-    # Of five turns the first two warm up; the median turn is the fourth.
+    # The first two of five turns are warm-up; the median turn is the fourth.
     assert (bn.turns, bn.milliseconds, bn.images_per_second) == (3, 8000.0, 0.5)
     assert (ubn.milliseconds, ubn.ratio, ubn.ratio_lower, ubn.ratio_upper) == (12000.0, 1.5, 1.5, 1.5)
     assert {row.ratio for row in others if row.model == UBN_MODEL} == {1.5}
@@ -78,7 +78,8 @@ def test_ratios_are_within_turns_and_the_models_take_turns_going_first(monkeypat
 
 def test_more_time_gives_more_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeMachine(monkeypatch)
-    # A mode has a third of the time. The first eight turns take 2.5 * (2**8 - 1) s, the first nine 2.5 * (2**9 - 1) s.
+    # Each mode gets a third of the time. The first eight turns take 2.5 * (2**8 - 1) s, the first nine 2.5 * (2**9 - 1)
+    # s.
     rows = speed.compare_speed(MODEL, batch_size=2, img_size=32, seconds=3 * 2.5 * 2**8)
     assert rows[0].turns == 9 - 2
 

@@ -1,4 +1,4 @@
-"""Test sets: which output each class of the images is, ReaL labels, and preprocessing, against hand-made truth."""
+"""Test sets: mapping of classes to outputs, ReaL labels, and preprocessing, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHOSEN = [1, 3, 6, 9]
 
 
 class Brightness(nn.Module):
-    """Logits from the mean brightness b of an image, 0 to 255: class c has the logit -|b - 20 c|, and 500 has 300."""
+    """Logits from the mean brightness b of an image, 0 to 255: -|b - 20 c| for class c, and 300 for class 500."""
 
     def __init__(self, count: int = 1000, **config: Any) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def subject(count: int = 1000, classes: tuple[str, ...] = (), **config: Any) -> 
 
 
 def write(root: Path, images: dict[str, list[int]]) -> Path:
-    """Images of one brightness each; named as ImageNet's are, by their place."""
+    """Images of uniform brightness, named by number as in ImageNet."""
     number = 0
     for name, levels in images.items():
         for level in levels:
@@ -72,7 +72,7 @@ def write(root: Path, images: dict[str, list[int]]) -> Path:
 
 @pytest.fixture
 def few(tmp_path: Path) -> Path:
-    """Four classes of ImageNet; of class 3, one image is as bright as class 4, which only the mask rules out."""
+    """Four ImageNet classes; one image of class 3 is as bright as class 4, which only the mask excludes."""
     levels = {1: [20, 20], 3: [60, 79], 6: [120], 9: [180, 20]}
     return write(tmp_path / "few", {SYNSETS[label]: found for label, found in levels.items()})
 
@@ -90,7 +90,7 @@ def test_classes_are_found_by_ids_descriptions_numbers_and_order() -> None:
     assert labels_of(["b", "c"], subject(3, ("c", "a", "b"))) == {"b": 2, "c": 0}
     described = subject(2, ("x1", "x2"), label_descriptions={"x1": "Hot dog, frankfurter", "x2": "Cat"})
     assert labels_of(["cat", "hot dog"], described) == {"cat": 1, "hot dog": 0}
-    # A crane is a bird and a machine.
+    # Crane is both a bird and a machine.
     with pytest.raises(ClassMismatchError, match="unknown classes: crane, goldfish; valid: n01440764"):
         labels_of(["crane", "goldfish"], subject())
     with pytest.raises(DataError, match="unknown classes: d; valid: c, a, b"):
@@ -138,7 +138,7 @@ def test_class_maps_and_masks_are_files(tmp_path: Path) -> None:
 
 
 def expected_of(few: Path, outputs: list[int]) -> tuple[float, float]:
-    """top-1 and loss by hand, over some outputs."""
+    """Hand-computed top-1 and loss over some outputs."""
     right, loss = [], []
     for path in sorted(few.rglob("*.png")):
         label = SYNSETS.index(path.parent.name)
@@ -156,7 +156,7 @@ def expected_of(few: Path, outputs: list[int]) -> tuple[float, float]:
 def test_predictions_are_restricted_to_the_classes_of_the_images(dataset: str, few: Path, tmp_path: Path) -> None:
     found = evaluate(subject(), few, dataset=dataset)
     top1, loss = expected_of(few, CHOSEN)
-    # By hand: the image between classes 3 and 4 is right by the mask, the last one is wrong, 500 is no choice.
+    # By hand: the mask makes the image between classes 3 and 4 correct; the last one is wrong; 500 is excluded.
     assert (found.top1, found.top5, found.images) == (pytest.approx(100 * 6 / 7), None, 7) and round(top1, 3) == 85.714
     assert found.loss == pytest.approx(loss, rel=1e-5)
     assert evaluate(subject(), few, dataset=dataset, all_outputs=True).top1 == 0.0
@@ -213,7 +213,7 @@ def test_known_sets_match_timms_masks_and_labels() -> None:
     assert (labels.outputs[0], SYNSETS[labels.outputs[0]]) == (1, "n01443537")
     numbered = ClassLabels(subject(), 1000, "images", known=KNOWN_SETS["imagenetv2-matched-frequency"])
     assert numbered([str(label) for label in range(1000)])["10"] == 10
-    # The order of WordNet ids as folders is that of the labels, so numbers sorted as text would be wrong.
+    # Folders of WordNet ids sort in label order; numeric folders sorted as strings would not.
     with pytest.raises(EvaluationError, match="received 3 classes; valid: 1000, ImageNet-V2"):
         numbered(["0", "1", "2"])
     with pytest.raises(EvaluationError, match="whose 10 classes are not ImageNet's"):
@@ -240,7 +240,7 @@ def test_a_single_class_is_rejected(tmp_path: Path) -> None:
 
 
 def test_preprocessing_follows_the_options(tmp_path: Path) -> None:
-    """As timm's own transform of the same settings gives it."""
+    """Matches timm's transform with the same settings."""
     generator = numpy.random.default_rng(0)
     for name in ("a", "b"):
         for number in range(3):

@@ -1,4 +1,4 @@
-"""What the tests of the zoo share: which models stand for all, and siblings with weights worth comparing."""
+"""Shared helpers of the model tests: representative models, and siblings with nontrivial weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ubn_zoo.models.registry import parameter_table
 ALL = timm.list_models("*_ubn")
 
 
-# The smallest model of each way in which timm builds those of the largest families: block, stem, attention, head.
+# The smallest model for each construction in timm's largest families: block, stem, attention, head.
 BUILD_PATHS = [
     "mobilenet_edgetpu_v2_xs_ubn",
     "mobilenetv1_100_ubn",
@@ -60,7 +60,7 @@ KINDS = [
     "resnetblur18_ubn",
     "resnetv2_18_ubn",
 ]
-# Families whose blocks or stems do not fit small images.
+# Families whose blocks or stems do not support small images.
 _LARGE = ("ubn_byoanet", "ubn_inception_resnet_v2", "ubn_inception_v3", "ubn_inception_v4")
 
 
@@ -68,12 +68,13 @@ EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def everyday(names: list[str], everything: list[str]) -> list[Any]:
-    """Parameters of a test: some models in the ordinary run, the others with ``-m exhaustive``."""
+    """Test parameters: some models in ordinary runs, the others with ``-m exhaustive``."""
     return [*names, *(pytest.param(name, marks=EXHAUSTIVE) for name in everything if name not in names)]
 
 
 def outcome(function: Callable[[], Any]) -> Any:
-    """What a function returns, or the class of its error: a twin may do less where its sibling fails likewise."""
+    """The return value of a function or the class of its error: a twin may fail where its sibling fails in the same
+    way."""
     try:
         return function()
     except Exception as error:
@@ -91,7 +92,7 @@ def sibling(name: str) -> str:
 
 
 def input_size(name: str, side: int) -> tuple[int, int, int]:
-    """A small input, or the model's own where its size is fixed."""
+    """A small input, or one of the model's size if that is fixed."""
     cfg = timm.get_pretrained_cfg(name)
     # A twin's module is named like its family.
     large = timm.model_entrypoint(f"{sibling(name)}_ubn").__module__.endswith(_LARGE)
@@ -129,7 +130,7 @@ def content(model: nn.Module) -> bytes:
 
 
 def assert_same_function(actual: Tensor, expected: Tensor) -> None:
-    """Agreement relative to the largest value: single activations near zero have no relative accuracy."""
+    """Compare relative to the largest value, because activations near zero have no relative accuracy."""
     assert torch.isfinite(expected).all()
     scale = expected.abs().max().item()
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * scale)

@@ -1,4 +1,4 @@
-"""One architecture of each family, and on request every one: it computes what its sibling does, and trains.
+"""One architecture of each family (all of them on request) computes the same as its sibling, and trains.
 
 Every architecture, about an hour: ``python -m pytest tests/models/test_families.py -m exhaustive``
 """
@@ -17,7 +17,7 @@ from ubn_zoo.models import FAMILIES
 from .common import ALL, assert_same_function, everyday, images, input_size, sibling, smallest, trained
 
 EVERYDAY = sorted({*(smallest(family.module) for family in FAMILIES), "efficientnet_b1_pruned_ubn", "repvgg_a0_ubn"})
-# A second or more each, and built like others.
+# These take a second or more each and are built like others.
 COSTLY = {"halonet_h1_ubn", "inception_resnet_v2_ubn", "inception_v4_ubn", "vgg11_bn_ubn"}
 
 

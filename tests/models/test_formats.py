@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: training loops' containers, and files with mistakes."""
+"""Checkpoints in common containers of training loops, and invalid files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_checkpoints_of_timms_training_script(prefix: str, container: str | None
 
 
 def test_a_head_of_any_size_is_replaced_on_request(tmp_path: Path) -> None:
-    """As timm's train.py --pretrained-path --input-key ... asks with num_classes=-1."""
+    """As requested by timm's train.py --pretrained-path --input-key ... with num_classes=-1."""
     save_file(trained("resnet10t", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
     overlay = {"file": str(tmp_path / "seven.safetensors"), "num_classes": -1}
     model = timm.create_model("resnet10t_ubn", pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)

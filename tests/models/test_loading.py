@@ -1,4 +1,4 @@
-"""Every door that weights come through, and every kind of weights that is turned away."""
+"""Every source of weights, and every kind of weights that is rejected."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def theirs() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def ours() -> nn.Module:
-    """A UBN model of which no calibration is at its start."""
+    """A UBN model with no calibration at its initial value."""
     torch.manual_seed(1)
     model = timm.create_model(NAME).eval()
     for layer in model.modules():
@@ -85,9 +85,6 @@ def logits(model: nn.Module, x: Tensor = X) -> Tensor:
 
 def assert_equal_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
-
-
-# Where weights come from.
 
 
 def test_upstream_repository(hub: HubServer, theirs: nn.Module, tmp_path: Path) -> None:
@@ -170,7 +167,7 @@ def test_bundled_weights(hub: HubServer, record: Record, tmp_path: Path) -> None
     model = timm.create_model(record.id, pretrained=True).eval()
     assert not hub.requests
     stored = safetensors.torch.load_file(bundled_path(record))
-    # Parameters that are stored in float16 are widened, which loses nothing.
+    # Parameters stored in float16 are cast to float32 without loss.
     assert_equal_state(model, {key: value.to(model.state_dict()[key].dtype) for key, value in stored.items()})
     assert sum(parameter.numel() for parameter in model.parameters()) == record.params
     x = images(2, *record.input.size)
@@ -179,7 +176,7 @@ def test_bundled_weights(hub: HubServer, record: Record, tmp_path: Path) -> None
         assert tuple(model.forward_features(x).shape[-2:]) == tuple(model.default_cfg["pool_size"])
     assert logits(timm.create_model(record.id, pretrained=True, num_classes=3).eval(), x).shape == (2, 3)
 
-    # Another file under the record's tag is not the record's: it is not held against the manifest's hash.
+    # Another file under the record's tag is not checked against the manifest's hash.
     other = write(trained(record.architecture.removesuffix("_ubn")).state_dict(), tmp_path / "other.safetensors")
     assert load(other, record.id, overlay={"num_classes": 1000}).num_classes == 1000
 
@@ -240,7 +237,7 @@ def test_authors_format(ours: nn.Module, tmp_path: Path) -> None:
 
 
 def test_torchvision_names_of_regnet(theirs: nn.Module, tmp_path: Path) -> None:
-    """timm's own renaming of foreign BatchNorm checkpoints comes before the conversion."""
+    """timm's renaming of foreign BatchNorm checkpoints runs before the conversion."""
     renames = {
         "stem.conv.": "stem.0.",
         "stem.bn.": "stem.1.",
@@ -266,9 +263,6 @@ def test_torchvision_names_of_regnet(theirs: nn.Module, tmp_path: Path) -> None:
         state[key] = value
     model = load(write(state, tmp_path / "torchvision.safetensors"))
     assert_same_function(logits(model), logits(theirs))
-
-
-# Saving and reading back.
 
 
 @pytest.mark.parametrize("door", ["local-dir", "hf-hub"])
@@ -338,9 +332,6 @@ def test_folder_without_the_file(tmp_path: Path, names: tuple[str, ...], message
         timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
-# What may differ, because it was asked for.
-
-
 def test_other_number_of_classes(bn_file: Path, theirs: nn.Module) -> None:
     model = load(bn_file, num_classes=7)
     assert logits(model).shape == (1, 7)
@@ -372,7 +363,7 @@ def test_label_offset(theirs: nn.Module, tmp_path: Path) -> None:
 
 
 def test_weights_for_other_classes_must_be_declared(tmp_path: Path) -> None:
-    """A fine-tuned head is not thrown away silently, as it would be with the default configuration's 1000 classes."""
+    """A fine-tuned head is not silently discarded, as it would be with the default configuration's 1000 classes."""
     tuned = trained(SIBLING, num_classes=10)
     file = write(tuned.state_dict(), tmp_path / "tuned.safetensors")
     with pytest.raises(CheckpointError, match=r"10 classes.*pretrained_cfg_overlay=dict\(num_classes=10\)"):
@@ -393,7 +384,8 @@ def test_features_with_weights(name: str, tmp_path: Path) -> None:
 
 
 def test_half_precision_checkpoint(theirs: nn.Module, tmp_path: Path) -> None:
-    """Widening loses nothing, so a checkpoint wholly in half precision is taken; one tensor of another dtype is not."""
+    """A checkpoint entirely in half precision is accepted, because casting up is lossless; mixed dtypes are
+    rejected."""
     half = {key: value.half() if value.is_floating_point() else value for key, value in theirs.state_dict().items()}
     model = load(write(half, tmp_path / "half.safetensors"))
     reference = timm.create_model(SIBLING).eval()
@@ -406,9 +398,6 @@ def test_model_in_half_precision(bn_file: Path) -> None:
     model = load(bn_file, dtype=torch.bfloat16)
     assert model.stem.conv.weight.dtype == torch.bfloat16
     assert torch.isfinite(logits(model, X.bfloat16())).all()
-
-
-# What is turned away.
 
 
 def without(key: str) -> Callable[[dict[str, Tensor]], Any]:
@@ -511,7 +500,7 @@ def test_weights_of_another_architecture(architecture: str, key: str, tmp_path: 
 
 
 def test_features_of_another_architecture(tmp_path: Path) -> None:
-    """A MobileNet feature extractor has no head and leaves the file's out, but misses nothing of its own."""
+    """A MobileNet feature extractor has no head and ignores the file's head, but needs all other keys."""
     file = write(trained("mobilenetv3_small_075").state_dict(), tmp_path / "wrong.safetensors")
     with pytest.raises(CheckpointError, match=r"wrong\.safetensors does not fit"):
         load(file, "mobilenetv3_small_050_ubn", features_only=True)

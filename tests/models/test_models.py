@@ -1,4 +1,4 @@
-"""What timm's own tests ask of its models, asked of the zoo, and agreement with the BatchNorm siblings.
+"""The requirements of timm's own model tests, and agreement with the BatchNorm siblings.
 
 Structure is checked for every model on the meta device, where nothing is computed. Numbers are checked for one small
 model of each kind; for all of them with
@@ -61,7 +61,7 @@ def names_of(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-# Sibling, twin and twice their copies and gradients take more than 6 GB beyond this.
+# Above this, sibling, twin, their copies and gradients take more than 6 GB.
 MOST_PARAMETERS = 180_000_000
 FEASIBLE = [name for name in ALL if max(parameter_table()[name].values()) < MOST_PARAMETERS]
 
@@ -75,7 +75,7 @@ class Pair:
     theirs: nn.Module
 
     def compare(self, function: Callable[[Any], Any]) -> Any:
-        """Requires the same outcome for both, and returns it."""
+        """Require the same outcome for both, and return it."""
         with torch.device("meta"), torch.no_grad():
             ours, theirs = (outcome(lambda model=model: function(model)) for model in (self.ours, self.theirs))
         assert ours == theirs
@@ -163,7 +163,7 @@ def test_weight_decay_excludes_the_norms(pair: Pair) -> None:
 
 
 def test_layer_decay_groups(pair: Pair) -> None:
-    """Every parameter is in one group, a norm's in that of its layer."""
+    """Every parameter is in one group, and a norm's parameters are in the group of its layer."""
     pair.compare(lambda model: {key: str(value) for key, value in model.group_matcher(coarse=True).items()})
     scales: dict[str, float] = {}
 
@@ -178,7 +178,7 @@ def test_layer_decay_groups(pair: Pair) -> None:
 
     pair.theirs, pair.ours = pair.ours, pair.theirs
     try:
-        pair.compare(group)  # The sibling first: its scales are the expected ones.
+        pair.compare(group)  # The sibling comes first, because its scales are the expected ones.
     finally:
         pair.theirs, pair.ours = pair.ours, pair.theirs
 
@@ -203,7 +203,7 @@ def test_same_function_as_the_sibling(name: str) -> None:
 
 @pytest.mark.parametrize("name", everyday(KINDS, FEASIBLE))
 def test_backward(name: str) -> None:
-    """One step of training reaches every parameter that it reaches in the sibling, and the statistics move."""
+    """A training step updates the same parameters as in the sibling, and the running statistics."""
     model, theirs = (build(architecture, num_classes=42).train() for architecture in (name, sibling(name)))
     x = batch(name)
     for each in (model, theirs):
@@ -224,13 +224,13 @@ def test_backward(name: str) -> None:
             assert layer.num_batches_tracked == layers[key].num_batches_tracked
 
 
-# TorchScript rewrites what a class computes: one for each way of the layers' activation, and of the classes' constants.
+# TorchScript compiles each class: test one model per kind of activation and of class constants.
 SCRIPTED = ["fastvit_t8_ubn", "mobilenetv3_small_050_ubn", "regnetx_002_ubn", "resnet10t_ubn", "resnetv2_18_ubn"]
 
 
 @pytest.mark.parametrize("name", everyday(SCRIPTED, FEASIBLE))
 def test_torchscript(name: str) -> None:
-    """As the sibling can: what TorchScript takes of timm it takes of the zoo."""
+    """A twin can be scripted if its sibling can."""
     with set_scriptable(True):
         model = build(name).eval()
     try:
@@ -244,9 +244,9 @@ def test_torchscript(name: str) -> None:
         assert_same_function(scripted(x), model(x))
 
 
-# One for each of timm's ways to extract features, and of its families.
+# One for each of timm's feature extraction methods and families.
 FEATURES = ["resnet18", "resnetv2_18", "resnet32ts", "regnetx_002", "mobilenetv2_035", "mobilenetv3_small_050"]
-# Every way with one model, and with the others the default and the one that timm itself refuses to some.
+# Every method with one model; with the others, the default and the one that timm does not support for some models.
 WAYS = [
     pytest.param(
         name,
@@ -268,7 +268,7 @@ def test_ways_to_extract_features(name: str, feature_cls: str | None, tmp_path: 
         arguments["feature_cls"] = feature_cls
     overlay = {"file": str(file)}
     if name.startswith("mobilenet") and feature_cls in ("list", "dict"):
-        # timm itself cannot rewrite these as lists.
+        # timm cannot rewrite these models as lists.
         with pytest.raises(AssertionError, match="not present in model"):
             timm.create_model(f"{name}_ubn", pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
         return
@@ -294,7 +294,7 @@ def save(model: nn.Module, file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18_ubn", "regnety_002_ubn", "mobilenetv3_small_050_ubn", "resnetv2_18_ubn"])
 def test_fx(name: str) -> None:
-    """UBN is a leaf of timm's traces, as BatchNormAct is; graphs compute what the model computes."""
+    """UBN is a leaf of timm's traces, like BatchNormAct, and the graph computes the same as the model."""
     model = build(name).eval()
     nodes, _ = get_graph_node_names(model)
     assert not any("running" in node for node in nodes)

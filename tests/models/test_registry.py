@@ -1,4 +1,4 @@
-"""What importing the zoo adds to timm's registry: which twins, which weights, at what cost."""
+"""Twins and weights that importing the zoo adds to timm's registry, and the cost of the import."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_twins_are_exactly_the_batchnorm_architectures() -> None:
-    """The table in the package against the rule, over all of timm."""
+    """Compare the table in the package with the rule for all timm architectures."""
     truth = {name for name in timm.list_models(exclude_filters="*_ubn") if uses_batchnorm(name)}
     assert {sibling(name) for name in ALL} == truth
     if timm.__version__ == "1.0.31":

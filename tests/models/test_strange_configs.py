@@ -1,4 +1,4 @@
-"""Configurations of strangers: whatever is wrong is refused by name, at once, and before a model takes memory."""
+"""Untrusted configurations: invalid entries are rejected by name, before a model allocates memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def allocated() -> Iterator[list[int]]:
-    """Sizes of the parameters that models get in memory, rather than on the meta device."""
+    """Sizes of parameters that are allocated in memory, not on the meta device."""
     sizes: list[int] = []
 
     def note(module: nn.Module, name: str, parameter: Any) -> None:
@@ -58,7 +58,7 @@ def folder_with(saved: Path, folder: Path, config: bytes) -> Path:
 def changed(saved: Path, path: str, value: Any) -> bytes:
     config = json.loads((saved / "config.json").read_bytes())
     if not path.startswith("model_args"):
-        # timm saves classes and channels twice; this leaves one of each to contradict the weights.
+        # timm saves classes and channels twice; keep one of each, so that it can contradict the weights.
         config["model_args"] = {"ubn_kwargs": config["model_args"]["ubn_kwargs"]}
     *parents, key = path.split(".")
     place = config
@@ -90,7 +90,7 @@ TEXTS = {
     "old format, other classes": b'{"architecture": "resnet10t_ubn", "num_classes": 8}',
 }
 
-# The entry, its value, and what the message names.
+# Entry, value, and expected text in the message.
 ENTRIES: list[tuple[str, Any, str]] = [
     ("architecture", DELETE, "no 'architecture'"),
     ("architecture", None, "architecture"),
@@ -266,7 +266,7 @@ def test_ordinary_folder_loads(saved: Path, pretrained: bool) -> None:
         assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     other = timm.create_model(f"local-dir:{saved}", num_classes=100_000, in_chans=5)
     assert other.num_classes == 100_000
-    # The checks draw no random numbers: the model is the one that a seed gives without them.
+    # The checks draw no random numbers, so a seed gives the same model with and without them.
     torch.set_rng_state(before)
     model = timm.create_model(f"local-dir:{saved}")
     torch.set_rng_state(before)

@@ -85,7 +85,7 @@ NEEDED = [
     "torchvision_v2",
 ]
 
-# What the fields accept, besides their defaults, where nothing else of the recipe has to change.
+# Valid values of the fields, in addition to defaults, that need no other change to the recipe.
 OTHER: dict[str, list[Any]] = {
     **{key: ["other words"] for key in OPENING},
     "model": ["resnet18"],
@@ -180,7 +180,7 @@ OTHER: dict[str, list[Any]] = {
     "probe_images": [0],
 }
 
-# Of the right type, but not valid.
+# Invalid values of the right type.
 WRONG: dict[str, list[Any]] = {
     **{key: ["", " "] for key in (*OPENING, "train_split", "device")},
     "model": ["", " "],
@@ -259,7 +259,7 @@ WRONG: dict[str, list[Any]] = {
     "wandb_project": ["", "two\nlines"],
     "probe_images": [-1, 65_537],
 }
-# Any text or truth value will do.
+# Fields that accept any string or boolean.
 UNBOUNDED = {
     *(
         "pretrained",
@@ -286,15 +286,12 @@ def kind(name: str) -> str:
 
 
 def with_value(name: str, value: object) -> str:
-    """The text of the minimal recipe with one value."""
+    """The minimal recipe with one value set."""
     return yaml.safe_dump({**yaml.safe_load(MINIMAL), name: list(value) if isinstance(value, tuple) else value})
 
 
 def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
     return [(name, value) for name, values in table.items() for value in values]
-
-
-# Values
 
 
 def test_defaults() -> None:
@@ -323,7 +320,7 @@ def test_valid_values_are_read_and_written(name: str, value: object) -> None:
 def test_invalid_values_are_rejected_by_name(name: str, value: object) -> None:
     with pytest.raises(RecipeError, match="received .*; valid: ") as caught:
         parse_recipe(with_value(name, value))
-    # Of two values that contradict each other, either may be the one that is named.
+    # If two values contradict each other, the error may name either one.
     others = {"accumulation": "batch_size", "scheduler": "decay_milestones"}
     assert str(caught.value).partition(":")[0] in (name, others.get(name))
     with pytest.raises(RecipeError):
@@ -405,9 +402,6 @@ def test_dependent_values_are_valid_together(settings: list[str]) -> None:
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
-# Texts
-
-
 def test_exponents_without_a_decimal_point_are_numbers() -> None:
     assert parse_recipe(MINIMAL.replace("lr: 0.1", "lr: 5e-4")).lr == 5e-4
     assert parse_recipe(MINIMAL + "betas: [9e-1, 0.999]").betas == (0.9, 0.999)
@@ -456,9 +450,6 @@ def test_files_are_found_by_name_or_path(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match=r"mine\.yaml"):
         load_recipe(path)
-
-
-# Settings
 
 
 def test_settings_are_parsed_like_the_file() -> None:
@@ -523,7 +514,7 @@ def test_every_key_is_read_by_the_package() -> None:
                 read.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 read.add(node.value)
-    assert not set(FIELDS) - read - {"source", "hardware", "time"}  # for people; the page of recipes shows them
+    assert not set(FIELDS) - read - {"source", "hardware", "time"}  # documentation only, shown on the page of recipes
 
 
 def test_names_of_common_settings() -> None:
@@ -552,9 +543,6 @@ def test_descriptions_and_execution_settings_are_not_decisive(name: str, value: 
     same = decisive_settings(changed) == decisive_settings(RECIPE)
     assert same == (name in (*OPENING, *OPERATIONAL, *PUBLISHED) or value == FIELDS[name].default)
     assert set(decisive_settings(RECIPE)) == set(FIELDS) - {*OPENING, *OPERATIONAL, *PUBLISHED}
-
-
-# The recipes of the package
 
 
 def test_the_package_has_the_required_recipes() -> None:
@@ -645,7 +633,7 @@ def test_optimizers_match_the_sources(name: str, kind_of: str, options: dict[str
     decays = {len(group["params"]): group["weight_decay"] for group in optimizer.param_groups}
     group = max(optimizer.param_groups, key=lambda group: group["weight_decay"])
     assert {key: group[key] for key in options} == options
-    # The bias decays with the weight, or not at all.
+    # Biases either decay like weights or not at all.
     assert (decays == {2: recipe.weight_decay}) == recipe.norm_decay
 
 
@@ -653,7 +641,7 @@ def test_losses_match_the_sources() -> None:
     logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([0])
     mixed = torch.tensor([[0.7, 0.3, 0.0]])
     log_probabilities = logits.log_softmax(1)[0]
-    # Cross-entropy, plain: RBN and BNET; with targets that Mixup has smoothed: torchvision.
+    # Plain cross-entropy: RBN and BNET; with Mixup's soft targets: torchvision.
     assert build_loss(load_recipe("imagenet_classic"))(logits, labels).item() == pytest.approx(
         -log_probabilities[0].item()
     )
@@ -661,7 +649,7 @@ def test_losses_match_the_sources() -> None:
     assert mixed_loss == pytest.approx(-(mixed[0] * log_probabilities).sum().item())
     smoothed = build_loss(load_recipe("imagenet_large_batch_lamb"))(logits, labels).item()
     assert smoothed == pytest.approx(-(0.9 * log_probabilities[0] + 0.1 * log_probabilities.mean()).item())
-    # Binary cross-entropy: A1 with the soft targets, A2 and A3 with every class that is there.
+    # Binary cross-entropy: A1 with soft targets, A2 and A3 with a hard target for every mixed class.
     on, off = nn.functional.logsigmoid(logits), nn.functional.logsigmoid(-logits)
     soft = -(mixed * on + (1 - mixed) * off).mean().item()
     hard = -torch.cat([on[0, :2], off[0, 2:]]).mean().item()
@@ -675,7 +663,7 @@ def test_losses_match_the_sources() -> None:
         ("rsb_a1", 2, 0.5, 7, 0.5),
         ("rsb_a2", 2, 0.5, 7, 0.5),
         ("rsb_a3", 2, 0.5, 6, 0.5),
-        # TrivialAugment's way: one operation, always, of any strength.
+        # As in TrivialAugment: always one operation, of random strength.
         ("torchvision_v2", 1, 1.0, 10, math.inf),
     ],
 )
@@ -694,7 +682,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(name: str, folder: Path) -> Recipe:
-    """A recipe of the package with a small model, small images and one epoch."""
+    """A bundled recipe with a small model, small images and one epoch."""
     recipe = load_recipe(name)
     settings = ["model=resnet10t", "img_size=32", "epochs=1", "batch_size=8", "lr=0.01", "warmup_lr=0.001", "amp=null"]
     settings += ["device=cpu", "workers=0", "threads=1", "probe_images=4", "train_samples=24", "test_samples=16"]

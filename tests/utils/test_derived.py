@@ -22,7 +22,7 @@ class Base(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.absent:
-            x = self.missing(x)  # TorchScript leaves this out only if it knows the constant.
+            x = self.missing(x)  # TorchScript skips this only if it knows the constant.
         return self.layer(x)
 
 

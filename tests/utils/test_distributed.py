@@ -1,4 +1,4 @@
-"""Who a process is among those that torchrun started."""
+"""Ranks of the processes that torchrun starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic writes: whole or not at all, whatever fails, with the permissions that a plain write would leave."""
+"""Atomic writes: never partial, after any failure, with the permissions of an ordinary write."""
 
 from __future__ import annotations
 
