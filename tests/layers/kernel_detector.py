@@ -75,7 +75,8 @@ class Detector:
         moved = [self._guarded(n, a) for n, a in zip(launch.arg_names, arguments, strict=False)]
         found = {name: self._guarded(name, value) for name, value in options.items()}
         self._buffers.sort(key=lambda buffer: buffer.moved.data_ptr())
-        self._starts = np.array([buffer.moved.data_ptr() for buffer in self._buffers], np.int64)
+        # An address in a guard band counts as its buffer's.
+        self._starts = np.array([buffer.moved.data_ptr() - _GUARD for buffer in self._buffers], np.int64)
         self.launches.append((launch.fn.__name__, 0))
         return moved, found
 
