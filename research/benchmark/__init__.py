@@ -1,8 +1,8 @@
-"""What UBN costs beside BatchNorm: time and memory of models and layers, how they grow, where the time goes.
+"""The cost of UBN compared with BatchNorm: time and memory of models and layers, scaling, and profiles.
 
-Everything that is compared alternates within one run, so that a drift of the machine affects all alike
-(:mod:`.turns`). Timed are whole models (:mod:`.models`), single layers (:mod:`.layers`) and layers of growing size
-(:mod:`.growth`); :mod:`.profiles` looks inside a step. Tables (:mod:`.tables`), plots (:mod:`.pictures`) and the page
+All entries of a comparison alternate within one run, so that a drift of the machine affects them equally
+(:mod:`.turns`). The benchmarks time whole models (:mod:`.models`), single layers (:mod:`.layers`) and layers of growing
+size (:mod:`.growth`); :mod:`.profiles` profiles a step. Tables (:mod:`.tables`), plots (:mod:`.pictures`) and the page
 ``docs/speed.md`` (:mod:`.report`) are generated from the results.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time UBN models and layers beside BatchNorm's: python -m research.benchmark --models resnet50 --csv FILE."""
+"""Time UBN models and layers next to BatchNorm's: python -m research.benchmark --models resnet50 --csv FILE."""
 
 import argparse
 import datetime
@@ -135,7 +135,7 @@ def profile(args: argparse.Namespace) -> list[benchmark.Share]:
 
 
 def main() -> None:
-    """Measure what the command line asks for, print it, and write tables and plots."""
+    """Run the requested measurements, print them, and write tables and plots."""
     args = parse()
     if args.report:
         print(*benchmark.report(REPOSITORY / "results", REPOSITORY / "docs"), sep="\n")

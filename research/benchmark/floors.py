@@ -1,9 +1,9 @@
-"""Lower bounds of the cost of norm layers: bytes to move, and in plain torch a depthwise convolution.
+"""Lower bounds of the cost of norm layers: memory traffic and, in plain torch, a depthwise convolution.
 
 In training BatchNorm reads its input twice and writes its output once, then reads the input and the output's gradient
-twice each and writes the input's gradient once: 8 times the input's bytes. UBN also reads 16 samples, which are left
-out here. In evaluation BatchNorm and BNET read and write once; RBN and UBN read once more, for the means of each
-instance. In a fused model BatchNorm disappears, and UBN costs the same as in evaluation.
+twice each and writes the input's gradient once: 8 times the input's bytes. UBN also reads 16 samples, which are ignored
+here. In evaluation BatchNorm and BNET read and write once; RBN and UBN read once more, for the means of each instance.
+In a fused model BatchNorm disappears, and UBN costs the same as in evaluation.
 """
 
 from __future__ import annotations

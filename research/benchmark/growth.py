@@ -1,4 +1,4 @@
-"""How the cost of a layer grows: with the batch, the pixels, the channels, and the ranks that share statistics."""
+"""How the cost of a layer grows with the batch size, the pixels, the channels, and the ranks that share statistics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .turns import KINDS, check_steps, keep_memory, layer_step, milliseconds
 
 __all__ = ["AXES", "BASE", "RANKS", "SYNCHRONIZED", "Fit", "GrowthPoint", "fit", "grow", "grow_ranks"]
 
-# One of them varies at a time; the others keep these values.
+# Default sizes; one varies at a time.
 BASE = {"batch": 8, "pixels": 28, "channels": 128}
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (2, 4, 8, 16, 32),
@@ -126,9 +126,9 @@ def fit(points: Sequence[GrowthPoint]) -> list[Fit]:
 
 
 def _line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
-    """Fixed part and slope with the least squares of errors relative to the times, and their R squared.
+    """Fixed part and slope by least squares of relative errors, and their R squared.
 
-    Otherwise the largest times, which are many times the smallest, would determine the fit.
+    With absolute errors the largest times, many times the smallest, would dominate the fit.
     """
     rows = torch.tensor([[1 / time, size / time] for size, time in zip(sizes, times, strict=True)], dtype=torch.float64)
     fixed, slope = torch.linalg.lstsq(rows, torch.ones(len(rows), 1, dtype=torch.float64)).solution[:, 0].tolist()
@@ -153,7 +153,7 @@ def grow(
 
     Args:
         axes: Sizes to take on each axis: "batch", "pixels" (per side), "channels".
-        base: The sizes of those that do not vary.
+        base: Sizes on the axes that do not vary.
         steps: Counted turns.
         device: Where.
         channels_last: Memory format.
@@ -199,13 +199,12 @@ def grow_ranks(
 ) -> Iterator[GrowthPoint]:
     """Times a training step of UBN layers on several ranks: processes of this machine, one thread each, joined by gloo.
 
-    Every rank has a batch of its own. UBN synchronized, from two ranks on, shares its statistics, UBN does not. The
-    synchronized layer computes the equations as they stand, as the naive one does without sharing, so the cost of
-    sharing is what it takes beyond that. torch's own SyncBatchNorm computes on GPUs only. A turn's time is the slowest
-    rank's.
+    Every rank has a separate batch. UBN synchronized shares its statistics, from two ranks on; UBN does not. The
+    synchronized layer computes the same equations as UBN naive, so the difference is the cost of sharing. torch's
+    SyncBatchNorm supports only GPUs. A turn's time is the slowest rank's.
 
     Args:
-        counts: How many ranks; more than there are cores take turns on them.
+        counts: Numbers of ranks. If there are more ranks than cores, they share the cores.
         base: Images on each rank, pixels per side, and channels.
         steps: Counted turns.
         channels_last: Memory format.

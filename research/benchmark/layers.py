@@ -1,4 +1,4 @@
-"""Times of single layers beside a copy of their input and a depthwise convolution alone."""
+"""Times of single layers next to a copy of their input and a depthwise convolution."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def compare_layers(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> Iterator[Timing]:
-    """Time norm layers, shape by shape, beside a copy and a depthwise convolution of the same features.
+    """Time norm layers, shape by shape, next to a copy and a depthwise convolution of the same features.
 
     Args:
         shapes: Channels and pixels per side; by default those of ResNet-50.

@@ -76,11 +76,11 @@ def compare(
 
     Args:
         model: timm's BatchNorm model, the baseline.
-        settings: Kinds of twins beside it: any of "ubn", "rbn", "bnet", "naive" (UBN's equations, op by op).
+        settings: Kinds of twins to compare: any of "ubn", "rbn", "bnet", "naive" (UBN's equations, op by op).
         modes: Any of "train" (forward, backward), "eval" (forward under ``torch.inference_mode``), "fused" (the same
-            after ``ubn_zoo.fuse``, with the parameters of a trained twin, so that what depends on the instance remains)
-            and "folded" (the same with layers as converted from BatchNorm, of which nothing remains). In the last two
-            the baseline is fused as well, and the unfused baseline is timed beside it.
+            after ``ubn_zoo.fuse``, with trained parameters, so that the parts that depend on the instance remain) and
+            "folded" (the same with layers converted from BatchNorm, which fold completely). In the last two the
+            baseline is fused as well, and the unfused baseline is also timed.
         batch_size: Random images per step.
         img_size: Pixels per side.
         steps: Timed turns.
@@ -109,7 +109,8 @@ def compare(
     dtype = None if amp is None else AMP_DTYPES[amp]
     for mode in modes:
         if compiled:
-            # Code compiled for one mode does not serve another, and torch limits how often it recompiles a function.
+            # Code compiled for one mode cannot be reused for another, and torch limits how often it recompiles a
+            # function.
             torch.compiler.reset()
         built = {f"{model}_{kind}" if kind != "bn" else model: (kind, build(model, kind)) for kind in ("bn", *settings)}
         for _, module in built.values():

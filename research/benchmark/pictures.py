@@ -1,4 +1,4 @@
-"""Plots of ratios to BatchNorm and of growth, drawn by matplotlib (the extra ``ubn-zoo[quickstart]``)."""
+"""Plots of ratios to BatchNorm and of growth, drawn with matplotlib (the extra ``ubn-zoo[quickstart]``)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _label(timing: Timing) -> str:
 
 
 def _range(timing: Timing) -> tuple[float, float]:
-    """Quartiles; twice the median where a table has no quartiles."""
+    """Quartiles, or the median twice if a table has none."""
     return timing.ratio_lower or timing.ratio, timing.ratio_upper or timing.ratio
 
 
@@ -219,7 +219,7 @@ def draw_growth(points: Sequence[GrowthPoint], path: str | Path, title: str = ""
                 continue
             line = _line(fits[name, layer], found)
             axes.plot(list(line), list(line.values()), linestyle=style.dashes, color=style.color, linewidth=1)
-        # The points decide what is shown, not where a line may lead.
+        # The points set the limits of the axes, not the fitted lines.
         axes.set_ylim(0.7 * min(point.lower for point in mine), 1.4 * max(point.upper for point in mine))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -251,7 +251,7 @@ def _shown(point: GrowthPoint) -> int:
 
 
 def _held(points: Sequence[GrowthPoint]) -> str:
-    """What stays the same on an axis."""
+    """Describes the sizes that stay the same on an axis."""
     first = points[0]
     sizes = {"batch": f"{first.batch_size} images", "channels": f"{first.channels} channels"}
     sizes["pixels"] = f"{first.side}x{first.side} pixels"

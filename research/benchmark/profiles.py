@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of operation."""
+"""Profiles of training steps by kind of operation."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def profile_step(
         amp: "bfloat16" or "float16" for autocast, None for float32.
 
     Yields:
-        A :class:`Share` for both models and every group that took time.
+        A :class:`Share` for both models and every group with a nonzero time.
     """
     where = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -140,7 +140,7 @@ def _mark(model: nn.Module) -> None:
 
 
 def _in_norm(event: Any) -> bool:
-    """Whether an operation belongs to a norm: to its forward, or to the backward of that."""
+    """Whether an operation belongs to a norm's forward or to its backward."""
     while event is not None:
         if event.name == _ACTIVATION:
             return False
@@ -161,7 +161,7 @@ def _group(event: Any) -> str:
         return "batchnorm"
     if operation in _SIMILARITY:
         return "sums"
-    # Operations on tensors without pixels are small, whatever they compute.
+    # All operations on tensors without pixels count as small.
     if any(isinstance(shape, list) and len(shape) == 4 and shape[-1] > 1 for shape in event.input_shapes or ()):
         if operation in _SUMS:
             return "sums"

@@ -72,7 +72,7 @@ class _Source:
     environment: str
 
     def line(self) -> str:
-        # Tables keep the command that was run; readers need the one that repeats it today.
+        # Tables store the original command; the page shows the current command that reproduces it.
         command = self.command.replace("scripts/benchmark.py", "-m research.benchmark")
         return f"{self.date}, {self.environment}: [{self.file}](../results/{self.file}), `{command}`"
 
@@ -131,7 +131,7 @@ def _target_row(target: Target, tables: Iterable[Sequence[Timing]]) -> list[str]
         missing = "not measured on a GPU" if target.device == "cuda" else "not measured"
         return [what, f"{target.ratio:.2f}", missing, *[""] * 6]
     base, ubn = outcome.base, outcome.ubn
-    # As it is printed: a reader should not see 1.35 miss 1.35.
+    # Compare the printed value, so that a printed 1.35 does not miss a target of 1.35.
     met = "yes" if round(outcome.ratio, 2) <= target.ratio else "**no**"
     cells = [what, f"{target.ratio:.2f}", _spread(outcome.ratio, *(outcome.spread or (None, None))), met]
     if target.memory:
@@ -139,7 +139,7 @@ def _target_row(target: Target, tables: Iterable[Sequence[Timing]]) -> list[str]
     extra = ubn.median - base.median
     limit = ubn.limit
     if limit is not None and target.mode == "fused" and not target.fused_base:
-        # From a ratio to the fused model to one to the model as it is.
+        # Converts a ratio to the fused baseline into one to the unfused baseline.
         limit *= ubn.median / ubn.ratio / base.median
     return [
         *cells,
@@ -339,7 +339,7 @@ def page(results: str | Path) -> str:
     """The page, in Markdown.
 
     Args:
-        results: Folder of the tables ``benchmark_*.csv``; the page says "not measured" where there is no table.
+        results: Folder of the tables ``benchmark_*.csv``; the page says "not measured" if a table is missing.
     """
     measured = _load(Path(results))
     sections = (_targets, _models, _layers, _profile, _growth)
@@ -347,7 +347,7 @@ def page(results: str | Path) -> str:
 
 
 def _first_of_each(timings: Iterable[Timing]) -> list[Timing]:
-    """Keep the first timing of each kind, which counts for targets; points of several tables would overlap."""
+    """Keep the first timing of each kind, which targets use; points of several tables would overlap."""
     first: dict[tuple[object, ...], Timing] = {}
     for timing in timings:
         first.setdefault((timing.model, timing.mode, timing.batch_size, timing.dtype, timing.channels_last), timing)
@@ -362,7 +362,7 @@ def report(results: str | Path, docs: str | Path) -> tuple[Path, ...]:
         docs: Folder that gets ``speed.md`` and the plots ``speed_*.png``.
 
     Returns:
-        What was written.
+        The paths of the written files.
 
     Raises:
         ImportError: matplotlib, of the extra ``ubn-zoo[quickstart]``, is missing.

@@ -22,7 +22,7 @@ __all__ = ["ABOUT", "read_growth", "read_profile", "read_timings", "rows_of", "t
 ABOUT = ("date", "command", "environment")
 
 _TRAINING = ("train", "layer")
-# timm's names of the fields of a Timing, then the columns that timm does not have.
+# timm's names for the fields of a Timing, then additional columns.
 _STEP = {"step_time": "median", "batch_size": "batch_size", "img_size": "img_size"}
 _ADDED = {
     "step_lower": "lower",
@@ -48,8 +48,8 @@ def table(timings: Sequence[Timing], **about: object) -> list[dict[str, object]]
 
     These fields of :class:`Timing` are added to timm's columns, each for ``infer`` and ``train``: ``step_lower`` and
     ``step_upper`` (quartiles), ``step_min``, ``step_max``, ``ratio`` with its quartiles, ``memory`` (MB),
-    ``memory_ratio``, ``floor`` and ``convolution`` (milliseconds), ``floor_ratio`` and ``limit``. A fused or compiled
-    model is a row of its own, and so is a layer.
+    ``memory_ratio``, ``floor`` and ``convolution`` (milliseconds), ``floor_ratio`` and ``limit``. Fused and compiled
+    models and layers have separate rows.
 
     Args:
         timings: From :func:`compare` or :func:`compare_layers`.
@@ -127,7 +127,7 @@ def _read(path: str | Path) -> tuple[list[dict[str, str]], dict[str, str]]:
 
 
 def read_timings(path: str | Path) -> tuple[list[Timing], dict[str, str]]:
-    """Read a table that :func:`table` made.
+    """Read a table of :func:`table`.
 
     Args:
         path: CSV file.

@@ -1,4 +1,4 @@
-"""Targets for the cost of UBN beside BatchNorm, and the measurements that they are compared with."""
+"""Targets for the cost of UBN relative to BatchNorm, and the measurements to compare them with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IMG_SIZE = 224
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The most that UBN should cost, as a ratio to BatchNorm.
+    """The maximum cost of UBN, as a ratio to BatchNorm.
 
     Attributes:
         what: Description for readers.
@@ -149,7 +149,8 @@ def _best(target: Target, timings: Sequence[Timing]) -> Comparison | None:
     base, ubn = min(bases, key=cost), min(twins, key=cost)
     if target.memory:
         return Comparison(base, ubn, cost(ubn) / cost(base), None) if ubn.memory and base.memory else None
-    # Only ratios to the first entry, BatchNorm not compiled and fused where anything is, are those of the same turns.
+    # Only ratios to the first entry, which is BatchNorm, uncompiled and fused if others are, compare times of the same
+    # turns.
     if "compiled" in base.model or (target.mode == "fused" and not target.fused_base):
         return Comparison(base, ubn, ubn.median / base.median, None)
     quartiles = ubn.ratio_lower, ubn.ratio_upper

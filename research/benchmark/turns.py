@@ -1,4 +1,4 @@
-"""Alternating steps: each runs once per turn, and a ratio compares two times of the same turn.
+"""Alternating steps: each step runs once per turn, and a ratio compares two times of the same turn.
 
 The first two turns warm up, which includes compilation, and are not timed.
 """
@@ -31,7 +31,7 @@ __all__ = [
     "take_turns",
 ]
 
-# Settings of `UnifiedBatchNorm2d` that make each kind of norm layer; BatchNorm, the baseline, is torch's own.
+# Settings of `UnifiedBatchNorm2d` for each kind of norm layer; the baseline is torch's BatchNorm.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: dict(variant.settings) for name, variant in VARIANTS.items() if not variant.plain},
     "naive": {},
@@ -51,7 +51,7 @@ class Contender:
         kind: One of :data:`KINDS`, or "copy" or "convolution" for the references that layers are compared with.
         module: The module whose parameters are counted.
         step: The function that is timed.
-        clear: Frees what an earlier step has left, such as gradients.
+        clear: Frees memory left by an earlier step, such as gradients.
         held: Bytes in use before a step: parameters, buffers, inputs.
         repeats: How often a step repeats its work; its time is divided by that.
     """
@@ -91,11 +91,11 @@ class Timing:
             not the optimizer or what libraries allocate by themselves.
         memory_ratio: `memory` over the first entry's.
         floor: Milliseconds that the least traffic of the norm layers takes at the bandwidth of a copy in the same run:
-            of this layer, or of all those of a model together. None where it was not measured.
+            of this layer, or of all norm layers of a model. None if not measured.
         convolution: Milliseconds of the norm layers' depthwise convolutions alone, forward and in training backward:
-            the least that an implementation in plain torch needs. None where it was not measured.
+            the minimum for an implementation in plain torch. None if not measured.
         limit: The `ratio` if UBN's norms took BatchNorm's time and that of these convolutions and nothing more: the
-            first entry's time plus the convolutions, over its time. None where it was not measured.
+            first entry's time plus the convolutions, over its time. None if not measured.
     """
 
     model: str
@@ -123,7 +123,7 @@ class Timing:
 
     @property
     def floor_ratio(self) -> float | None:
-        """A layer's time over its floor; None for models, whose floor is of their norms only."""
+        """A layer's time over its floor; None for models, whose floor covers only their norms."""
         return self.median / self.floor if self.floor and self.mode.startswith("layer") else None
 
 
@@ -131,8 +131,7 @@ def keep_memory() -> bool:
     """Make the C library keep freed memory for the rest of the process; return whether it does (glibc only).
 
     Otherwise, the time of a single large layer is dominated by fresh pages from the system, which cost more than its
-    arithmetic and are charged to whichever layer happens to need them. A model's steps reuse the memory of the step
-    before.
+    arithmetic and count toward whichever layer allocates them. A model's steps reuse the memory of the previous step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -154,7 +153,7 @@ def environment(device: torch.device) -> str:
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of a step; waits until a GPU has finished it."""
+    """Wall-clock time of a step, with GPU synchronization."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

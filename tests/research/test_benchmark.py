@@ -1,4 +1,4 @@
-"""Benchmarks time what they say, take turns, and write tables that timm's tools and the page of speeds can read."""
+"""Benchmarks: what they time, alternation, and tables in timm's format for the speed page."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_mode_and_model(timings: list[Timing]) -> None:
 
 
 def test_what_is_fused(timings: list[Timing]) -> None:
-    """Trained layers leave something behind; of converted ones no more is left than of BatchNorm."""
+    """Trained layers have a remainder; converted ones fold as completely as BatchNorm."""
     twin, base = f"{MODEL}_ubn (fused)", f"{MODEL} (fused)"
     count = {mode: entry(timings, mode, twin).param_count for mode in ("fused", "folded")}
     assert count["folded"] == entry(timings, "folded", base).param_count
@@ -98,7 +98,7 @@ def test_what_is_fused(timings: list[Timing]) -> None:
 
 
 def test_floors_of_models(timings: list[Timing]) -> None:
-    """In training both norms move as much; what is folded away moves nothing."""
+    """In training both norms have the same traffic; folded layers have none."""
     twin = f"{MODEL}_ubn"
     base, ubn = entry(timings, "train", MODEL), entry(timings, "train", twin)
     assert base.floor == ubn.floor
@@ -124,8 +124,8 @@ def test_memory_of_models(timings: list[Timing]) -> None:
     assert entry(timings, "train", MODEL).memory_ratio == 1
 
 
-def test_settings_are_models_of_their_own(compiled: list[nn.Module]) -> None:
-    """Compiled entries take turns beside those that are not; the naive twin's graph would be UBN's."""
+def test_settings_are_separate_models(compiled: list[nn.Module]) -> None:
+    """Compiled and uncompiled entries alternate; the naive twin is not compiled, because its graph would be UBN's."""
     found = benchmark.compare(
         MODEL, ["ubn", "rbn", "bnet", "naive"], modes=["train"], batch_size=2, img_size=32, steps=1, compiled=True
     )
@@ -137,7 +137,7 @@ def test_settings_are_models_of_their_own(compiled: list[nn.Module]) -> None:
     count = {timing.kind: timing.param_count for timing in timings.values()}
     assert count["bn"] < count["rbn"] < count["bnet"] < count["ubn"] == count["naive"]
     assert timings[f"{MODEL}_rbn"].convolution is None
-    # Differentiated op by op, features are kept for every one of them.
+    # Autograd saves features for every operation.
     memory = {kind: timings[f"{MODEL}_{kind}"].memory for kind in ("ubn", "naive")}
     assert memory["ubn"] is not None and memory["naive"] is not None
     assert memory["naive"] > memory["ubn"]
@@ -170,8 +170,8 @@ def test_autocast(amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(scaled) == {amp == "float16"}
 
 
-def test_turns_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All entries once per turn, the first turns not counted, then once for memory."""
+def test_entries_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry runs once per turn, without timing in the first turns, then once for memory."""
     order: list[str] = []
 
     class Noted(nn.Module):
@@ -234,7 +234,7 @@ def test_layers_in_half_precision_and_compiled(compiled: list[nn.Module]) -> Non
 
 
 def test_memory_of_a_layer_counted_by_hand() -> None:
-    """Inference holds BatchNorm2d's input and output, training their gradients too, and what backward works in."""
+    """Inference needs BatchNorm2d's input and output; training also their gradients and backward's temporaries."""
     modes = ("layer", "layer-eval")
     trained, _, _, evaluated, _, _ = benchmark.compare_layers([(16, 32)], modes=modes, kinds=["bn"], steps=1)
     features = 4 * 8 * 16 * 32 * 32
@@ -244,7 +244,7 @@ def test_memory_of_a_layer_counted_by_hand() -> None:
 
 
 def test_peak_memory() -> None:
-    """What is freed on the way does not add up."""
+    """Memory freed during the step does not count toward the peak."""
 
     def step() -> None:
         for _ in range(3):
@@ -290,7 +290,7 @@ def point(axis: str, *, median: float, batch_size: int = 2, ranks: int = 1, laye
 BASE = {"batch": 2, "pixels": 4, "channels": 8}
 
 
-def test_one_size_grows_at_a_time() -> None:
+def test_one_size_varies_at_a_time() -> None:
     points = list(benchmark.grow({"pixels": (2, 8), "channels": (4,)}, base=BASE, steps=1))
     sizes = [(point.axis, point.batch_size, point.channels, point.side) for point in points if point.layer == "UBN"]
     assert sizes == [("pixels", 2, 8, 2), ("pixels", 2, 8, 8), ("channels", 2, 4, 4)]
@@ -301,7 +301,7 @@ def test_one_size_grows_at_a_time() -> None:
         list(benchmark.grow({"width": (1,)}))
 
 
-def test_ranks_share_what_they_say() -> None:
+def test_only_synchronized_ranks_share() -> None:
     """Only the synchronized layer shares: a row of statistics of each rank, again in backward, and a unit vector."""
     points = {point.layer: point for point in benchmark.grow_ranks((2,), base=BASE, steps=1)}
     assert list(points) == ["UBN", "UBN naive", "UBN synchronized"]
@@ -461,7 +461,7 @@ def test_page_says_what_was_not_measured(tmp_path: Path) -> None:
     assert "No GPU was available" in page
 
 
-def test_page_tells_met_targets_from_others(tmp_path: Path) -> None:
+def test_page_marks_met_and_missed_targets(tmp_path: Path) -> None:
     twin = {"floor": 20.0, "convolution": 15.0, "limit": 1.05}
     write([timing("resnet50", "train", 100), timing("resnet50_ubn", "train", 134, **twin)], tmp_path)
     large = [("resnet50", 100), ("resnet50_ubn", 150)]
@@ -480,7 +480,7 @@ def test_page_tells_met_targets_from_others(tmp_path: Path) -> None:
     ]
     assert row(page, "CPU: resnet50, training step, batch 32")[:3] == ["1.35", "1.50 (1.49 to 1.51)", "**no**"]
     assert "2026-01-01, here: [benchmark_cpu_batch32.csv]" in page
-    # Neither times of another run nor of compiled models make a CPU's ratio.
+    # CPU ratios use neither times of another run nor of compiled models.
     write([timing("resnet50", "train", 50)], tmp_path, "benchmark_a.csv")
     write(
         [timing("resnet50 (compiled)", "train", 50), timing("resnet50_ubn", "train", 90)], tmp_path, "benchmark_b.csv"
@@ -489,7 +489,7 @@ def test_page_tells_met_targets_from_others(tmp_path: Path) -> None:
 
 
 def test_page_takes_the_best_of_a_gpu(tmp_path: Path) -> None:
-    """Of eager and compiled each norm has its best, of shapes the worst counts."""
+    """Each norm uses the best of eager and compiled, and the worst shape."""
     gpu = {"device": "cuda", "dtype": "amp bfloat16", "batch_size": 128}
     models = [("resnet50", 100), ("resnet50 (compiled)", 80), ("resnet50_ubn", 130), ("resnet50_ubn (compiled)", 88)]
     shapes = [("BatchNorm2d 64x56x56", 100), ("UBN 64x56x56", 120), ("BatchNorm2d 8x7x7", 100), ("UBN 8x7x7", 140)]
@@ -515,7 +515,7 @@ def test_page_takes_the_best_of_a_gpu(tmp_path: Path) -> None:
 
 def test_the_page_matches_the_tables() -> None:
     written = (REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8")
-    assert written == benchmark.page(REPOSITORY / "results"), "make it again: python -m research.benchmark --report"
+    assert written == benchmark.page(REPOSITORY / "results"), "regenerate it: python -m research.benchmark --report"
     pictures = re.findall(r"\]\((\w+\.png)\)", written)
     assert pictures
     for picture in pictures:
@@ -577,7 +577,7 @@ def test_script_grows(
     assert {(point.axis, point.channels) for point in points} == {("channels", 4), ("channels", 8), ("ranks", 128)}
 
 
-def test_quick_run_touches_everything(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_run_covers_everything(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib, of the extra ubn-zoo[quickstart]")
     called: dict[str, dict[str, Any]] = {}
 
@@ -611,7 +611,7 @@ def test_script_profiles(tmp_path: Path) -> None:
 
 
 def test_memory_is_kept() -> None:
-    """In a process of its own: it holds for the rest of it. A freed tensor's pages are there for the next one."""
+    """Runs in a separate process, because the setting is permanent. The next tensor reuses the pages of a freed one."""
     program = """
 import resource, torch
 from research import benchmark

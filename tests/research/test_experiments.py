@@ -1,4 +1,4 @@
-"""Grids: what is planned, trained, chosen and collected, the statistics, and the page that is made of it."""
+"""Grids: planning, training, tuning and collection of runs, statistics, and the generated page."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def row(norm: str, seed: int, epoch: int, top1: float) -> EpochMetrics:
 
 
 REACHED = {("bn", 0): 50.0, ("bn", 4): 52.0, ("ubn", 0): 53.0, ("ubn", 4): 56.0}
-# Right answers per image; UBN is right on two images that BatchNorm gets wrong, and wrong on one that it gets right.
+# Correct answers per image; UBN is right on two images that BatchNorm gets wrong, and wrong on one that BatchNorm gets
+# right.
 RIGHT = {"bn": [1, 1, 0, 0, 1], "ubn": [1, 0, 1, 1, 1]}
 
 
@@ -100,7 +101,7 @@ def write_runs(grid: Grid, folder: Path, reached: dict[tuple[Any, ...], float]) 
 
 
 @pytest.mark.parametrize("name", list_grids())
-def test_every_committed_grid_compares_runs_that_differ_in_what_they_say(name: str) -> None:
+def test_runs_of_committed_grids_differ_only_in_the_compared_settings(name: str) -> None:
     grid = load_grid(name)
     planned = plan(grid, "runs")
     cells, choices = grid.cells(), grid.choices()
@@ -196,7 +197,7 @@ def test_choices_are_made_on_a_part_of_the_training_images(tmp_path: Path) -> No
         prepare_data(grid, None, tmp_path / "runs")
 
 
-def test_tuned_values_are_those_that_are_best_on_held_out_images(tmp_path: Path) -> None:
+def test_tuning_selects_the_best_values_on_held_out_images(tmp_path: Path) -> None:
     grid = load_grid(write_grid(tmp_path, tune={"lr": [0.001, 0.01]}, tune_seeds=1, test=["test"]))
     # BatchNorm is better with 0.001 for the seed that counts, UBN with 0.01.
     reached = {(norm, seed, lr): 50.0 for norm in ("bn", "ubn") for seed in (0, 4) for lr in (0.001, 0.01)}
@@ -220,7 +221,7 @@ def test_tuned_values_are_those_that_are_best_on_held_out_images(tmp_path: Path)
         chosen(grid, folder)
 
 
-def test_what_is_collected_is_what_the_runs_measured(tmp_path: Path) -> None:
+def test_collected_results_match_the_runs(tmp_path: Path) -> None:
     grid = load_grid(write_grid(tmp_path))
     folder = write_runs(grid, tmp_path / "runs", REACHED)
     tables = collect(grid, folder, tmp_path)
@@ -251,7 +252,7 @@ def test_what_is_collected_is_what_the_runs_measured(tmp_path: Path) -> None:
         collect(grid, folder, tmp_path)
 
 
-def test_the_table_is_worked_out_from_pairs(tmp_path: Path) -> None:
+def test_table_uses_paired_differences(tmp_path: Path) -> None:
     grid = load_grid(write_grid(tmp_path, claim=2.0, compare=[["BatchNorm", "UBN, threshold 0.3"]]))
     collect(grid, write_runs(grid, tmp_path / "runs", REACHED), tmp_path)
     (tmp_path / "small_test.csv").unlink()
@@ -311,7 +312,7 @@ def test_steps_are_timed_in_turns(tmp_path: Path) -> None:
     assert f"| {float(other['ratio']):.2f} |" in table.splitlines()[3]
 
 
-def test_the_page_has_what_there_are_results_of(tmp_path: Path) -> None:
+def test_page_covers_available_results(tmp_path: Path) -> None:
     grid = load_grid(write_grid(tmp_path))
     collect(grid, write_runs(grid, tmp_path / "runs", REACHED), tmp_path)
     written = report(tmp_path, tmp_path, [grid])
@@ -347,7 +348,7 @@ def test_group_norm_keeps_affine_and_activation() -> None:
 def test_an_own_grid_runs_resumes_and_is_reported(
     processes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A new user's whole path, on scikit-learn's digits."""
+    """The complete workflow of a new user, on scikit-learn's digits."""
     pytest.importorskip("sklearn")
     path = write_grid(
         tmp_path,
@@ -370,7 +371,7 @@ def test_an_own_grid_runs_resumes_and_is_reported(
     place = tmp_path / "runs" / "mine"
     # Two variants, two rates for the first seed, and the better one for the second.
     assert len([each for each in place.glob("*_seed?") if (each / "model.safetensors").is_file()]) == 6
-    # A finished grid is not trained again, and a missing prediction is made anew.
+    # A finished grid is not trained again, and a missing prediction is recomputed.
     predicted = sorted(place.glob("*/predictions.csv"))
     assert len(predicted) == 4
     again = predicted[0].read_bytes()
