@@ -1,7 +1,7 @@
 """Settings for all tests: no network except loopback, no user files, few threads.
 
-huggingface_hub reads its settings when it is imported, so they are made here, before any test module is. Its endpoint
-is a local server, which answers "no such repository" unless a test puts one there.
+huggingface_hub reads its settings on import, so they are set here, before any test module is imported. The endpoint is
+a local server, which answers "no such repository" unless a test adds one.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def _interpret_triton() -> None:
     """Run Triton kernels on the CPU if there is no GPU.
 
-    Triton decides that when it is imported, which timm does. Afterwards nothing is to see the setting but the tests of
-    our kernels, which decide for themselves in the same way.
+    Triton reads the setting on import, which timm triggers. Afterwards it is removed, because only our kernel tests
+    should use it, and they set it themselves in the same way.
     """
     import torch
 

@@ -55,19 +55,19 @@ class Fault:
     """A fault to inject into a request.
 
     Attributes:
-        method: The requests it strikes: ``HEAD``, ``GET``, ``POST`` or ``PUT``.
-        path: Regular expression found in their path.
-        times: How many of them; None for all.
+        method: Method of affected requests: ``HEAD``, ``GET``, ``POST`` or ``PUT``.
+        path: Regular expression to search for in the path.
+        times: Number of requests to affect; None for all.
         status: Answer with this status instead.
         delay: Seconds to wait before the answer.
-        cut: Announce the whole body, but close the connection after so many bytes.
+        cut: Announce the whole body, but close the connection after this many bytes.
         stall: Seconds to wait before that.
         reset: The same, with a reset instead of an orderly close.
-        short: Announce and send so many bytes fewer.
-        corrupt: Flip one bit of the byte at this position, the length unchanged.
+        short: Announce and send this many bytes fewer.
+        corrupt: Flip one bit of the byte at this position; the length does not change.
         drop: Close the connection without an answer.
-        call: Called before the request is looked at: what happens meanwhile.
-        lose: Do what was asked for, then close the connection without an answer.
+        call: Function to call before the request is processed.
+        lose: Process the request, then close the connection without an answer.
         body: With `status`, the body of that answer.
         header: Headers to replace in the answer; None removes one.
     """
@@ -98,13 +98,13 @@ class Request:
 
 
 class HubServer:
-    """Serves repositories on a free loopback port; `requests` logs what was asked.
+    """Serves repositories on a free loopback port; `requests` logs the requests.
 
-    Large files are on another host name and port, as the real Hub keeps them with a storage provider: the client treats
-    an address elsewhere differently, above all it must not send its token there.
+    Large files have another host name and port, like the real Hub's storage provider. Clients treat URLs on other hosts
+    differently; in particular, they must not send their token there.
 
     Attributes:
-        part_size: Large files of more bytes are uploaded in parts of that many; None for single requests.
+        part_size: Larger files are uploaded in parts of this many bytes; None for single requests.
         xet: Xet's storage; None for a server without Xet.
     """
 

@@ -1,7 +1,7 @@
 """The parts of Xet's storage service that hf_xet needs: it stores xorbs and shards and assembles files from them.
 
-Formats and requests are those of https://huggingface.co/docs/xet. Chunks must be uncompressed: the client is started
-with ``HF_XET_DATA_XORB_COMPRESSION_POLICY=none``.
+Formats and requests follow https://huggingface.co/docs/xet. Chunks must be uncompressed: the client is started with
+``HF_XET_DATA_XORB_COMPRESSION_POLICY=none``.
 """
 
 from __future__ import annotations

@@ -180,9 +180,9 @@ with joined("cpu", timeout=60) as ranks:
 
 @pytest.mark.slow
 def test_two_ranks_count_every_image_once(checkpoint: Path, tmp_path: Path) -> None:
-    """Also if one of them has none, and so does not know how many classes there are.
+    """Also if one rank has no images and therefore does not know the number of classes.
 
-    If one of them fails, neither waits for the other.
+    If one rank fails, the other does not wait for it.
     """
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn((37, 8), generator=generator), torch.randint(0, 8, (37,), generator=generator)

@@ -349,7 +349,7 @@ def test_the_command_checks_and_reproduces(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == "2 of 2 rows accepted\n"
     assert main([*command, "--reproduce", "30", "--data-dir", str(tmp_path / "data"), "--workers", "0"]) == 1
     shown = capsys.readouterr().out
-    assert "refused: row 2 (resnet10t_ubn.cifar10): top1: received 100; 30 images evaluated again have" in shown
+    assert "rejected: row 2 (resnet10t_ubn.cifar10): top1: received 100; 30 images evaluated again have" in shown
     assert shown.endswith("1 of 2 rows accepted\n")
     write_results(tmp_path / "rows.csv", [good, good])
     assert check_results(tmp_path / "rows.csv")[1][0].startswith(

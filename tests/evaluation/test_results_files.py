@@ -103,7 +103,7 @@ def test_accuracies_are_sorted_descending_and_other_columns_ascending() -> None:
         sort_results(rows, "speed")
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     path, table = tmp_path / "results.csv", tmp_path / "results.json"
     write_results(path, [COMPLETE])
     text = path.read_text(encoding="utf-8")

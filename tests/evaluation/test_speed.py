@@ -90,7 +90,7 @@ def test_either_name_of_a_pair_is_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet10", "vit_tiny_patch16_224", "_ubn", ""])
-def test_models_without_a_ubn_sibling_are_refused(name: str) -> None:
+def test_models_without_a_ubn_sibling_are_rejected(name: str) -> None:
     with pytest.raises(UnknownModelError, match="no UBN model for"):
         speed.compare_speed(name)
 
@@ -99,7 +99,7 @@ def test_models_without_a_ubn_sibling_are_refused(name: str) -> None:
     ("name", "value"),
     [("batch_size", 0), ("img_size", -32), ("seconds", 0.0), ("seconds", math.nan), ("seconds", math.inf)],
 )
-def test_numbers_that_are_not_positive_are_refused(name: str, value: Any) -> None:
+def test_numbers_that_are_not_positive_are_rejected(name: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=f"`{name}`: received .*; valid: a positive number"):
         speed.compare_speed(MODEL, **{name: value})
 

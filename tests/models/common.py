@@ -104,10 +104,10 @@ def images(*shape: int) -> Tensor:
 
 
 def trained(name: str, seed: int = 0, **kwargs: Any) -> nn.Module:
-    """A model of timm in evaluation, its norms with random weights and with statistics of data.
+    """A timm model in evaluation mode, with random norm weights and with running statistics from data.
 
-    Random statistics would not do: deep models, those with squeeze-excitation above all, then amplify rounding so much
-    that even the same model in float32 and in float64 gives different logits.
+    Random statistics do not work: deep models, especially with squeeze-excitation, would amplify rounding so much that
+    even the same model gives different logits in float32 and float64.
     """
     torch.manual_seed(seed)
     model = timm.create_model(name, **kwargs)

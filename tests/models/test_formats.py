@@ -49,7 +49,7 @@ def test_integer_counters_stored_as_floats_are_accepted(tmp_path: Path) -> None:
         timm.create_model("resnet10t_ubn", checkpoint_path=str(tmp_path / "averaged.safetensors"))
 
 
-def test_negative_variances_are_refused(tmp_path: Path) -> None:
+def test_negative_variances_are_rejected(tmp_path: Path) -> None:
     state = trained("resnet10t").state_dict()
     state["layer2.0.bn1.running_var"][3] = -0.5
     save_file(state, tmp_path / "spoiled.safetensors")

@@ -46,10 +46,10 @@ def trained(name: str, **kwargs: object) -> nn.Module:
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """In float64, relative to the largest value.
+    """Compare in float64, relative to the largest value.
 
-    Float32 would show the models and not the folding: with everything random some of them amplify a rounding of 6e-8 to
-    2e-2, folded or not.
+    Float32 would test the models instead of the folding: with random parameters, some models amplify a rounding error
+    of 6e-8 to 2e-2, whether folded or not.
     """
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * expected.abs().max().item())

@@ -140,7 +140,7 @@ def test_rejected_safetensors_do_not_fall_back_to_the_pickle(
         load(tmp_path)
 
 
-def test_repository_with_only_a_pickle_is_refused_with_the_way_out(hub: HubServer, tmp_path: Path) -> None:
+def test_repository_with_only_a_pickle_is_rejected_with_a_fix(hub: HubServer, tmp_path: Path) -> None:
     hub.create(REPO, {"pytorch_model.bin": b"never", "config.json": b"{}"})
     with pytest.raises(client.UnsafeFileError, match="ubn-zoo convert"):
         load(tmp_path)
@@ -196,7 +196,7 @@ def test_reading_the_configuration_is_retried_like_weights(
     assert_same(load(tmp_path, f"hf-hub:{OWN}"), twin, images)
 
 
-def test_altered_hub_model_is_refused(hub: HubServer, own: str, tmp_path: Path) -> None:
+def test_altered_hub_model_is_rejected(hub: HubServer, own: str, tmp_path: Path) -> None:
     hub.fail(path=BODY, corrupt=3_000_000, times=None)
     with pytest.raises(client.ChecksumError):
         load(tmp_path, f"hf-hub:{OWN}")
@@ -447,7 +447,7 @@ def test_convert_a_file(
     assert code == 1 and "already exists" in err
 
 
-def test_convert_a_tag_writes_beside_the_caller(
+def test_convert_a_tag_writes_into_the_current_folder(
     hub: HubServer,
     upstream: bytes,
     sibling: nn.Module,

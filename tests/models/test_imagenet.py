@@ -132,7 +132,7 @@ def test_onnx_runtime_matches_the_logits(lite0: Lite, fused: bool, tmp_path: Pat
     torch.testing.assert_close(torch.from_numpy(found), lite0.expected, rtol=0, atol=ROUNDING)
 
 
-def test_a_changed_key_is_refused(lite0: Lite, tmp_path: Path) -> None:
+def test_a_changed_key_is_rejected(lite0: Lite, tmp_path: Path) -> None:
     state = torch.load(lite0.path, weights_only=True)
     state["_blocks.3._bn9.weight"] = state.pop("_blocks.3._bn0.weight")
     torch.save(state, tmp_path / "changed.pth")

@@ -121,7 +121,7 @@ def test_configuration_of_the_sibling(hub: HubServer, theirs: nn.Module, tmp_pat
         assert model.pretrained_cfg["architecture"] == NAME
 
 
-def test_repository_with_only_a_pickle_is_refused(hub: HubServer, tmp_path: Path) -> None:
+def test_repository_with_only_a_pickle_is_rejected(hub: HubServer, tmp_path: Path) -> None:
     hub.create("someone/old", {"pytorch_model.bin": b"pickle"})
     for filename in (None, "pytorch_model.bin"):
         overlay = {"hf_hub_id": "someone/old", "hf_hub_filename": filename}
@@ -181,7 +181,7 @@ def test_bundled_weights(hub: HubServer, record: Record, tmp_path: Path) -> None
     assert load(other, record.id, overlay={"num_classes": 1000}).num_classes == 1000
 
 
-def test_altered_bundled_file_is_refused(monkeypatch: pytest.MonkeyPatch, bn_file: Path) -> None:
+def test_altered_bundled_file_is_rejected(monkeypatch: pytest.MonkeyPatch, bn_file: Path) -> None:
     record = next(iter(load_manifest().find(source="bundled")))
     monkeypatch.setattr(client, "bundled_path", lambda _: bn_file)
     with pytest.raises(client.ChecksumError, match=record.sha256):
@@ -265,8 +265,8 @@ def test_torchvision_names_of_regnet(theirs: nn.Module, tmp_path: Path) -> None:
     assert_same_function(logits(model), logits(theirs))
 
 
-@pytest.mark.parametrize("door", ["local-dir", "hf-hub"])
-def test_saved_model_reads_back_in_a_fresh_process(hub: HubServer, ours: nn.Module, tmp_path: Path, door: str) -> None:
+@pytest.mark.parametrize("scheme", ["local-dir", "hf-hub"])
+def test_saved_model_reloads_in_a_new_process(hub: HubServer, ours: nn.Module, tmp_path: Path, scheme: str) -> None:
     settings = {"threshold": None, "kernel_size": 3}
     model = timm.create_model(NAME, num_classes=7, in_chans=1, ubn_kwargs=settings).eval()
     x = images(1, 1, 64, 64)
@@ -277,7 +277,7 @@ def test_saved_model_reads_back_in_a_fresh_process(hub: HubServer, ours: nn.Modu
     assert config["model_args"]["ubn_kwargs"] == settings
     assert (config["num_classes"], config["pretrained_cfg"]["input_size"][0]) == (7, 1)
     source = f"local-dir:{folder}"
-    if door == "hf-hub":
+    if scheme == "hf-hub":
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         source = f"hf-hub:someone/model@{hub.create('someone/model', files)}"
     torch.save((x, logits(model, x)), tmp_path / "expected.pt")

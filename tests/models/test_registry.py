@@ -95,7 +95,7 @@ def test_other_normalizations_have_no_twin() -> None:
         assert not timm.is_model(f"{name}_ubn")
 
 
-def test_a_norm_layer_that_is_not_batchnorm_is_refused() -> None:
+def test_a_norm_layer_that_is_not_batchnorm_is_rejected() -> None:
     with pytest.raises(ValueError, match="found no BatchNorm2d"):
         timm.create_model("resnet18_ubn", norm_layer="groupnorm")
 

@@ -1,4 +1,4 @@
-"""Recipes: what is valid is read exactly, all else is refused with the reason, and each one of the package runs."""
+"""Recipes: valid files are read exactly, others are rejected with the reason, and every bundled recipe runs."""
 
 from __future__ import annotations
 

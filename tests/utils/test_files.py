@@ -1,4 +1,4 @@
-"""Atomic writes: never partial, after any failure, with the permissions of an ordinary write."""
+"""Atomic writes: never partial after any failure, with the permissions of an ordinary write."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_two_writers_never_mix(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
-def test_leftovers_of_killed_writers_are_removed_once_they_are_old(tmp_path: Path) -> None:
+def test_old_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     old, recent, other = (tmp_path / name for name in (".file.aaaa.part", ".file.bbbb.part", ".else.aaaa.part"))
     for path in (old, recent, other):
         path.write_bytes(b"half")

@@ -28,7 +28,7 @@ def test_progress_is_a_bar_on_a_terminal_and_quiet_elsewhere() -> None:
     assert log.getvalue() == ""
 
 
-def test_progress_goes_by_what_was_done_since_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_from_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 12.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     log = io.StringIO()

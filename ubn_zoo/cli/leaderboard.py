@@ -53,10 +53,10 @@ def run(options: argparse.Namespace) -> int:
 
     if (options.reproduce is None) != (options.data_dir is None):
         options._error("--reproduce and --data-dir go together")
-    accepted, refused = check_results(
+    accepted, rejected = check_results(
         options.file, reproduce=options.reproduce, data_dir=options.data_dir, workers=options.workers
     )
-    for reason in refused:
-        print(f"refused: {reason}")
-    print(f"{accepted} of {accepted + len({reason.partition(':')[0] for reason in refused})} rows accepted")
-    return 1 if refused else 0
+    for reason in rejected:
+        print(f"rejected: {reason}")
+    print(f"{accepted} of {accepted + len({reason.partition(':')[0] for reason in rejected})} rows accepted")
+    return 1 if rejected else 0

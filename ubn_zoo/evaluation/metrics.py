@@ -162,7 +162,7 @@ def _read(path: str | os.PathLike[str], kind: type[_Row], *, labeled: bool) -> t
 def write_metrics(
     path: str | os.PathLike[str], rows: Sequence[EpochMetrics], variants: Sequence[str] | None = None
 ) -> None:
-    """Write rows as CSV with a header, atomically; numbers read back exactly, and None is an empty cell.
+    """Write rows as CSV with a header, atomically; numbers round-trip exactly, and None is an empty cell.
 
     Args:
         path: The CSV file.

@@ -145,7 +145,7 @@ def predict_stream(
         if value < 1:
             raise EvaluationError(f"`{name}`: received {value}; valid: at least 1")
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    skip = _refuse if on_skip is None else on_skip
+    skip = _raise_data_error if on_skip is None else on_skip
     # Walk the files twice instead of keeping a large list; the first pass only counts them for the progress.
     total = sum(1 for _ in find_files(paths, lambda path, reason: None))
     if not total:
@@ -318,5 +318,5 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _refuse(path: str, reason: str) -> None:
+def _raise_data_error(path: str, reason: str) -> None:
     raise DataError(reason)

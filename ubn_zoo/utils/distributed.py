@@ -105,7 +105,9 @@ def _device(name: str, local: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RanksError(f"device: received {name!r}; valid: auto, or torch's name such as cpu, cuda, cuda:1") from None
+        raise RanksError(
+            f"device: received {name!r}; valid: auto, or a torch device such as cpu, cuda, cuda:1"
+        ) from None
     if device.type == "cpu":
         return device
     available = torch.accelerator.current_accelerator(check_available=True)

@@ -54,7 +54,7 @@ def check_results(
     """
     if reproduce is not None and (reproduce < 1 or data_dir is None):
         raise InvalidArgumentError(f"`reproduce`: received {reproduce}; valid: at least 1, with `data_dir`")
-    rows, refused, accepted, seen = read_results(path), [], 0, set()
+    rows, rejected, accepted, seen = read_results(path), [], 0, set()
     if not rows:
         raise EvaluationError(f"{os.fspath(path)}: received no rows; valid: at least one")
     for number, row in enumerate(rows, 1):
@@ -65,8 +65,8 @@ def check_results(
         if not reasons and reproduce is not None and data_dir is not None:
             reasons += _not_reproduced(row, reproduce, data_dir, workers)
         accepted += not reasons
-        refused += [f"row {number} ({_plain(row.model)}): {reason}" for reason in reasons]
-    return accepted, refused
+        rejected += [f"row {number} ({_plain(row.model)}): {reason}" for reason in reasons]
+    return accepted, rejected
 
 
 def _plain(text: str) -> str:

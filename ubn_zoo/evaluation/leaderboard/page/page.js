@@ -1,5 +1,5 @@
 "use strict";
-// All text reaches the document as text nodes and attributes, never as markup: names come from files of strangers.
+// All text reaches the document as text nodes and attributes, never as markup, because names come from untrusted files.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (selector, root = document) => root.querySelector(selector);
 
@@ -15,7 +15,7 @@ function h(tag, attributes, ...children) {
   return element;
 }
 const fill = (element, ...children) => element.replaceChildren(...h("p", null, ...children).childNodes);
-// A name from outside must not turn the direction of what stands beside it.
+// An untrusted name must not change the direction of neighboring text.
 const named = (text) => h("bdi", null, text);
 
 const number = (value, digits) => (value == null ? "" : value.toFixed(digits));
@@ -48,7 +48,7 @@ for (const set of data.sets) {
 const results = (model) =>
   data.sets.map((set) => [set, set.rows.find((row) => row.key === model.key)]).filter(([, row]) => row);
 
-// State, kept in the address so that a view can be linked to
+// State, kept in the URL so that views can be linked
 
 const DEFAULTS = {
   set: data.sets[0]?.name ?? "", q: "", family: "", origin: "", license: "", params: "", gmacs: "", pixels: "",
@@ -62,7 +62,7 @@ function read() {
   if (!data.sets.some((set) => set.name === state.set)) state.set = DEFAULTS.set;
 }
 const link = (changes) => `#${new URLSearchParams(changes)}`;
-// Filters are in the address of the list only; a model's page and a comparison lead back to it.
+// Only the list's URL has filters; a model's page and a comparison link back to it.
 let listAddress = "#";
 function update(changes) {
   history.replaceState(null, "", link(Object.entries({ ...state, ...changes }).filter(([name, value]) => value !== DEFAULTS[name])));
@@ -73,10 +73,10 @@ function update(changes) {
 // Columns of the table
 
 const COLUMNS = [
-  { name: "rank", title: "#", help: "Place among all models of this test set", first: 1, text: (row) => row.rank ?? "–" },
+  { name: "rank", title: "#", help: "Rank among all models on this test set", first: 1, text: (row) => row.rank ?? "–" },
   { name: "label", title: "Model", help: "Name for timm.create_model, or run", first: 1, left: true, cell: modelCell },
   { name: "top1", title: "Top-1", help: "Accuracy in percent; bars compare the models shown", first: -1, cell: accuracyCell },
-  { name: "top5", optional: true, title: "Top-5", help: "Right class among the five most probable, in percent", first: -1, text: (row) => number(row.top5, 2) },
+  { name: "top5", optional: true, title: "Top-5", help: "Correct class among the five most probable, in percent", first: -1, text: (row) => number(row.top5, 2) },
   { name: "interval", optional: true, title: "95 % interval", help: "Wilson interval of top-1; over several seeds, ± their standard deviation", by: "top1_low", first: -1, text: spread, off: true },
   { name: "top1_diff", optional: true, title: "Δ BN", help: "Top-1 minus that of the BatchNorm sibling; = means the same function", first: -1, cell: differenceCell },
   { name: "params", title: "Params, M", help: "Parameters in millions", first: 1, text: (row) => short(row.params) },
@@ -92,7 +92,7 @@ const COLUMNS = [
   { name: "measured", title: "Measured", help: "Who measured it", by: "measured", first: 1, left: true, cell: (row) => named(`${row.source.measured}, ${row.source.date ?? row.source.table}`), off: true },
   { name: "compare", title: "Compare", help: "Choose two models", cell: compareCell, unsorted: true },
 ];
-// Columns without a value in this test set are left out.
+// Columns without a value in this test set are omitted.
 const columnsOf = (set) => COLUMNS.filter((column) => shown.has(column.name) &&
   (!column.optional || set.rows.some((row) => (row[column.by ?? column.name] ?? null) !== null)));
 const shown = new Set(COLUMNS.filter((column) => !column.off).map((column) => column.name));
@@ -221,14 +221,14 @@ function line(row) {
   row.bar?.style.setProperty("--share", Math.min(1, (row.top1 - scale[0]) / (scale[1] - scale[0] || 1)));
   return row.line;
 }
-// The first screen is painted at once, the rest right after.
+// Render the first screen immediately and the rest right after.
 let pending;
 function showBody() {
   clearTimeout(pending);
   const body = $("#table tbody");
   body.replaceChildren(...visible.slice(0, 50).map(line));
   painted = Math.min(50, visible.length);
-  if (!visible.length) body.append(h("tr", null, h("td", { colspan: shown.size, class: "left" }, "No model passes the filters. Reset shows all.")));
+  if (!visible.length) body.append(h("tr", null, h("td", { colspan: shown.size, class: "left" }, "No model matches the filters. Reset to show all.")));
   if (painted < visible.length) pending = setTimeout(paintAll, 50);
 }
 function paintAll() {
@@ -260,7 +260,7 @@ function showChart() {
   const unit = AXES[x] ?? x;
   if (!rows.length) {
     $("#front").textContent = "";
-    place.replaceChildren(h("p", null, `No model here has a figure for ${unit}.`));
+    place.replaceChildren(h("p", null, `No model here has a value for ${unit}.`));
     return;
   }
   const front = paretoFront(rows, x, y);
@@ -301,7 +301,7 @@ function showChart() {
   const svg = plot.tagName === "svg" ? plot : $("svg", plot);
   svg.setAttribute("role", "group");
   svg.setAttribute("aria-label", `Scatter plot of ${rows.length} models: accuracy over ${unit}. The table below has the same figures.`);
-  // Only the front is a stop of the Tab key; all other models can be reached in the table.
+  // Only models on the front are tab stops; the table has all others.
   const stops = new Set(front.map((row) => row.key));
   [...svg.querySelectorAll("a")].forEach((link) => {
     const text = $("[aria-label]", link)?.getAttribute("aria-label") ?? "";
@@ -475,7 +475,7 @@ options($("#chart [name=x]"), Object.entries(AXES));
 $("#filters").addEventListener("input", (event) => update({ [event.target.name]: event.target.value, ...(event.target.name === "set" && { family: "", license: "" }) }));
 $("#filters").addEventListener("submit", (event) => event.preventDefault());
 $("#filters").addEventListener("reset", (event) => { event.preventDefault(); history.replaceState(null, "", "#"); read(); showList(); });
-// The chart itself sends such events as well, when the pointer moves.
+// The chart also sends such events when the pointer moves.
 $("#chart").addEventListener("input", ({ target }) => target.name && update({ [target.name]: target.type === "checkbox" ? (target.checked ? "1" : "0") : target.value }));
 $("#chart").addEventListener("toggle", () => showChart());
 $("#columns div").append(...COLUMNS.filter((column) => !["label", "compare"].includes(column.name)).map((column) =>
