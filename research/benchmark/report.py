@@ -32,24 +32,23 @@ optimizer. Images and weights are random, because no time depends on them.
 
 _FLOORS = """\
 A *floor* is the least time that the necessary memory traffic takes, at the bandwidth of a copy of the same size in the
-same run. In training both BatchNorm and UBN have to move 8 times the bytes of the layer's input: the forward pass reads
-it twice and writes once; the backward pass reads input and gradient twice each and writes once. In inference BatchNorm
-and BNET move them twice, UBN and RBN three times, and a fused BatchNorm disappears. So by its traffic, UBN in training
-need not take longer than BatchNorm. In plain torch the depthwise convolution prevents that, because it is an operation
-of its own. Its time *alone*, including its backward pass in training, stands beside the floor. The *limit* of plain
-torch is the ratio that UBN would reach if it took BatchNorm's time plus these convolutions, and the gate and the
-calibrations cost nothing.
+same run. In training both BatchNorm and UBN move at least 8 times the bytes of the layer's input: the forward pass
+reads it twice and writes once; the backward pass reads input and gradient twice each and writes once. In inference
+BatchNorm and BNET move them twice, UBN and RBN three times, and a fused BatchNorm disappears. So memory traffic does
+not require UBN to be slower than BatchNorm in training. In plain torch it is slower, because the depthwise convolution
+is a separate operation. Its time *alone*, including its backward pass in training, is listed next to the floor. The
+*limit* of plain torch is the ratio that UBN would reach if it took BatchNorm's time plus these convolutions, and the
+gate and the calibrations cost nothing.
 
-On a CPU, the targets compare inference after `ubn_zoo.fuse` with the BatchNorm model as it is; on a GPU, with the
-BatchNorm model fused as well. The tables of models below have that stricter ratio for a CPU too. Where two tables
-measured the same thing, this section and the plots use the first. With more models in turn the caches are colder, and
-ratios larger.
+On a CPU, the targets compare inference after `ubn_zoo.fuse` with the unfused BatchNorm model; on a GPU, with the fused
+BatchNorm model. The model tables below give that stricter ratio for CPUs too. If two tables contain the same
+measurement, this section and the plots use the first. When more models alternate, caches are colder and ratios larger.
 """
 
 _RANKS = """\
-Ranks are processes of one machine, each with one thread and its own batch, connected by gloo. When there are more
-ranks than cores, they share the cores. UBN synchronized computes the same equations as UBN naive, so the difference of
-the two is the cost of sharing. torch's SyncBatchNorm computes only on GPUs.
+Ranks are processes of one machine, each with one thread and its own batch, connected by gloo. If there are more ranks
+than cores, they share the cores. UBN synchronized computes the same equations as UBN naive, so the difference is the
+cost of sharing statistics. torch's SyncBatchNorm supports only GPUs.
 """
 _RANKS_HEAD = ("ranks", "layer", "step (ms)", "all-reduces", "bytes contributed by each rank")
 
@@ -119,9 +118,6 @@ def _ms(value: float | None) -> str:
 
 def _spread(ratio: float, lower: float | None, upper: float | None) -> str:
     return f"{ratio:.2f}" if lower is None or upper is None else f"{ratio:.2f} ({lower:.2f} to {upper:.2f})"
-
-
-# Sections
 
 
 def _target_row(target: Target, tables: Iterable[Sequence[Timing]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Small models, and what the tests of other libraries ask of them."""
+"""Small models and shared checks for the tests with other libraries."""
 
 from __future__ import annotations
 

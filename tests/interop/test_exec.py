@@ -1,4 +1,4 @@
-"""`ubn-zoo exec` under torchrun, with a script that calls timm as timm's train.py does."""
+"""`ubn-zoo exec` under torchrun, with a script that uses timm like timm's train.py."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def fit(folder: Path, model: Classifier, *callbacks: Any, epochs: int = 2, **set
 
 
 class FrozenAtFirst(lightning.pytorch.callbacks.BaseFinetuning):
-    """Records how many statistics and parameters of the backbone's norms move in each epoch."""
+    """Records how many statistics and parameters of the backbone's norms change in each epoch."""
 
     def __init__(self, train_bn: bool, by_hand: bool = False) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_sync_batchnorm(installed: None) -> None:
     assert all(layer._sync is not None for layer in ubn_layers(model))
 
 
-def test_sync_batchnorm_without_install_says_so() -> None:
+def test_sync_batchnorm_without_install_warns() -> None:
     from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 
     from ubn_zoo.layers import overlooked

@@ -1,4 +1,4 @@
-"""Counters of operations: each against a count by hand."""
+"""FLOP counters, compared with a count by hand."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_multiply_adds() -> None:
     assert sum(interop.multiply_adds(layer, x) for layer in model()) == EXPECTED
 
 
-def test_torch_counts_the_affine_as_it_is() -> None:
-    # Borders of a padded convolution count as the rest.
+def test_torch_counts_only_the_affine() -> None:
+    # Borders of a padded convolution count like other positions.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model()[0](torch.zeros(INPUT))
     assert counter.get_total_flops() == 2 * C * H * W * 9
@@ -65,7 +65,7 @@ def test_ptflops(installed: None, backend: str) -> None:
         # Some of the layer's additions and multiplications count once more, as operations.
         assert EXPECTED <= count <= 1.2 * EXPECTED
     else:
-        # It knows operations and not layers: as it is, it counts the convolutions.
+        # It counts operations, not layers, so without `install()` it counts only the convolutions.
         assert count >= C * H * W * 9
 
 
@@ -78,7 +78,7 @@ def test_calflops(installed: None) -> None:
     assert macs == EXPECTED and 2 * EXPECTED <= flops <= 2.2 * EXPECTED
 
 
-def test_fvcore_counts_the_affine_as_it_is() -> None:
+def test_fvcore_counts_only_the_affine() -> None:
     nn_ = pytest.importorskip("fvcore.nn")
     counted = nn_.FlopCountAnalysis(model()[0], torch.zeros(INPUT)).unsupported_ops_warnings(False)
     assert counted.by_operator()["conv"] == C * H * W * 9

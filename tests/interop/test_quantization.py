@@ -1,4 +1,4 @@
-"""Quantization and runtimes: a twin comes out as close as its sibling."""
+"""Quantization and runtimes: a twin is as accurate as its sibling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.interop
 
 
 def trained(name: str, fused: bool) -> nn.Module:
-    """A model with statistics of data, so that activations have a usual size."""
+    """A model with statistics of real data, so that activations have a typical size."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3).train()
     with torch.no_grad():

@@ -35,7 +35,7 @@ def test_backbone_with_frozen_norms() -> None:
     assert moved(before, model) == 0 and all(layer.frozen for layer in ubn_layers(model))
 
 
-def test_backbone_says_that_its_norms_are_not_frozen() -> None:
+def test_backbone_warns_that_its_norms_are_not_frozen() -> None:
     from ubn_zoo.layers import overlooked
 
     overlooked._warned.clear()
@@ -83,7 +83,7 @@ def test_detr_by_hand() -> None:
     check_detr(model)
 
 
-def test_detr_says_that_its_norms_are_not_frozen() -> None:
+def test_detr_warns_that_its_norms_are_not_frozen() -> None:
     from ubn_zoo.layers import overlooked
 
     overlooked._warned.clear()
@@ -93,7 +93,7 @@ def test_detr_says_that_its_norms_are_not_frozen() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> tuple[Path, nn.Module]:
-    """What a run or a publication leaves, and the model in it."""
+    """A folder of a run or publication, and its model."""
     model = twin().eval()
     generator = torch.Generator().manual_seed(3)
     for tensor in (*model.parameters(), *model.buffers()):

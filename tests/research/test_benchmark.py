@@ -65,9 +65,6 @@ def entry(timings: list[Timing], mode: str, model: str) -> Timing:
     return found
 
 
-# Models
-
-
 def test_every_mode_and_model(timings: list[Timing]) -> None:
     plain, twin = MODEL, f"{MODEL}_ubn"
     fused = [f"{plain} (fused)", plain, f"{twin} (fused)"]
@@ -190,9 +187,6 @@ def test_entries_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == ["resnet18", "resnet18_ubn"] * 5
 
 
-# Layers
-
-
 def test_layers(layers: list[Timing]) -> None:
     names = [benchmark.KINDS[kind] for kind in KINDS] + ["depthwise convolution", "copy"]
     shapes = [f"{name} {shape}" for shape in ("8x6x6", "4x3x3") for name in names]
@@ -255,9 +249,6 @@ def test_peak_memory() -> None:
     assert benchmark.peak_memory(step, torch.device("cpu")) == pytest.approx(8000, abs=256)
 
 
-# Growth
-
-
 def test_fit_finds_the_line_that_points_lie_on() -> None:
     points = [point("batch", batch_size=size, median=0.5 + 2e-6 * size * 8 * 16) for size in (1, 2, 4, 8, 16)]
     points += [point("ranks", ranks=ranks, median=3.0 * ranks) for ranks in (1, 2, 4)]
@@ -315,9 +306,6 @@ def test_only_synchronized_ranks_share() -> None:
         list(benchmark.grow_ranks((0,)))
 
 
-# Profiles
-
-
 def test_profile_knows_a_norms_operations() -> None:
     found: dict[str, dict[str, Share]] = {}
     for share in benchmark.profile_step(MODEL, batch_size=2, img_size=32, steps=1):
@@ -329,9 +317,6 @@ def test_profile_knows_a_norms_operations() -> None:
     assert set(twin) == set(benchmark.GROUPS) - {"batchnorm"}
     for shares in found.values():
         assert sum(share.share for share in shares.values()) == pytest.approx(1)
-
-
-# Tables
 
 
 def test_table_has_timms_columns(timings: list[Timing], tmp_path: Path) -> None:
@@ -404,9 +389,6 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("model,run\nresnet18,model\n")
     with pytest.raises(ValueError, match=r"received no command, date, environment; valid: a table of"):
         benchmark.read_timings(tmp_path / "t.csv")
-
-
-# Pictures and the page
 
 
 def test_pictures(timings: list[Timing], layers: list[Timing], tmp_path: Path) -> None:
@@ -536,9 +518,6 @@ def test_report_writes_page_and_pictures(tmp_path: Path) -> None:
     assert row(page, "batch | UBN")[-2:] == ["1.000", "1.00"]
     for path in written[1:]:
         assert f"({path.name})" in page
-
-
-# The script
 
 
 def run(*arguments: str) -> str:

@@ -1,7 +1,7 @@
-"""Start ``ubn-zoo`` many times in the time of one: commands are forks of a process that has imported everything.
+"""Start many ``ubn-zoo`` commands fast, as forks of a process that has already imported everything.
 
-Run as a script, it reads one JSON list of arguments a line from standard input, forks for each, prints the child's id
-and, when that has ended, its exit status. The child is a process as any other, with its own session.
+As a script, it reads one JSON list of arguments per line from standard input, forks for each, and prints the child's id
+and later its exit status. Each child is a normal process with its own session.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_what_is_read_is_what_was_written(ema: bool, tmp_path: Path) -> None:
+def test_round_trip(ema: bool, tmp_path: Path) -> None:
     written = snapshot(12, ema=ema)
     folder = save_snapshot(tmp_path / "checkpoints", written, keep=3)
     names = {"model.safetensors", "optimizer.safetensors", "state.json"} | ({"ema.safetensors"} if ema else set())
@@ -97,7 +97,7 @@ def damage(folder: Path, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"])
 @pytest.mark.parametrize("kind", ["missing", "cut", "empty", "flipped"])
-def test_a_damaged_one_falls_back_to_the_one_before(
+def test_damaged_snapshot_falls_back_to_the_previous_one(
     name: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for updates in (1, 2):
@@ -111,12 +111,12 @@ def test_a_damaged_one_falls_back_to_the_one_before(
     assert found.updates == 1
     assert "0000000002" in caplog.text
     assert "falling back to the checkpoint before it" in caplog.text
-    # The damaged one does not prevent saving the same update again.
+    # The damaged snapshot does not prevent saving the same update again.
     save_snapshot(tmp_path, snapshot(2, ema=True), keep=3)
     assert read_snapshot(tmp_path / "0000000002").updates == 2
 
 
-def test_none_whole_is_an_error_and_removes_nothing(tmp_path: Path) -> None:
+def test_only_damaged_snapshots_is_an_error_and_removes_nothing(tmp_path: Path) -> None:
     for updates in (1, 2):
         damage(save_snapshot(tmp_path, snapshot(updates), keep=3), "state.json", "flipped")
     before = sorted(tmp_path.rglob("*"))
@@ -154,12 +154,12 @@ def test_a_full_disk_leaves_what_was_saved(failing: int, tmp_path: Path, monkeyp
     monkeypatch.undo()
     found = newest_snapshot(tmp_path)
     assert found is not None
-    # The new one counts only once all files are written and the folder has its name.
+    # The new snapshot counts only when all files are written and its folder is renamed.
     assert found.updates == (2 if failing == 7 else 1)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     save_snapshot(tmp_path, snapshot(1), keep=2)
     (tmp_path / ".0000000002.part").mkdir()
     (tmp_path / ".0000000002.part" / "model.safetensors").write_bytes(b"half")
@@ -169,7 +169,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     remove_unfinished(tmp_path / "absent")
 
 
-def test_values_that_it_cannot_hold_are_refused(tmp_path: Path) -> None:
+def test_unsupported_values_are_refused(tmp_path: Path) -> None:
     good = snapshot(1)
     with pytest.raises(TypeError, match="a snapshot cannot hold <object"):
         save_snapshot(tmp_path, Snapshot(1, good.model, None, good.optimizer, {"x": object()}), keep=2)

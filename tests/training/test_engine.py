@@ -1,4 +1,4 @@
-"""The training loop on small synthetic images: it learns, repeats and resumes, with every setting."""
+"""The training loop on small synthetic images: it learns, is deterministic and resumes, with every setting."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def change(**settings: Any) -> Recipe:
 
 
 def timeless(row: EpochMetrics) -> EpochMetrics:
-    """A row without what the clock says."""
+    """A row without times."""
     return dataclasses.replace(row, seconds=0.0, step_ms=0.0, images_per_second=0.0)
 
 
 def assert_same(first: Outcome, second: Outcome) -> None:
-    """Equal to the last bit."""
+    """Bitwise equal."""
     assert list(map(timeless, first.metrics)) == list(map(timeless, second.metrics))
     assert first.similarity == second.similarity
     for one, other in ((first.model, second.model), (first.ema, second.ema)):
@@ -118,8 +118,8 @@ def test_norm_parameters_and_biases_decay_only_if_asked(norm: str, norm_decay: b
 
 
 @pytest.mark.parametrize("saved", [1, 2, 4])
-def test_loss_of_an_epoch_that_other_ranks_began(saved: int) -> None:
-    """A run that was saved by some ranks resumes with the same mean loss on one."""
+def test_loss_of_an_epoch_that_started_on_more_ranks(saved: int) -> None:
+    """A run that several ranks saved resumes on one rank with the same mean loss."""
     recipe = change(epochs=1, checkpoint_steps=3)
     snapshots: list[Snapshot] = []
     whole = train(recipe, on_save=lambda snapshot: snapshots.append(copy.deepcopy(snapshot)))
@@ -180,7 +180,7 @@ def test_schedules() -> None:
     assert rates(change(lr=1.0, warmup_epochs=0.0, scheduler="constant"), 10, [0, 19]) == [1.0, 1.0]
 
 
-def test_what_a_recipe_leaves_to_its_model() -> None:
+def test_unset_fields_come_from_the_model() -> None:
     blank = change(img_size=None, interpolation=None, crop_pct=None, mean=None, std=None, dataset="folder", crop="rrc")
     filled = complete(blank)
     cfg = timm.get_pretrained_cfg("resnet10t_ubn")
@@ -333,23 +333,23 @@ def test_the_moving_average_is_measured_beside_the_weights() -> None:
     plain, frozen, slow = (train(change(ema_decay=decay, ema_warmup=False)) for decay in (None, 0.0, 0.9))
     assert plain.ema is None
     assert plain.metrics[-1].ema_top1 is None
-    # Without memory the average is the model itself.
+    # With decay 0 the average equals the model.
     assert frozen.metrics[-1].ema_test_loss == plain.metrics[-1].test_loss
     assert slow.metrics[-1].test_loss == plain.metrics[-1].test_loss
     assert slow.metrics[-1].ema_test_loss != plain.metrics[-1].test_loss
 
 
-def test_mixup_can_be_off_from_an_epoch_on() -> None:
+def test_mixup_can_end_before_the_last_epoch() -> None:
     always, never, half = (train(change(mixup=1.0, mixup_off_epoch=epoch)).metrics for epoch in (None, 0, 1))
     assert half[0].train_loss == always[0].train_loss != never[0].train_loss
     assert half[1].train_loss != always[1].train_loss
 
 
 @pytest.mark.parametrize(("interval", "checks"), [(1, 18), (20, 9)])
-def test_the_loss_is_logged_by_one_clock_on_every_device(
+def test_the_loss_is_logged_at_the_same_updates_on_every_device(
     interval: int, checks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An accelerator, where a check of the loss waits for the device, logs the same updates with fewer checks."""
+    """An accelerator, where reading the loss synchronizes, logs the same updates with fewer checks."""
     real, made, logged = engine._check_loss, [], []
 
     def check(job: Any, stopping: bool) -> tuple[float, bool]:
@@ -381,7 +381,7 @@ def test_a_requested_stop_saves_and_ends() -> None:
     assert_same(train(RECIPE, start=saved[-1]), whole)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(DataError, match="received 64 training images; valid: at least one batch of 66"):
         train(change(batch_size=66))
     with pytest.raises(TrainingError, match="num_classes: received null"):
@@ -392,7 +392,7 @@ def test_what_does_not_fit_is_refused() -> None:
         train(RECIPE, spoiled)
 
 
-def test_a_spoiled_state_is_not_saved() -> None:
+def test_a_non_finite_state_is_not_saved() -> None:
     saved: list[Snapshot] = []
 
     class Spoiling(nn.Module):

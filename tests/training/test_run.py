@@ -1,4 +1,4 @@
-"""Runs, in process and from the command line: the files they leave, and how they survive interruptions."""
+"""Runs, in process and from the command line: their files, and recovery from interruptions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from ubn_zoo.utils.distributed import Ranks
 ROOT = Path(__file__).parents[2]
 # A third of the time of resnet10t, most of which is in files of its size.
 RECIPE = dataclasses.replace(stripes.RECIPE, model="lcnet_035")
-# What the clock says, and the commit, which changes if one is made while the tests run.
+# Times, and the commit, which may change while the tests run.
 UNREPEATED = ("seconds", "step_ms", "images_per_second", "commit")
 
 
@@ -61,7 +61,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of `RECIPE`, never interrupted; not to be changed."""
+    """A finished, uninterrupted run of `RECIPE`; tests must not change it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(change(log_interval=3), images, folder)
     return folder
@@ -69,7 +69,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the plots, a third of the time of a run this small, but where a test names them."""
+    """Skip the plots, which take a third of the time of such a small run, unless a test requests them."""
     if "drawn" not in request.keywords:
         monkeypatch.setattr(record, "draw_run", lambda folder: ())
 
@@ -113,13 +113,13 @@ def write_recipe(folder: Path, recipe: Recipe) -> Path:
 
 
 def numbers(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics, as far as they repeat."""
+    """The rows of a run's metrics without the columns that vary between runs."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [{key: value for key, value in row.items() if key not in UNREPEATED} for row in csv.DictReader(file)]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, metrics and similarity equal to the last bit."""
+    """Weights, metrics and similarity are bitwise equal."""
     assert numbers(first) == numbers(second)
     assert (first / "similarity.csv").read_bytes() == (second / "similarity.csv").read_bytes()
     names = [path.name for path in sorted(first.glob("model*.safetensors"))]
@@ -129,7 +129,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 @pytest.mark.drawn
-def test_a_run_leaves_what_is_needed_to_use_repeat_and_publish_it(images: Path, tmp_path: Path) -> None:
+def test_a_run_writes_all_files_to_use_reproduce_and_publish_it(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     recipe = change(model="resnet10t", num_classes=None, dataset="folder", crop="rrc", ema_decay=0.9, norm="ubn")
     recipe = dataclasses.replace(recipe, img_size=32, threshold=0.2, mean=None, std=None)
@@ -215,7 +215,7 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(
 
 
 def test_a_failed_start_may_be_corrected(images: Path, tmp_path: Path) -> None:
-    """Only a checkpoint makes a folder that of its recipe."""
+    """Only a checkpoint ties a folder to its recipe."""
     folder = tmp_path / "run"
 
     def fail(done: int, total: int) -> None:
@@ -332,7 +332,7 @@ def test_metrics_that_are_not_measured_cannot_choose_the_best(images: Path, tmp_
 
 
 def test_a_finished_run_is_trained_for_more_epochs(images: Path, tmp_path: Path) -> None:
-    """With a schedule that does not depend on the number of epochs, it ends as one run of all epochs."""
+    """With a schedule that does not depend on the number of epochs, it ends like a single run of all epochs."""
     constant = {"scheduler": "constant", "ema_decay": 0.9, "keep_best": "loss"}
     run(change(**constant), images, tmp_path / "whole")
     folder = tmp_path / "run"
@@ -368,7 +368,7 @@ def test_more_epochs_continue_on_the_longer_schedule(
     for row in done.metrics[2:]:
         schedule.step_update(row.step - 1)
         assert row.lr == pytest.approx(max(group["lr"] for group in optimizer.param_groups), rel=1e-12)
-    # Not finished, or without checkpoints, it is not extended.
+    # An unfinished run, or one without checkpoints, cannot be extended.
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(RunError, match="without checkpoints/ it cannot be trained for more"):
         run(change(epochs=5), images, folder)
@@ -513,7 +513,7 @@ def test_no_signal_leaves_a_process(name: str, images: Path, tmp_path: Path) -> 
 
 
 def test_an_ignored_hangup_stays_ignored(images: Path, tmp_path: Path) -> None:
-    """As nohup starts a run."""
+    """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         done = run(change(epochs=1), images, tmp_path / "run", on_step=lambda *_: os.kill(os.getpid(), signal.SIGHUP))
@@ -688,7 +688,7 @@ def test_changed_data_is_reported(images: Path, tmp_path: Path, caplog: pytest.L
     assert "the train images are not those that this run began with" in caplog.text
 
 
-def test_the_command_says_what_is_wrong_in_one_line(
+def test_the_command_reports_errors_in_one_line(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path, RECIPE)
@@ -737,8 +737,8 @@ def test_two_ranks_give_the_numbers_of_one(images: Path, tmp_path: Path) -> None
     assert done.stdout.count("finished, top-1") == 1
     one, two = read_metrics(alone / "metrics.csv"), read_metrics(both / "metrics.csv")
     assert [row.ranks for row in two] == [2, 2]
-    # Ranks add up float32 sums in another order. Seen: 1e-7 to 1e-6 after eight updates; from then on rectifiers switch
-    # at other moments and the difference grows, to 1e-4 of the training loss and 5e-3 of the held-out loss.
+    # Several ranks sum float32 values in another order. Seen: 1e-7 to 1e-6 after eight updates; from then on rectifiers
+    # switch at other moments and the difference grows, to 1e-4 of the training loss and 5e-3 of the held-out loss.
     for first, second, training, held_out in zip(one, two, (1e-5, 5e-3), (1e-4, 5e-2), strict=True):
         assert second.train_loss == pytest.approx(first.train_loss, rel=training)
         assert second.similarity_mean == pytest.approx(first.similarity_mean, rel=training)
@@ -749,7 +749,7 @@ def test_two_ranks_give_the_numbers_of_one(images: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_is_told_and_torchrun_starts_again(images: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_reported_and_torchrun_restarts(images: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, change(epochs=2, checkpoint_steps=2))
     folder, script = tmp_path / "run", tmp_path / "dying.py"
     # The second rank dies once, in the middle of the second epoch.

@@ -1,4 +1,4 @@
-"""How far a run is, seen from another shell; its report; its log in Weights & Biases."""
+"""The progress of a run seen from another shell, its report, and its log in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_time_left_counts_updates_and_evaluations() -> None:
     progress = RunProgress(change(epochs=3, batch_size=10), 4, clock=lambda: now)
     assert progress.left is progress.images_per_second is None
     assert str(progress) == "epoch 1/3, update 0/4, starting"
-    # The first update, which may compile and start loaders, is no measure.
+    # The first update does not count, because it may compile and start loaders.
     for seconds in (50.0, 2.0, 2.0, 2.0):
         now += seconds
         progress.step()
@@ -97,7 +97,7 @@ def test_a_process_is_known_by_more_than_its_id(folder: Path) -> None:
     deadline = time.monotonic() + 20
     while other.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    # Nobody has waited for it yet: it is a zombie.
+    # It is a zombie, because its parent has not waited for it.
     assert Path(f"/proc/{child.pid}").exists()
     assert read_status(folder).state == "interrupted"
     child.wait()
@@ -130,7 +130,7 @@ def test_a_run_without_a_status_is_judged_by_its_other_files(folder: Path) -> No
         read_status(folder / "nowhere")
 
 
-def test_a_status_that_cannot_be_written_stops_nothing(
+def test_an_unwritable_status_does_not_stop_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*arguments: Any, **options: Any) -> None:
@@ -248,7 +248,7 @@ def page(rows: list[EpochMetrics], similarity: list[LayerSimilarity], **settings
     tags = Tags()
     tags.feed(text)
     assert not tags.open
-    # It needs no other file and no network.
+    # The page is self-contained and needs no network.
     assert not tags.links and not {"script", "link", "img"} & set(tags.seen) and "url(" not in text
     return text, tags
 
