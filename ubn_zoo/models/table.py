@@ -18,14 +18,14 @@ _INTRODUCTION = """\
 
 <!-- Written by `python -m ubn_zoo.models.table docs/models.md`; edit ubn_zoo/models/table.py instead. -->
 
-{models} architectures of timm {version} with Unified Batch Normalization, {weights} tags of theirs with weights.
+{models} architectures of timm {version} with Unified Batch Normalization; {weights} of their tags have weights.
 
-A family's heading is the name that lists it: `timm.list_models(module="ubn_resnet")`.
+Each heading is the module name of a family: `timm.list_models(module="ubn_resnet")` lists its models.
 
-Tags that start with `bn_` are the weights of the BatchNorm sibling (the name without `_ubn`): fetched from the Hub,
-under the license given here, and converted exactly. Their repository is that of the sibling, `timm/resnet50.a1_in1k`
-for `resnet50_ubn.bn_a1_in1k`, unless another one is named. Other tags were trained with UBN. The first tag of a model
-is the one that `pretrained=True` loads. Inputs are channels x height x width in pixels.
+Tags that start with `bn_` are weights of the BatchNorm sibling (the name without `_ubn`), downloaded from the Hub and
+converted exactly, under the license listed here. Their Hub repository is that of the sibling, `timm/resnet50.a1_in1k`
+for `resnet50_ubn.bn_a1_in1k`, unless the table names another. Other tags were trained with UBN. `pretrained=True` loads
+the first tag of a model. Inputs are channels x height x width in pixels.
 """
 
 _WITHOUT = """
