@@ -64,7 +64,7 @@ def test_tables_contain_complete_runs_of_the_plan(experiment: Grid) -> None:
 
 def test_the_page_matches_the_tables() -> None:
     written = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
-    assert written == page(RESULTS), "make it again: python -m research.experiments report"
+    assert written == page(RESULTS), "out of date; run: python -m research.experiments report"
     for picture in re.findall(r"\]\((\w+\.png)\)", written):
         assert (REPOSITORY / "docs" / picture).is_file()
 

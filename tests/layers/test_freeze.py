@@ -140,7 +140,7 @@ def test_same_keys_and_parameters() -> None:
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],  # noqa: S301  # made right here
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],  # noqa: S301  # made in this test
     ids=["deepcopy", "pickle"],
 )
 def test_copies_stay_frozen(duplicate) -> None:

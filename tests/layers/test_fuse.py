@@ -843,7 +843,7 @@ class TestUse:
         stream = io.BytesIO()
         torch.save(result, stream)
         stream.seek(0)
-        # These pickles were made right here.
+        # These pickles are made in this test.
         for twin in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), torch.load(stream, weights_only=False)):  # noqa: S301 (own bytes)
             assert type(twin) is type(result)
             assert torch.equal(twin(x), expected)

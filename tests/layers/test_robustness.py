@@ -154,7 +154,7 @@ class TestCopies:
         "duplicate",
         [
             pytest.param(copy.deepcopy, id="deepcopy"),
-            pytest.param(lambda m: pickle.loads(pickle.dumps(m)), id="pickle"),  # noqa: S301  # made right here
+            pytest.param(lambda m: pickle.loads(pickle.dumps(m)), id="pickle"),  # noqa: S301  # made in this test
         ],
     )
     def test_copies_are_equal_and_independent(self, duplicate, cls: type[nn.Module]) -> None:
@@ -474,7 +474,7 @@ class TestNeverWaits:
         with NoHostSynchronization():
             torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).backward(grad_y)
 
-    def test_the_watchman_sees_a_wait(self) -> None:
+    def test_detector_of_synchronization_sees_a_wait(self) -> None:
         with pytest.raises(AssertionError, match="waits"), NoHostSynchronization():
             torch.ones(()).item()
         with pytest.raises(AssertionError, match="waits"), NoHostSynchronization():

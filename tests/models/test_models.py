@@ -365,7 +365,7 @@ def test_copies(name: str) -> None:
     stream.seek(0)
     with torch.no_grad():
         expected = model(x)
-        # These pickles were made right here.
+        # These pickles are made in this test.
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)):  # noqa: S301
             assert type(twin) is type(model)
             assert twin.no_weight_decay() == model.no_weight_decay()

@@ -31,12 +31,12 @@ the first tag of a model. Inputs are channels x height x width in pixels.
 _WITHOUT = """
 ## Architectures without a twin
 
-{count} architectures of timm, by the classes of their norm layers, which are found by building each one: as modules of
-timm with the number of architectures, or by name where others of the module have twins.
+The table groups timm's {count} other architectures by the norm layers found when each is built. It lists timm's modules
+with the number of their architectures, or names where the module has twins too.
 
-- BatchNorm2d: it is fixed in the code, or the norm layer that the architecture lets one choose is another one.
-  `ubn_zoo.convert_batchnorm(model)` converts such a model; it has no name, tags or converted weights in the zoo.
-- All others: there is no BatchNorm2d, and other normalizations have no UBN variant.
+- BatchNorm2d: the architecture does not let its BatchNorm layers be replaced by another class.
+  `ubn_zoo.convert_batchnorm(model)` converts such a model, but the zoo has no name, tags or converted weights for it.
+- All others: the architecture has no BatchNorm2d, and UBN replaces no other normalization.
 
 | Norm layers | Architectures |
 |---|---|

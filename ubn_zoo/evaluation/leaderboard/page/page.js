@@ -320,7 +320,7 @@ function showChart() {
   }), ...(kinds.length > 1 || kinds[0] !== "converted" ? kinds.map((kind) => h("span", null, `${{ circle: "●", star: "★", square: "■" }[symbols[kind]] ?? "◆"} ${kind}`)) : []));
   place.replaceChildren(legend, plot);
   $("#front").replaceChildren(...(state.pareto === "1" ? [h("details", { open: frontOpen, ontoggle: (event) => { frontOpen = event.target.open; } },
-    h("summary", null, `Pareto front: ${front.length} models; none here is both more accurate and cheaper than one of them`),
+    h("summary", null, `Pareto front: ${front.length} models; no other model shown is both cheaper and more accurate`),
     h("ol", null, ...front.map((row) => h("li", null, h("a", { href: link({ model: row.label }) }, named(row.key)), ` ${number(row[y], 2)} %, ${short(row[x])}`))))] : []));
 }
 
@@ -442,9 +442,9 @@ function showCompare() {
   section.replaceChildren(
     h("p", null, h("a", { href: listAddress }, "← all models")), h("h2", { tabindex: "-1" }, "Compare two models"), list,
     h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Comparison" }, h("table", { class: "comparison" },
-      h("thead", null, h("tr", null, h("td", null, ""), h("th", { scope: "col" }, pick(0)), h("th", { scope: "col" }, pick(1)), h("th", { scope: "col" }, "Second to first"))),
+      h("thead", null, h("tr", null, h("td", null, ""), h("th", { scope: "col" }, pick(0)), h("th", { scope: "col" }, pick(1)), h("th", { scope: "col" }, "Second vs. first"))),
       h("tbody", null, ...rows))),
-    rows.length ? h("p", { class: "quiet" }, "Overlapping intervals do not prove that two models are equal: they were measured on the same images, so a paired test on kept predictions is sharper.") : h("p", null, "Type or choose two names."));
+    rows.length ? h("p", { class: "quiet" }, "Overlapping intervals do not prove that two models are equal: they were measured on the same images, so a paired test on saved predictions can tell more.") : h("p", null, "Type or choose two names."));
 }
 
 // Everything else
