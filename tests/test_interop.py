@@ -436,7 +436,7 @@ def test_exec_runs_modules_and_shows_their_errors(
 
 def test_exec_names_a_missing_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert ubn_zoo.cli.main(["exec", "missing.py"]) == 1
-    assert "no file missing.py" in capsys.readouterr().err
+    assert "file missing.py does not exist" in capsys.readouterr().err
 
 
 def frozen_pair() -> nn.Sequential:

@@ -102,7 +102,7 @@ def test_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(file.read(name).decode())
-        licenses = [name for name in file.namelist() if name.endswith("LICENSE")]
+        licenses = [each for each in file.namelist() if ".dist-info/" in each and each.endswith("LICENSE")]
     assert metadata["Name"] == "ubn-zoo"
     assert metadata["Version"] == __version__
     assert metadata["Requires-Python"] == ">=3.10"

@@ -147,7 +147,7 @@ def test_search_and_filters(page: Any) -> None:
     page.locator("select[name=origin]").select_option("batchnorm")
     assert names(page) == ["resnet18"]
     page.get_by_label("Search").fill("nothing")
-    assert "No model passes" in page.locator("#table tbody").inner_text()
+    assert "No model matches" in page.locator("#table tbody").inner_text()
     page.reload()
     assert page.locator("#count").inner_text() == "0 of 5 models"
 
@@ -183,7 +183,7 @@ def test_the_chart_marks_the_front_and_opens_models(page: Any) -> None:
     assert page.locator("#model h2").is_visible()
     page.go_back()
     page.get_by_label("Across").select_option("ms")
-    assert "No model here has a figure" in page.locator("#plot").inner_text()
+    assert "No model here has a value" in page.locator("#plot").inner_text()
 
 
 def test_names_stay_text(page: Any) -> None:

@@ -789,5 +789,5 @@ def test_a_lost_rank_is_reported(images: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(runs, "fit", lost)
     monkeypatch.setattr(Ranks, "barrier", lambda self: None)
-    with pytest.raises(RunError, match="rank 0 lost another rank: .*Connection closed by peer.*starts again"):
+    with pytest.raises(RunError, match="rank 0 lost another rank: .*Connection closed by peer.*starts over"):
         run(RECIPE, images, tmp_path / "run", Ranks(0, 2))
