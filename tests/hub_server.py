@@ -145,7 +145,7 @@ class HubServer:
 
     def fail(self, **settings: object) -> None:
         """Arm a fault; the settings are those of `Fault`."""
-        self.faults.append(Fault(**settings))  # type: ignore[arg-type]
+        self.faults.append(Fault(**settings))
 
     def count(self, method: str, path: str) -> int:
         """Count the requests so far whose path contains a match of this expression."""

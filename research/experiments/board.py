@@ -100,7 +100,7 @@ def _parameters(recipe: Recipe) -> float:
 @functools.cache
 def _date(commit: str | None) -> str:
     """Day of a commit; no run is older than its code."""
-    found = subprocess.run(
+    found = subprocess.run(  # the user controls which git is on PATH
         ["git", "show", "-s", "--format=%cs", commit or "HEAD"],  # noqa: S607
         capture_output=True,
         text=True,

@@ -230,7 +230,7 @@ def test_logits_match_a_direct_call() -> None:
     def scaled(part: Tensor) -> Tensor:
         return part.float()
 
-    found = logits_of(model, images, scaled, img_size=4, batch_size=3)  # type: ignore[arg-type]
+    found = logits_of(model, images, scaled, img_size=4, batch_size=3)
     assert torch.equal(found, torch.eye(7))
     assert (model.seen, model.training) == ([False] * 3, True)
     with pytest.raises(ValueError, match="received 0 images"):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.metrics import ROW
 from ubn_zoo.evaluation.metrics import EpochMetrics, LayerSimilarity, write_metrics, write_similarity
 from ubn_zoo.evaluation.plots import draw_comparison, draw_run, draw_similarity_comparison
 
@@ -22,7 +23,8 @@ def metrics(
     epochs: int, *, norm: str = "ubn", seed: int = 0, gain: float = 0.0, ema: bool = False
 ) -> list[EpochMetrics]:
     return [
-        EpochMetrics(
+        dataclasses.replace(
+            ROW,
             model="regnetx_002",
             norm=norm,
             seed=seed,
@@ -38,12 +40,6 @@ def metrics(
             seconds=10.0 + seed,
             step_ms=20.0,
             images_per_second=3000.0,
-            gates=0,
-            device="cpu",
-            ranks=1,
-            threads=1,
-            torch="2.14",
-            commit=None,
         )
         for epoch in range(1, epochs + 1)
     ]

@@ -24,7 +24,7 @@ from ubn_zoo.evaluation.evaluate import evaluate, evaluate_many
 from ubn_zoo.evaluation.subjects import Subject
 from ubn_zoo.evaluation.test_sets import KNOWN_SETS, ClassLabels, KnownSet, held_out_split
 
-SYNSETS = list(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
+SYNSETS = list(ImageNetInfo("imagenet-1k").label_names())
 # Classes 1, 3, 6, and 9 of ImageNet-1k.
 CHOSEN = [1, 3, 6, 9]
 
@@ -104,7 +104,7 @@ def test_classes_are_found_by_ids_descriptions_numbers_and_order() -> None:
 
 def test_a_model_with_more_classes_has_imagenets_at_other_indices(tmp_path: Path) -> None:
     wide = subject(11821)
-    names = list(ImageNetInfo("imagenet-12k").label_names())  # type: ignore[no-untyped-call]
+    names = list(ImageNetInfo("imagenet-12k").label_names())
     known = KnownSet("two classes", 2, numbered=True)
     if set(SYNSETS) <= set(names):
         expected = {str(label): names.index(SYNSETS[label]) for label in (1, 9)}
@@ -178,12 +178,12 @@ def test_real_labels_match_timm(few: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("ubn_zoo.evaluation.evaluate.KNOWN_SETS", test_sets.KNOWN_SETS)
     found = evaluate(subject(), few, test_set="imagenet-real", real_labels=real, all_outputs=True, batch_size=2)
 
-    judge = RealLabelsImagenet([path.name.replace(".png", ".JPEG") for path in names], str(real))  # type: ignore[no-untyped-call]
+    judge = RealLabelsImagenet([path.name.replace(".png", ".JPEG") for path in names], str(real))
     images = torch.stack([torch.from_numpy(numpy.asarray(Image.open(path)) / 255.0).permute(2, 0, 1) for path in names])
     logits = Brightness()(images.float()).detach()
-    judge.add_result(logits)  # type: ignore[no-untyped-call]
-    assert found.top1 == pytest.approx(judge.get_accuracy(1))  # type: ignore[no-untyped-call]
-    assert found.top5 == pytest.approx(judge.get_accuracy(5))  # type: ignore[no-untyped-call]
+    judge.add_result(logits)
+    assert found.top1 == pytest.approx(judge.get_accuracy(1))
+    assert found.top5 == pytest.approx(judge.get_accuracy(5))
     assert (found.images, found.top1) == (6, pytest.approx(100 / 6))
     chances = logits.double().softmax(1)
     labeled = [(row, entry) for row, entry in zip(chances, labels, strict=True) if entry]

@@ -76,7 +76,7 @@ def test_each_layer_is_converted_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     def counted(name: str, function: object) -> object:
         def call(*args: object, **kwargs: object) -> object:
             calls[name] += 1
-            return function(*args, **kwargs)  # type: ignore[operator]
+            return function(*args, **kwargs)
 
         return call
 

@@ -298,7 +298,7 @@ def test_defaults() -> None:
     assert (RECIPE.norm, RECIPE.threshold, RECIPE.dataset, RECIPE.crop) == ("ubn", 0.15, "folder", "rrc")
     assert (RECIPE.num_classes, RECIPE.img_size, RECIPE.ema_decay, RECIPE.amp) == (None, None, None, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RECIPE.lr = 1.0  # type: ignore[misc]
+        RECIPE.lr = 1.0
 
 
 def test_the_tables_in_this_file_have_every_field() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import ubn_zoo
 from tests.hub_server import HubServer
+from tests.metrics import ROW
 from ubn_zoo.evaluation.metrics import EpochMetrics
 from ubn_zoo.hub import manifest
 from ubn_zoo.recipes.schema import Recipe
@@ -47,11 +48,11 @@ START = {
 
 
 def rows(recipe: Recipe, **changes: Any) -> list[EpochMetrics]:
-    row = EpochMetrics(
+    row = dataclasses.replace(
+        ROW,
         model=recipe.model,
         norm=recipe.norm,
         seed=recipe.seed,
-        epoch=1,
         step=390,
         lr=0.001,
         train_loss=1.5,
@@ -66,9 +67,6 @@ def rows(recipe: Recipe, **changes: Any) -> list[EpochMetrics]:
         similarity_max=0.3,
         gates_open=1,
         gates=2,
-        device="cpu",
-        ranks=1,
-        threads=1,
         torch="2.6",
         commit="1" * 40,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import statistics
 import time
@@ -21,6 +22,7 @@ from research.experiments.grid import Grid, list_grids, load_grid, plan
 from research.experiments.report import markdown, report
 from research.experiments.runs import chosen, prepare_data, read_predictions, replace_by_group_norm, train
 from research.experiments.tables import collect, cost, load
+from tests.metrics import ROW
 from ubn_zoo.errors import DataError, RecipeError
 from ubn_zoo.evaluation.metrics import (
     EpochMetrics,
@@ -47,27 +49,20 @@ def write_grid(folder: Path, name: str = "small", **changes: Any) -> Path:
 
 
 def row(norm: str, seed: int, epoch: int, top1: float) -> EpochMetrics:
-    return EpochMetrics(
-        model="resnet10t",
+    return dataclasses.replace(
+        ROW,
         norm=norm,
         seed=seed,
         epoch=epoch,
         step=10 * epoch,
-        lr=0.1,
         train_loss=2.0 - 0.1 * epoch,
         test_loss=1.5,
         top1=top1,
         calibration_error=3.25,
-        seconds=1.0,
         step_ms=10.0,
         images_per_second=100.0,
         gates_open=3 if norm == "ubn" else None,
         gates=4 if norm == "ubn" else 0,
-        device="cpu",
-        ranks=1,
-        threads=1,
-        torch="2",
-        commit=None,
     )
 
 

@@ -163,7 +163,7 @@ def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     save_snapshot(tmp_path, snapshot(1), keep=2)
     (tmp_path / ".0000000002.part").mkdir()
     (tmp_path / ".0000000002.part" / "model.safetensors").write_bytes(b"half")
-    assert newest_snapshot(tmp_path).updates == 1  # type: ignore[union-attr]
+    assert newest_snapshot(tmp_path).updates == 1
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["0000000001"]
     remove_unfinished(tmp_path / "absent")

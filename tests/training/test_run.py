@@ -28,6 +28,7 @@ import torch
 
 from tests import images as stripes
 from tests.images import striped_images, write_image_folder
+from tests.metrics import ROW
 from tests.training.launcher import launcher
 from ubn_zoo.cli import main
 from ubn_zoo.data.loaders import MemoryEval, MemoryTrain
@@ -72,29 +73,6 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Skip the plots, which take a third of the time of such a small run, unless a test requests them."""
     if "drawn" not in request.keywords:
         monkeypatch.setattr(record, "draw_run", lambda folder: ())
-
-
-ROW = EpochMetrics(
-    model="resnet10t",
-    norm="ubn",
-    seed=0,
-    epoch=1,
-    step=8,
-    lr=0.1,
-    train_loss=1.0,
-    test_loss=1.0,
-    top1=50.0,
-    calibration_error=1.0,
-    seconds=1.0,
-    step_ms=1.0,
-    images_per_second=1.0,
-    gates=0,
-    device="cpu",
-    ranks=1,
-    threads=1,
-    torch="2",
-    commit=None,
-)
 
 
 def change(**settings: Any) -> Recipe:
@@ -154,7 +132,7 @@ def test_a_run_writes_all_files_to_use_reproduce_and_publish_it(images: Path, tm
     assert not any(name.endswith((".pt", ".pth", ".pkl", ".part")) for name in files)
 
     resolved = load_recipe(folder / "recipe.yaml")
-    assert (resolved.num_classes, resolved.mean) == (2, timm.get_pretrained_cfg("resnet10t_ubn").mean)  # type: ignore[union-attr]
+    assert (resolved.num_classes, resolved.mean) == (2, timm.get_pretrained_cfg("resnet10t_ubn").mean)
     rows = read_metrics(folder / "metrics.csv")
     assert rows == done.metrics
     assert [row.epoch for row in rows] == [1, 2]
@@ -316,8 +294,8 @@ def test_the_best_weights_survive_a_kill_before_they_are_written(
     with pytest.raises(KeyboardInterrupt):
         run(recipe, images, tmp_path / "run")
     monkeypatch.setattr(record, "keep_best", real)
-    assert read_best(tmp_path / "whole" / "best")[0] == 2  # type: ignore[index]
-    assert read_best(tmp_path / "run" / "best")[0] == 1  # type: ignore[index]
+    assert read_best(tmp_path / "whole" / "best")[0] == 2
+    assert read_best(tmp_path / "run" / "best")[0] == 1
     assert run(recipe, images, tmp_path / "run").updates == 16
     best = Path("best") / "model.safetensors"
     assert (tmp_path / "run" / best).read_bytes() == (tmp_path / "whole" / best).read_bytes()

@@ -67,7 +67,8 @@ class Comparison:
     @property
     def top1(self) -> tuple[float, float]:
         """Accuracies in percent."""
-        return tuple(100 * (self.both + own) / self.images for own in (self.only_first, self.only_second))  # type: ignore[return-value]
+        right = self.both + self.only_first, self.both + self.only_second
+        return 100 * right[0] / self.images, 100 * right[1] / self.images
 
     @property
     def difference(self) -> float:

@@ -132,7 +132,8 @@ def read_environment(folder: Path, recipe: Recipe) -> RunFacts:
 def _base(found: Any, recipe: Recipe) -> Base | None:
     """The base weights that a run recorded; if it recorded none, what its recipe says about them."""
     if isinstance(found, Mapping):
-        return Base(**{key: None if value is None else str(value) for key, value in found.items()})  # type: ignore[arg-type]
+        texts: dict[str, Any] = {key: None if value is None else str(value) for key, value in found.items()}
+        return Base(**texts)
     if recipe.checkpoint is not None:
         return Base(name=Path(recipe.checkpoint).name)
     if not recipe.pretrained:
